@@ -1,0 +1,3 @@
+"""Extreme Region Policy Distillation on Megatron-Core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,283 @@
+"""What a Hugging Face `config.json` means to Megatron.
+
+The reference for what a key means is the model class of the `transformers` library. A key whose meaning Megatron can't
+reproduce exactly is an error that names it: a model that trains with other mathematics than it was sampled
+with looks fine and is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.errors import CheckpointError, LayoutError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets an architecture apart from a plain Llama."""
+
+    name: str
+    qkv_bias: bool = False
+    """Query, key and value projections have a bias."""
+    qk_norm: bool = False
+    """Queries and keys are normalised per head, before the rotary embedding."""
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("llama"),
+    "MistralForCausalLM": Family("mistral"),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+}
+"""Supported architectures, as `config.json` names them."""
+
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Llama 3's rope parameters that Megatron-Core 0.19 has as constants (`RotaryEmbedding._apply_scaling`)."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes and switches that decide every parameter's name and shape."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding in the Hugging Face folder, without Megatron's padding rows."""
+    tied_embeddings: bool
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the query projection; need not be `hidden_size`."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_query_groups * self.head_dim
+
+
+def read_model_shape(hf_folder: Path | str) -> ModelShape:
+    """The parameter geometry of a Hugging Face folder's model. Reads `config.json` only.
+
+    Raises:
+        CheckpointError: no folder, no `config.json`, an unsupported architecture or key.
+    """
+    family, config = _read_config(Path(hf_folder))
+    _refuse_inexpressible(Path(hf_folder) / "config.json", config)
+    return _shape_of(family, config)
+
+
+def model_flags(
+    hf_folder: Path | str,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    *,
+    max_length: int | None = None,
+    make_vocab_size_divisible_by: int = 128,
+) -> dict[str, object]:
+    """Megatron's architecture arguments for a Hugging Face folder, by the names that `megatron.training` gives them.
+
+    Args:
+        hf_folder: folder with a `config.json`; weights are not looked at.
+        tensor_parallel, pipeline_parallel: sizes that the layout must be checked against.
+        max_length: longest sequence that will run through the model, in tokens; checked where given.
+        make_vocab_size_divisible_by: Megatron pads the vocabulary to a multiple of this times `tensor_parallel`.
+
+    Returns:
+        Argument name to value; True for a switch to set. `vocab_size` is the unpadded size. `max_position_embeddings`
+        is the smaller of the model's context and its sliding window: up to that length a sliding window and
+        full attention are the same, and Megatron refuses a longer `seq_length`.
+
+    Raises:
+        CheckpointError: the folder or `config.json` is missing, the architecture isn't supported, a key has no exact
+            counterpart in Megatron, or `max_length` is more than the model's context or sliding window.
+        LayoutError: a parallel size doesn't divide what it splits.
+    """
+    path = Path(hf_folder) / "config.json"
+    family, config = _read_config(Path(hf_folder))
+    _refuse_inexpressible(path, config)
+    shape = _shape_of(family, config)
+    check_layout(shape, tensor_parallel, pipeline_parallel)
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "normalization": "RMSNorm",
+        "norm_epsilon": float(config.rms_norm_eps),
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm,
+        "untie_embeddings_and_output_weights": not shape.tied_embeddings,
+        "max_position_embeddings": _context_length(path, config, max_length),
+        "vocab_size": shape.vocab_size,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # transformers computes the attention's softmax in fp32 whatever the model's precision.
+        "attention_softmax_in_fp32": True,
+        **_rope_flags(path, config),
+    }
+
+
+def flags_to_argv(flags: Mapping[str, object]) -> list[str]:
+    """Command-line form of Megatron arguments: True is a bare flag, False and None are left out, lists are spread."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        argv.append("--" + name.replace("_", "-"))
+        if value is True:
+            continue
+        argv += [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return argv
+
+
+def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Refuses sizes that don't divide what they split.
+
+    Raises:
+        LayoutError: names the size, what it must divide and the values that would do.
+    """
+    split_by_tensor = {
+        "key/value heads": shape.num_query_groups,
+        "attention heads": shape.num_heads,
+        "rows of the feed-forward layer": shape.ffn_hidden_size,
+    }
+    for what, count in split_by_tensor.items():
+        if tensor_parallel < 1 or count % tensor_parallel:
+            raise LayoutError(
+                f"tensor parallel size {tensor_parallel} does not divide the model's {count} {what}; "
+                f"use {_choices(shape.num_query_groups, shape.num_heads, shape.ffn_hidden_size)}"
+            )
+    if pipeline_parallel < 1 or shape.num_layers % pipeline_parallel:
+        raise LayoutError(
+            f"pipeline parallel size {pipeline_parallel} does not divide the model's {shape.num_layers} layers; "
+            f"use {_choices(shape.num_layers)}"
+        )
+
+
+def _choices(*counts: int) -> str:
+    good = [str(n) for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts)]
+    return " or ".join([", ".join(good[:-1]), good[-1]] if len(good) > 1 else good)
+
+
+def _read_config(folder: Path) -> tuple[Family, Any]:
+    """The architecture's family and the configuration with the library's defaults filled in."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, so this is no Hugging Face model folder; check the path")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; fetch the file again")
+    architectures = raw.get("architectures") or []
+    name = architectures[0] if len(architectures) == 1 else None
+    if name not in FAMILIES:
+        raise CheckpointError(f"{path}: architectures is {architectures}; supported: one of {', '.join(FAMILIES)}")
+    for key, why in (("quantization_config", "the weights are quantised"), ("auto_map", "it brings its own code")):
+        if raw.get(key):
+            raise CheckpointError(f"{path}: {key} is set: {why}, which is not supported; use a plain checkpoint")
+    family = FAMILIES[name]
+    if raw.get("model_type") != family.name:
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, but {name} has {family.name!r}")
+    from transformers import AutoConfig
+
+    try:
+        return family, AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library's strict checks raise several kinds of errors
+        raise CheckpointError(f"{path}: transformers does not accept it: {error}") from None
+
+
+def _shape_of(family: Family, config: Any) -> ModelShape:
+    return ModelShape(
+        family=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        tied_embeddings=bool(config.tie_word_embeddings),
+    )
+
+
+def _refuse_inexpressible(path: Path, config: Any) -> None:
+    """Keys that the four architectures know and that Megatron has no exact counterpart for."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise CheckpointError(f"{path}: hidden_act is {config.hidden_act!r}; only 'silu' (SwiGLU) is supported")
+    if getattr(config, "attention_bias", False):
+        raise CheckpointError(
+            f"{path}: attention_bias is true, which puts a bias on o_proj too; Megatron has one switch for that bias "
+            "and the feed-forward layer's, so it can't be expressed"
+        )
+    if getattr(config, "mlp_bias", False):
+        raise CheckpointError(f"{path}: mlp_bias is true; Megatron can't express it without a bias on o_proj")
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    unknown = layer_types - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise CheckpointError(f"{path}: layer_types holds {sorted(unknown)}; only full and sliding attention are known")
+
+
+def _context_length(path: Path, config: Any, max_length: int | None) -> int:
+    """Up to how many tokens full attention computes what the model does."""
+    context = int(config.max_position_embeddings)
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        window = None
+    if max_length is not None and max_length > context:
+        raise CheckpointError(
+            f"{path}: max_position_embeddings is {context}, but sequences have up to {max_length} tokens; "
+            "leave out the longer ones"
+        )
+    if max_length is not None and window is not None and max_length > window:
+        raise CheckpointError(
+            f"{path}: sliding_window is {window}, but sequences have up to {max_length} tokens; attention is computed "
+            "over the whole sequence, which is exact only up to the window: leave out the longer ones"
+        )
+    return context if window is None else min(context, int(window))
+
+
+def _rope_flags(path: Path, config: Any) -> dict[str, object]:
+    """Rotary embedding. `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (4) read alike."""
+    rope: dict[str, Any] = config.rope_parameters
+    theta = float(rope["rope_theta"])
+    if theta != int(theta):
+        raise CheckpointError(f"{path}: rope_theta is {theta}; Megatron's --rotary-base takes whole numbers only")
+    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise CheckpointError(f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 is supported")
+    flags: dict[str, object] = {
+        "position_embedding_type": "rope",
+        "rotary_base": int(theta),
+        "rotary_percent": 1.0,
+    }
+    kind = rope["rope_type"]
+    if kind == "default":
+        return flags
+    if kind != "llama3":
+        raise CheckpointError(f"{path}: rope_type is {kind!r}; supported: 'default' and 'llama3'")
+    for key, value in _LLAMA3_CONSTANTS.items():
+        if float(rope[key]) != value:
+            raise CheckpointError(
+                f"{path}: the rope's {key} is {rope[key]}; Megatron's Llama 3 scaling has it fixed at {value:g}"
+            )
+    return {**flags, "use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}

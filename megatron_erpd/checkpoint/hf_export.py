@@ -1,0 +1,272 @@
+"""A Megatron model, on any layout, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.hf_weights import DTYPES, HfWeights
+from megatron_erpd.checkpoint.param_map import HEAD_HF_NAME, Unit, hf_shapes, is_ignored, units
+from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from megatron_erpd.checkpoint.shards import (
+    LocalShard,
+    gather_objects,
+    local_shards,
+    missing_units,
+    raise_together,
+)
+from megatron_erpd.checkpoint.sidecar import copy_files, read_tensor_list
+from megatron_erpd.errors import CheckpointError
+
+
+@torch.no_grad()
+def export_hf_weights(
+    model_chunks: Sequence[Any],
+    source_hf_folder: Path | str,
+    output_folder: Path | str,
+    dtype: torch.dtype | str | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Writes the model as a Hugging Face folder that loads like the one it came from.
+
+    The first rank puts the tensors together one after another and writes them in files of at most `max_shard_bytes`:
+    that is the memory it takes, plus one tensor. All is written to a folder beside the output, which gets the output's
+    name only when every tensor that the source lists is in it. With the source's element types, an import followed by
+    an export gives the same bits.
+
+    Collective over all ranks; parameters travel over gloo, point to point, from the copy that speaks for its replicas.
+
+    Args:
+        model_chunks: this rank's Megatron `GPTModel`s, wrapped or not.
+        source_hf_folder: folder to take the configuration, tokenizer and list of tensors from: the original one, or
+            what `copy_sidecar` made of it.
+        output_folder: folder to make; must not exist.
+        dtype: element type of all tensors; None for the source's, tensor by tensor.
+        max_shard_bytes: size at which another file is begun.
+
+    Raises:
+        CheckpointError: the output exists, the model doesn't fit `config.json`, the source lists a tensor that would
+            not be written, or the first rank could not write.
+    """
+    source, output = Path(source_hf_folder), Path(output_folder)
+    shape = read_model_shape(source)
+    shards, problems = local_shards(model_chunks, shape)
+    if output.exists():
+        problems.append(f"the output {output} exists and is never written over; give another folder or delete it")
+    raise_together(source, problems)
+    raise_together(source, missing_units(shards, shape))
+    dtypes, problems = _element_types(source, shape, _as_dtype(dtype))
+    raise_together(source, problems)
+
+    gather = _Gather(shards)
+    problems = []
+    if gather.rank != 0:
+        gather.send_all(units(shape), dtypes)
+    else:
+        try:
+            _write(gather, shape, dtypes, source, output, max_shard_bytes)
+        except (OSError, CheckpointError) as error:
+            problems = [str(error)]
+    raise_together(output, problems)
+    gather.close()
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        known = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
+        if dtype not in known:
+            raise CheckpointError(f"dtype {dtype!r} is unknown; use one of {', '.join(known)}")
+        return known[dtype]
+    return dtype
+
+
+def _element_types(
+    source: Path, shape: ModelShape, dtype: torch.dtype | None
+) -> tuple[dict[str, torch.dtype], list[str]]:
+    """Name to element type of all tensors to write, in order; and what the source lists that isn't among them."""
+    wanted = hf_shapes(shape)
+    listed = read_tensor_list(source)
+    if listed is None:
+        default = dtype or _config_dtype(source)
+        return dict.fromkeys(wanted, default), []
+    ignored = {name for name in listed if is_ignored(name)}
+    if shape.tied_embeddings:
+        ignored.add(HEAD_HF_NAME)
+    problems = [f"the source has no tensor {name}" for name in wanted if name not in listed]
+    problems += [f"the source's tensor {name} would be lost" for name in listed if name not in {*wanted, *ignored}]
+    for name in wanted:
+        kind, size = listed.get(name, ("F32", list(wanted[name])))
+        if size != list(wanted[name]):
+            problems.append(f"the source's tensor {name} has shape {size}, not {list(wanted[name])}")
+        if kind not in DTYPES:
+            problems.append(f"the source's tensor {name} has element type {kind}; known are {', '.join(DTYPES)}")
+    if problems:
+        return {}, problems
+    return {name: dtype or DTYPES[listed[name][0]] for name in wanted}, []
+
+
+def _config_dtype(source: Path) -> torch.dtype:
+    config = json.loads((source / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{source}/config.json: has no dtype, and no list of tensors tells it; give a dtype")
+    value = _as_dtype(name)
+    assert value is not None
+    return value
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a shard lies in its unit, as other ranks know it."""
+
+    rank: int
+    index: int
+    """Number among that rank's shards."""
+    row: int
+    column: int
+    size: tuple[int, ...]
+
+
+class _Gather:
+    """Moves shards to the first rank, unit by unit, in an order that all ranks know."""
+
+    def __init__(self, shards: Sequence[LocalShard]) -> None:
+        self._shards = shards
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        # Over NCCL every pair of ranks would take device memory for a communicator of its own.
+        needs_gloo = dist.is_initialized() and dist.get_backend() != "gloo"
+        self._group: Any = dist.new_group(backend="gloo") if needs_gloo else None
+        here = [
+            ((shard.unit.key, shard.unit.layer), _Piece(self.rank, i, shard.row, shard.column, tuple(shard.data.shape)))
+            for i, shard in enumerate(shards)
+            if shard.is_main
+        ]
+        self._pieces: dict[tuple[str, int | None], list[_Piece]] = {}
+        for rank_pieces in gather_objects(here):
+            for place, piece in rank_pieces:
+                self._pieces.setdefault(place, []).append(piece)
+
+    def send_all(self, all_units: Sequence[Unit], dtypes: dict[str, torch.dtype]) -> None:
+        """What every rank but the first does: send its shards as their turn comes."""
+        for unit in all_units:
+            for piece in self._pieces.get((unit.key, unit.layer), []):
+                if piece.rank == self.rank:
+                    dist.send(_as_bytes(self._local(piece, _wire_dtype(unit, dtypes))), dst=0, group=self._group)
+
+    def collect(self, unit: Unit, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[_Piece, torch.Tensor]]:
+        """On the first rank: the shards of a unit, one at a time, on the CPU."""
+        dtype = _wire_dtype(unit, dtypes)
+        for piece in self._pieces.get((unit.key, unit.layer), []):
+            if piece.rank == self.rank:
+                yield piece, self._local(piece, dtype)
+                continue
+            received = torch.empty(piece.size, dtype=dtype)
+            dist.recv(_as_bytes(received), src=piece.rank, group=self._group)
+            yield piece, received
+
+    def close(self) -> None:
+        """Gives back the process group, if one was made. All ranks call it."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def _local(self, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
+        return self._shards[piece.index].data.to(device="cpu", dtype=dtype).contiguous()
+
+
+def _wire_dtype(unit: Unit, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The widest element type among a unit's tensors; narrower ones are rounded once, on arrival."""
+    found = [dtypes[name] for name in unit.hf_names]
+    dtype = found[0]
+    for other in found[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _write(
+    gather: _Gather,
+    shape: ModelShape,
+    dtypes: dict[str, torch.dtype],
+    source: Path,
+    output: Path,
+    max_shard_bytes: int,
+) -> None:
+    """The first rank's part. Shards are received to the end even when writing fails, or their senders would wait."""
+    temporary = output.with_name(f".{output.name}.partial")
+    failure: OSError | CheckpointError | None = None
+    writer: ShardWriter | None = None
+    try:
+        if temporary.exists():  # left by an export that was cut off
+            shutil.rmtree(temporary)
+        copy_files(source, temporary)
+        _set_config_dtype(temporary / "config.json", dtypes)
+        writer = ShardWriter(temporary, hf_shapes(shape), dtypes, max_shard_bytes)
+    except (OSError, CheckpointError) as error:
+        failure = error
+    for unit in units(shape):
+        try:
+            for name, tensor in _assemble(unit, gather, dtypes).items():
+                if writer is not None and failure is None:
+                    writer.add(name, tensor)
+        except (OSError, CheckpointError) as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    assert writer is not None
+    writer.finish()
+    _check_written(temporary, shape, dtypes)
+    os.rename(temporary, output)
+
+
+def _assemble(unit: Unit, gather: _Gather, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """The Hugging Face tensors of one unit, from all ranks' shards; padding rows are dropped."""
+    tensors = {name: torch.empty(size, dtype=dtypes[name]) for name, size in unit.hf_shapes().items()}
+    missing = sum(tensor.numel() for tensor in tensors.values())
+    for piece, data in gather.collect(unit, dtypes):
+        for at, target in unit.pieces(piece.row, piece.size[0]):
+            rows = tensors[unit.hf_names[target.tensor]][target.start : target.start + target.count]
+            if unit.columns is not None:
+                rows = rows[:, piece.column : piece.column + piece.size[1]]
+            rows.copy_(data[at : at + target.count])
+            missing -= rows.numel()
+    if missing != 0:
+        raise CheckpointError(f"{unit}: the ranks' shards do not cover it exactly ({missing} elements are missing)")
+    return tensors
+
+
+def _set_config_dtype(path: Path, dtypes: dict[str, torch.dtype]) -> None:
+    """Has `config.json` name the element type of what is written; the file stays as it is where it does already."""
+    kinds = set(dtypes.values())
+    if len(kinds) != 1:  # mixed, as the source was: its own word stands
+        return
+    name = str(kinds.pop()).removeprefix("torch.")
+    config = json.loads(path.read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if all(config.get(key) == name for key in keys):
+        return
+    config.update(dict.fromkeys(keys, name))
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_written(folder: Path, shape: ModelShape, dtypes: dict[str, torch.dtype]) -> None:
+    """Opens what was written and holds it to the list, so that a truncated file never gets the output's name."""
+    weights = HfWeights(folder)
+    expected = hf_shapes(shape)
+    for name in expected.keys() | weights.names:
+        if name not in weights.names or name not in expected:
+            raise CheckpointError(f"{folder}: tensor {name} was not written as planned; export again")
+        if weights.shape(name) != expected[name] or weights.dtype(name) != dtypes[name]:
+            raise CheckpointError(f"{folder}: tensor {name} was written with another shape or type; export again")

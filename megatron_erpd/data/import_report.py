@@ -1,0 +1,107 @@
+"""What an import did, for machines (`as_dict`) and for people (`render`)."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass
+class ImportReport:
+    """The outcome of `import_rollouts`.
+
+    Attributes:
+        sources, output, preset: what was read, how, and what was written.
+        accepted: rollouts written.
+        rejected: reason -> number of rollouts left out (only with on_reject='skip').
+        first_rejected: reason -> the first message, with file and row.
+        unverified: accepted rollouts without a reward.
+        encoded_prompts, encoded_responses: made from text, as the source had no token ids.
+        with_behavior_log_probs: accepted rollouts that carry the sampler's log-probs.
+        repetitions: accepted rollouts whose tokens are those of an earlier one (two draws may well be alike).
+        groups, zero_variance_groups: groups, and those whose scored rewards are all equal, which carry no signal
+            under group-normalised advantages.
+        group_size, prompt_length, response_length, reward: `min`, `mean`, `max`.
+        notes: sentences a user should read.
+    """
+
+    sources: list[str]
+    output: str
+    preset: str
+    accepted: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    first_rejected: dict[str, str] = field(default_factory=dict)
+    unverified: int = 0
+    encoded_prompts: int = 0
+    encoded_responses: int = 0
+    with_behavior_log_probs: int = 0
+    repetitions: int = 0
+    groups: int = 0
+    zero_variance_groups: int = 0
+    group_size: dict[str, float] = field(default_factory=dict)
+    prompt_length: dict[str, float] = field(default_factory=dict)
+    response_length: dict[str, float] = field(default_factory=dict)
+    reward: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def reject(self, reason: str, message: str) -> None:
+        """Counts a rollout that is left out."""
+        self.rejected[reason] += 1
+        self.first_rejected.setdefault(reason, message)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self) | {"rejected": dict(self.rejected)}
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """`min`, `mean`, `max` of the finite values; empty when there are none."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return {}
+    return {"min": float(finite.min()), "mean": float(finite.mean(dtype=np.float64)), "max": float(finite.max())}
+
+
+def zero_variance_groups(group_ids: np.ndarray, rewards: np.ndarray) -> int:
+    """How many groups have scored rewards that are all equal (a group of one included); NaN is unscored."""
+    scored = np.isfinite(rewards)
+    _, group = np.unique(group_ids[scored], return_inverse=True)
+    if not group.size:
+        return 0
+    lowest, highest = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
+    np.minimum.at(lowest, group, rewards[scored])
+    np.maximum.at(highest, group, rewards[scored])
+    return int((lowest == highest).sum())
+
+
+def render(report: ImportReport) -> "Table":
+    """The report as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=f"Imported rollouts: {report.output}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def spread(values: dict[str, float]) -> str:
+        return " / ".join(f"{values[key]:.4g}" for key in ("min", "mean", "max")) if values else "-"
+
+    table.add_row("accepted", str(report.accepted))
+    table.add_row("rejected", str(sum(report.rejected.values())))
+    for reason, count in report.rejected.most_common():
+        table.add_row(f"  {reason}", f"{count}; first: {report.first_rejected[reason]}")
+    table.add_row("unverified", str(report.unverified))
+    table.add_row("with behaviour log-probs", str(report.with_behavior_log_probs))
+    table.add_row("encoded from text", f"{report.encoded_prompts} prompts, {report.encoded_responses} responses")
+    table.add_row("repetitions", str(report.repetitions))
+    table.add_row("groups", f"{report.groups}, {report.zero_variance_groups} of them without reward variance")
+    table.add_row("group size (min / mean / max)", spread(report.group_size))
+    table.add_row("prompt tokens", spread(report.prompt_length))
+    table.add_row("response tokens", spread(report.response_length))
+    table.add_row("reward", spread(report.reward))
+    for note in report.notes:
+        table.add_row("note", note)
+    return table

@@ -1,0 +1,298 @@
+"""Rollouts from other programs' files: JSON lines and Parquet, known formats by name, others by a field map.
+
+Token ids are taken as they are. Text is encoded only where there are no ids, and the report says so: encoding decoded
+text doesn't always give back the tokens that were sampled, and log-probs of other tokens are other log-probs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.data.field_map import FINISH_REASONS, PRESETS, FieldMap, Preset
+from megatron_erpd.data.import_report import ImportReport, render, summary, zero_variance_groups
+from megatron_erpd.data.rollout_writer import SampleNames, write_rollouts
+from megatron_erpd.data.schema import (
+    Rollout,
+    RowProblem,
+    check_record,
+    group_id_of,
+    log_prob_array,
+    reward_value,
+    token_array,
+    token_bytes,
+)
+from megatron_erpd.data.sources import read_rows, source_files
+from megatron_erpd.data.tokenizers import Tokenizer, encode_prompt, encode_response, tokenizer_digest
+from megatron_erpd.errors import RolloutError
+
+__all__ = ["PRESETS", "ImportReport", "import_rollouts", "render"]
+
+ON_REJECT = ("error", "skip")
+DUPLICATES = ("number", "reject")
+RE_ENCODED_NOTE = (
+    "Some token ids were made by encoding text. They may differ from the tokens that were sampled, which shifts "
+    "log-probs; prefer a source that keeps token ids."
+)
+
+
+def import_rollouts(
+    source: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    preset: str = "plain",
+    field_map: Mapping[str, str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    on_reject: str = "error",
+    allow_unverified: bool = False,
+    duplicates: str = "number",
+    append_eos: bool = True,
+    user_message: bool | None = None,
+    file_metadata: Mapping[str, Any] | None = None,
+) -> ImportReport:
+    """Reads, checks and writes rollouts; the output appears only when all of it is good.
+
+    Args:
+        source: a JSON-lines or Parquet file, a folder of them, or a list.
+        output: the Parquet file to write.
+        preset: a known format, a key of `PRESETS`.
+        field_map: entries over the preset's (see `field_map.py`): our name -> path in the source.
+        tokenizer: the base model's; needed for sources without token ids. Its digest goes into the file.
+        vocab_size: ids at or above it are refused; default: the tokenizer's largest id plus one, or no check.
+        on_reject: 'error' ends at the first bad row and writes nothing; 'skip' leaves bad rows out and counts them.
+        allow_unverified: keep rollouts whose reward is null, as 'unverified', instead of rejecting them.
+        duplicates: what to do with a rollout whose tokens equal an earlier one's and that has no `sample_id`:
+            'number' keeps it as another draw (dropping it would shift its group's mean), 'reject' rejects it.
+            A `sample_id` that occurs twice is always rejected.
+        append_eos: end encoded responses with the end token, unless they were cut off (finish reason 'length').
+        user_message: put plain-text prompts into the chat template as a user's message; default: as the preset says.
+        file_metadata: facts to keep in the file, such as sampling settings.
+
+    Returns:
+        What was accepted and rejected, and what the rollouts look like.
+
+    Raises:
+        RolloutError: a bad argument, a bad row (named by file, row and field), or nothing accepted.
+    """
+    if preset not in PRESETS:
+        raise RolloutError(f"preset: {preset!r} isn't one of {', '.join(PRESETS)}")
+    if on_reject not in ON_REJECT:
+        raise RolloutError(f"on_reject: {on_reject!r} isn't one of {', '.join(ON_REJECT)}")
+    if duplicates not in DUPLICATES:
+        raise RolloutError(f"duplicates: {duplicates!r} isn't one of {', '.join(DUPLICATES)}")
+    files = source_files(source)
+    metadata = {"imported_from": [path.name for path in files], "import_preset": preset} | dict(file_metadata or {})
+    if tokenizer is not None:
+        metadata["tokenizer_digest"] = tokenizer_digest(tokenizer)
+        vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
+    report = ImportReport([str(path) for path in files], str(output), preset)
+    if user_message is None:
+        user_message = PRESETS[preset].user_message
+    builder = _Builder(tokenizer, allow_unverified, append_eos, user_message, report)
+    run = _Import(files, FieldMap.of(PRESETS[preset], field_map), builder, vocab_size, on_reject, duplicates, report)
+    write_rollouts(output, run.rollouts(), metadata, vocab_size=vocab_size)
+    run.describe(PRESETS[preset])
+    return report
+
+
+@dataclass
+class _Builder:
+    """Makes one rollout of mapped values."""
+
+    tokenizer: Tokenizer | None
+    allow_unverified: bool
+    append_eos: bool
+    user_message: bool
+    report: ImportReport
+
+    def build(self, values: Mapping[str, Any]) -> tuple[Rollout, bool, bool]:
+        """The rollout, and whether its prompt and its response were encoded from text. Raises `RowProblem`."""
+        reward = reward_value(values.get("reward"), "reward")
+        if reward is None and not self.allow_unverified:
+            detail = "is missing or null; score the rollout, or pass allow_unverified to keep it as unverified"
+            raise RowProblem("no_reward", "reward", detail)
+        finish_reason = values.get("finish_reason")
+        finish_reason = None if finish_reason is None else FINISH_REASONS.get(str(finish_reason), str(finish_reason))
+        prompt_ids, response_ids = self._given_ids(values)
+        prompt, response = values.get("prompt"), values.get("response")
+        encoded_prompt, encoded_response = prompt_ids is None, response_ids is None
+        if prompt_ids is None:
+            prompt, ids = encode_prompt(*self._text(prompt, "prompt"), user_message=self.user_message)
+            prompt_ids = token_array(ids, "prompt")
+        if response_ids is None:
+            append_eos = self.append_eos and finish_reason != "length"
+            response, ids = encode_response(*self._text(response, "response"), append_eos=append_eos)
+            response_ids = token_array(ids, "response")
+        _check_loss_mask(values.get("loss_mask"), response_ids.size)
+        rollout = Rollout(
+            prompt_token_ids=prompt_ids,
+            response_token_ids=response_ids,
+            group_id=_group_id(values.get("group_id"), prompt_ids),
+            reward=reward,
+            behavior_log_probs=log_prob_array(values.get("behavior_log_probs"), "behavior_log_probs"),
+            sample_id=None if values.get("sample_id") is None else str(values["sample_id"]),
+            finish_reason=finish_reason,
+            prompt=prompt if isinstance(prompt, str) else None,
+            response=response if isinstance(response, str) else None,
+            metadata=_metadata(values),
+        )
+        return rollout, encoded_prompt, encoded_response
+
+    @staticmethod
+    def _given_ids(values: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Prompt and response ids where the source has them, split if it keeps them in one list."""
+        if values.get("token_ids") is None:
+            prompt, response = values.get("prompt_token_ids"), values.get("response_token_ids")
+            return (
+                None if prompt is None else token_array(prompt, "prompt_token_ids"),
+                None if response is None else token_array(response, "response_token_ids"),
+            )
+        tokens, length = token_array(values["token_ids"], "token_ids"), values.get("response_length")
+        if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= tokens.size:
+            detail = f"{length!r} can't split {tokens.size} token ids; it must be a whole number between 0 and that"
+            raise RowProblem("malformed", "response_length", detail)
+        split = tokens.size - length
+        return tokens[:split], tokens[split:]
+
+    def _text(self, value: Any, name: str) -> tuple[Any, Tokenizer]:
+        if value is None:
+            raise RowProblem("empty_" + name, name, f"no {name}_token_ids and no {name} text; correct the field map")
+        if not isinstance(value, str | list):
+            raise RowProblem("malformed", name, f"is a {type(value).__name__}; expected text or a list of messages")
+        if self.tokenizer is None:
+            raise RolloutError(f"{name}: the source has text without token ids; give the base model's tokenizer")
+        return value, self.tokenizer
+
+
+class _Import:
+    """One import in progress: the stream of good rollouts, and the account of the others."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        fields: FieldMap,
+        builder: _Builder,
+        vocab_size: int | None,
+        on_reject: str,
+        duplicates: str,
+        report: ImportReport,
+    ) -> None:
+        self.files, self.fields, self.builder, self.report = files, fields, builder, report
+        self.vocab_size, self.skip, self.reject_repetitions = vocab_size, on_reject == "skip", duplicates == "reject"
+        self.names = SampleNames()
+        self.group_prompts: dict[int, int] = {}
+        self.group_ids: list[int] = []
+        self.rewards: list[float] = []
+        self.lengths: list[tuple[int, int]] = []
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """Every good rollout of every file; a bad one is counted, or ends the import with its place."""
+        for path in self.files:
+            for place, row in read_rows(path, self.fields.columns()):
+                yield from self._rollouts_of(place, row)
+        self.fields.check_found(", ".join(map(str, self.files)))
+        if not self.group_ids:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.report.rejected.items())
+            raise RolloutError(f"{self.files[0]}: no rollout could be accepted ({reasons or 'there are no rows'})")
+
+    def _rollouts_of(self, place: str, row: Mapping[str, Any] | RowProblem) -> Iterator[Rollout]:
+        if isinstance(row, RowProblem):
+            self._reject(place, row)
+            return
+        try:
+            expanded = list(self.fields.expand(row))
+        except RowProblem as problem:
+            self._reject(place, problem)
+            return
+        for number, values in enumerate(expanded):
+            where = place if len(expanded) == 1 else f"{place}, entry {number}"
+            try:
+                rollout, encoded_prompt, encoded_response = self.builder.build(values)
+                self._admit(rollout)
+            except RowProblem as problem:
+                self._reject(where, problem)
+                continue
+            except RolloutError as error:
+                raise RolloutError(f"{where}: {error}") from error
+            self._count(rollout, encoded_prompt, encoded_response)
+            yield rollout
+
+    def _admit(self, rollout: Rollout) -> None:
+        check_record(rollout, self.vocab_size)
+        prompt = group_id_of(token_bytes(rollout.prompt_token_ids))
+        if self.group_prompts.get(rollout.group_id, prompt) != prompt:
+            detail = f"{rollout.group_id} has rollouts of another prompt; leave the field out to group by prompt"
+            raise RowProblem("group_of_other_prompt", "group_id", detail)
+        repetitions = self.names.num_repetitions
+        rollout.sample_id = self.names.name(rollout)
+        if self.names.num_repetitions > repetitions and self.reject_repetitions:
+            detail = "the same tokens occurred before; pass duplicates='number' to keep it as another draw"
+            raise RowProblem("duplicate_sample", "response_token_ids", detail)
+        self.group_prompts[rollout.group_id] = prompt
+
+    def _reject(self, place: str, problem: RowProblem) -> None:
+        path = self.fields.fields.get(problem.field, problem.field)
+        field = problem.field if path == problem.field else f"{problem.field} (from {path!r})"
+        message = f"{place}: {field}: {problem.detail}"
+        if not self.skip:
+            raise RolloutError(f"{message} (nothing was written; on_reject='skip' leaves such rows out)") from problem
+        self.report.reject(problem.reason, message)
+
+    def _count(self, rollout: Rollout, encoded_prompt: bool, encoded_response: bool) -> None:
+        self.report.encoded_prompts += encoded_prompt
+        self.report.encoded_responses += encoded_response
+        self.report.with_behavior_log_probs += rollout.behavior_log_probs is not None
+        self.group_ids.append(rollout.group_id)
+        self.rewards.append(np.nan if rollout.reward is None else rollout.reward)
+        self.lengths.append((rollout.prompt_token_ids.size, rollout.response_token_ids.size))
+
+    def describe(self, preset: Preset) -> None:
+        """Fills the report's figures about the rollouts as a whole."""
+        report, group_ids, rewards = self.report, np.array(self.group_ids), np.array(self.rewards)
+        sizes = np.unique(group_ids, return_counts=True)[1]
+        lengths = np.array(self.lengths)
+        report.accepted = len(group_ids)
+        report.unverified = int(np.isnan(rewards).sum())
+        report.repetitions = 0 if self.reject_repetitions else self.names.num_repetitions
+        report.groups, report.zero_variance_groups = len(sizes), zero_variance_groups(group_ids, rewards)
+        report.group_size, report.reward = summary(sizes), summary(rewards)
+        report.prompt_length, report.response_length = summary(lengths[:, 0]), summary(lengths[:, 1])
+        if preset.note is not None:
+            report.notes.append(preset.note)
+        if report.encoded_prompts or report.encoded_responses:
+            report.notes.append(RE_ENCODED_NOTE)
+
+
+def _check_loss_mask(mask: Any, num_tokens: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, list) or len(mask) != num_tokens:
+        size = len(mask) if isinstance(mask, list) else type(mask).__name__
+        raise RowProblem("malformed", "loss_mask", f"{size} values for {num_tokens} response tokens; give one each")
+    if any(value != 1 for value in mask):
+        detail = "masks response tokens out (tool results, other turns); only rollouts of a single turn are supported"
+        raise RowProblem("masked_tokens", "loss_mask", detail)
+
+
+def _group_id(value: Any, prompt_ids: np.ndarray) -> int:
+    """A whole number as it is, other keys by their text, none by the prompt's content."""
+    if value is None:
+        return group_id_of(token_bytes(prompt_ids))
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise RowProblem("malformed", "group_id", f"{value} doesn't fit 64 bits; use text for long keys")
+        return value
+    if isinstance(value, str):
+        return group_id_of(value.encode())
+    raise RowProblem("malformed", "group_id", f"{value!r} is neither a whole number nor text")
+
+
+def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
+    whole = values.get("metadata")
+    if whole is not None and not isinstance(whole, Mapping):
+        whole = {"metadata": whole}
+    single = {name.removeprefix("metadata."): value for name, value in values.items() if name.startswith("metadata.")}
+    return dict(whole or {}) | {name: value for name, value in single.items() if value is not None}

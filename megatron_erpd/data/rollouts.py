@@ -1,0 +1,363 @@
+"""Rollouts on disk: a validated reader over Parquet (one file or a folder of parts) and an atomic writer.
+
+The Parquet bytes are memory-mapped; a column is decoded once, on first use, and kept as Arrow buffers that the
+accessors slice. Text columns cost nothing until somebody reads them.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_erpd.data.ragged import Ragged, row_with_null_element
+from megatron_erpd.data.rollout_writer import write_rollouts
+from megatron_erpd.data.schema import (
+    MAX_LOG_PROB,
+    METADATA_KEY,
+    REWARD_STATUSES,
+    ROLLOUT_SCHEMA,
+    SCHEMA_VERSION,
+    SCORED,
+    VERSION_KEY,
+    Rollout,
+    sample_id,
+    token_bytes,
+)
+from megatron_erpd.errors import RolloutError
+
+__all__ = ["Rollouts", "read_rollouts", "sample_id", "validate_against_vocabulary", "write_rollouts"]
+
+
+class _Parts:
+    """The Parquet files of one rollout set as lazily decoded columns over all their rows."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self._files = [_open(path) for path in self.paths]
+        self._row_starts = np.cumsum([0] + [file.metadata.num_rows for file in self._files])
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._ragged: dict[str, Ragged] = {}
+        self.file_metadata = _common_metadata(self.paths, self._files)
+
+    def __len__(self) -> int:
+        return int(self._row_starts[-1])
+
+    def location(self, row: int) -> str:
+        part = int(np.searchsorted(self._row_starts, row, side="right")) - 1
+        return f"{self.paths[part]}: row {row - int(self._row_starts[part])} (counted from 0)"
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if name not in self._columns:
+            chunks: list[pa.Array] = []
+            for path, file in zip(self.paths, self._files, strict=True):
+                try:
+                    chunks.extend(file.read(columns=[name], use_threads=False).column(0).chunks)
+                except (pa.ArrowException, OSError) as error:
+                    detail = f"{path}: {name}: can't be read ({error}); the file is damaged, write it again"
+                    raise RolloutError(detail) from error
+            self._columns[name] = pa.chunked_array(chunks, type=ROLLOUT_SCHEMA.field(name).type)
+        return self._columns[name]
+
+    def ragged(self, name: str) -> Ragged:
+        if name not in self._ragged:
+            column = self.column(name)
+            bad = row_with_null_element(column)
+            if bad is not None:
+                raise RolloutError(f"{self.location(bad)}: {name}: holds a null element; repair or drop the row")
+            self._ragged[name] = Ragged(column)
+        return self._ragged[name]
+
+
+class Rollouts:
+    """A set of rollouts, read-only, addressed by row number 0..len-1.
+
+    Made by `read_rollouts`. Arrays that concern one rollout come from the methods taking `i`; arrays over all
+    rollouts are attributes. A `select`ed set shares the decoded columns with its parent.
+    """
+
+    def __init__(self, parts: _Parts, rows: np.ndarray | None = None) -> None:
+        self._parts = parts
+        self._rows = np.arange(len(parts), dtype=np.int64) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def file_metadata(self) -> dict[str, Any]:
+        """What the writer said about the whole set: `tokenizer_digest`, sampling settings and the like."""
+        return dict(self._parts.file_metadata)
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the tokenizer that made the token ids, where the writer knew it."""
+        return self._parts.file_metadata.get("tokenizer_digest")
+
+    @cached_property
+    def sample_ids(self) -> list[str]:
+        """Names of the rollouts, unique."""
+        return self._take("sample_id").to_pylist()
+
+    @cached_property
+    def group_ids(self) -> np.ndarray:
+        """int64 `[N]`; rollouts of one prompt share it."""
+        return self._take("group_id").to_numpy()
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """float32 `[N]`, NaN where the rollout is unverified."""
+        return self._take("reward").to_numpy().astype(np.float32, copy=False)
+
+    @cached_property
+    def reward_status(self) -> list[str]:
+        """'scored' or 'unverified' per rollout."""
+        return self._take("reward_status").to_pylist()
+
+    @cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """int64 `[N]`, P in tokens."""
+        return self._parts.ragged("prompt_token_ids").lengths[self._rows]
+
+    @cached_property
+    def response_lengths(self) -> np.ndarray:
+        """int64 `[N]`, R in tokens."""
+        return self._parts.ragged("response_token_ids").lengths[self._rows]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[N]`, P + R in tokens (the model's input is one shorter)."""
+        return self.prompt_lengths + self.response_lengths
+
+    @cached_property
+    def has_behavior_log_probs(self) -> np.ndarray:
+        """bool `[N]`: the sampler's log-probs were recorded."""
+        return self._parts.ragged("behavior_log_probs").valid[self._rows]
+
+    def prompt_tokens(self, i: int) -> np.ndarray:
+        """int64 `[P]`."""
+        return self._parts.ragged("prompt_token_ids").row(self._rows[i]).astype(np.int64)
+
+    def response_tokens(self, i: int) -> np.ndarray:
+        """int64 `[R]`."""
+        return self._parts.ragged("response_token_ids").row(self._rows[i]).astype(np.int64)
+
+    def behavior_log_probs(self, i: int) -> np.ndarray | None:
+        """float32 `[R]` in nats as the sampler recorded them (a read-only view), or None."""
+        column = self._parts.ragged("behavior_log_probs")
+        return column.row(self._rows[i]) if column.valid[self._rows[i]] else None
+
+    def finish_reason(self, i: int) -> str | None:
+        """'stop', 'length', the source's own word, or None."""
+        return self._scalar("finish_reason", i)
+
+    def prompt_text(self, i: int) -> str | None:
+        """The prompt for people to read, where recorded."""
+        return self._scalar("prompt", i)
+
+    def response_text(self, i: int) -> str | None:
+        """The response for people to read, where recorded."""
+        return self._scalar("response", i)
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """The row's JSON object; empty where there is none. `RolloutError` when it isn't a JSON object."""
+        text = self._scalar("metadata", i)
+        if text is None:
+            return {}
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RolloutError(f"{self.location(i)}: metadata: isn't JSON ({error}); write it again") from error
+        if not isinstance(value, dict):
+            raise RolloutError(f"{self.location(i)}: metadata: is a {type(value).__name__}, expected a JSON object")
+        return value
+
+    def location(self, i: int) -> str:
+        """Where rollout `i` came from, as 'file: row n', for error messages."""
+        return self._parts.location(int(self._rows[i]))
+
+    def token_crc(self, i: int) -> int:
+        """CRC-32 of prompt and response token ids as little-endian int32: what a cache row is checked by."""
+        row = self._rows[i]
+        crc = zlib.crc32(token_bytes(self._parts.ragged("prompt_token_ids").row(row)))
+        return zlib.crc32(token_bytes(self._parts.ragged("response_token_ids").row(row)), crc)
+
+    def record(self, i: int) -> Rollout:
+        """Rollout `i` whole, as `write_rollouts` takes it."""
+        status, log_probs = self.reward_status[i], self.behavior_log_probs(i)
+        return Rollout(
+            prompt_token_ids=self.prompt_tokens(i),
+            response_token_ids=self.response_tokens(i),
+            group_id=int(self.group_ids[i]),
+            reward=float(self.rewards[i]) if status == SCORED else None,
+            behavior_log_probs=log_probs,
+            sample_id=self.sample_ids[i],
+            reward_status=status,
+            finish_reason=self.finish_reason(i),
+            prompt=self.prompt_text(i),
+            response=self.response_text(i),
+            metadata=self.metadata(i),
+        )
+
+    def select(self, indices: np.ndarray | Sequence[int]) -> "Rollouts":
+        """These rows (integers, or a bool mask over all) as a set of its own, sharing the decoded columns.
+
+        Dropping groups without signal is `rollouts.select(~zero_variance_rows)`.
+        """
+        return Rollouts(self._parts, self._rows[np.asarray(indices)])
+
+    def digest(self) -> str:
+        """SHA-256 of everything training reads, in row order: names, groups, tokens, behaviour log-probs, rewards.
+
+        It doesn't depend on how the rows are spread over files and row groups, nor on text and metadata.
+        """
+        digest = hashlib.sha256(b"megatron_erpd.rollouts.v1")
+        for array in (self.group_ids, self.rewards, self.prompt_lengths, self.response_lengths):
+            digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+        digest.update("\n".join(self.sample_ids).encode())
+        for i, row in enumerate(self._rows):
+            digest.update(token_bytes(self._parts.ragged("prompt_token_ids").row(row)))
+            digest.update(token_bytes(self._parts.ragged("response_token_ids").row(row)))
+            log_probs = self.behavior_log_probs(i)
+            digest.update(b"-" if log_probs is None else b"+" + log_probs.astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def _take(self, name: str) -> pa.ChunkedArray:
+        return self._parts.column(name).take(pa.array(self._rows))
+
+    def _scalar(self, name: str, i: int) -> Any:
+        return self._parts.column(name)[int(self._rows[i])].as_py()
+
+
+def read_rollouts(path: str | Path) -> Rollouts:
+    """Opens and validates a rollout file, or a folder of `*.parquet` parts (in name order).
+
+    Raises:
+        RolloutError: nothing there, another schema, or a row that breaks a rule of `schema.py`; the message names
+            file, row and field.
+    """
+    root = Path(path)
+    if root.is_dir():
+        # Writers keep unfinished files under a leading dot.
+        paths = sorted(p for p in root.glob("*.parquet") if not p.name.startswith((".", "_")))
+        if not paths:
+            raise RolloutError(f"{root}: holds no *.parquet file; give a rollout file or a folder of them")
+    elif root.is_file():
+        paths = [root]
+    else:
+        raise RolloutError(f"{root}: no such file or folder; make rollouts with 'sample' or 'import-rollouts' first")
+    parts = _Parts(paths)
+    if len(parts) == 0:
+        raise RolloutError(f"{root}: holds no rollouts")
+    _check_names(parts)
+    _check_tokens(parts)
+    _check_behavior_log_probs(parts)
+    _check_rewards(parts)
+    return Rollouts(parts)
+
+
+def validate_against_vocabulary(rollouts: Rollouts, vocab_size: int) -> None:
+    """Raises `RolloutError` naming the first row that holds a token id >= `vocab_size`."""
+    for i in range(len(rollouts)):
+        largest = max(int(rollouts.prompt_tokens(i).max()), int(rollouts.response_tokens(i).max()))
+        if largest >= vocab_size:
+            in_response = largest in rollouts.response_tokens(i)
+            raise RolloutError(
+                f"{rollouts.location(i)}: {'response' if in_response else 'prompt'}_token_ids: token id {largest} is "
+                f"beyond the model's vocabulary of {vocab_size}; these rollouts were made with another tokenizer"
+            )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise RolloutError(f"{path}: isn't a readable Parquet file ({error}); is it complete?") from error
+    schema = file.schema_arrow
+    hint = "bring foreign files in with 'import-rollouts'"
+    version = (schema.metadata or {}).get(VERSION_KEY)
+    if version is None:
+        raise RolloutError(f"{path}: wasn't written as a rollout file (no schema version); {hint}")
+    if version != str(SCHEMA_VERSION).encode():
+        detail = f"schema version {version.decode()}, this program reads {SCHEMA_VERSION}"
+        raise RolloutError(f"{path}: {detail}; write it again with the same version of the program")
+    for field in ROLLOUT_SCHEMA:
+        position = schema.get_field_index(field.name)
+        if position < 0:
+            raise RolloutError(f"{path}: column {field.name!r} is missing; {hint}")
+        if schema.field(position).type != field.type:
+            detail = f"column {field.name!r} is {schema.field(position).type}, expected {field.type}"
+            raise RolloutError(f"{path}: {detail}; {hint}")
+    return file
+
+
+def _common_metadata(paths: Sequence[Path], files: Sequence[pq.ParquetFile]) -> dict[str, Any]:
+    """The first part's metadata, after checking that all parts come from one tokenizer."""
+    all_metadata = [json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}")) for file in files]
+    first: dict[str, Any] = all_metadata[0]
+    for path, metadata in zip(paths, all_metadata, strict=True):
+        if metadata.get("tokenizer_digest") != first.get("tokenizer_digest"):
+            detail = f"{path}: tokenizer_digest differs from that of {paths[0]}"
+            raise RolloutError(f"{detail}; rollouts of different tokenizers can't be mixed")
+    return first
+
+
+def _first(mask: np.ndarray) -> int | None:
+    hits = np.flatnonzero(mask)
+    return int(hits[0]) if hits.size else None
+
+
+def _refuse(parts: _Parts, row: int | None, field: str, detail: str) -> None:
+    if row is not None:
+        raise RolloutError(f"{parts.location(row)}: {field}: {detail}")
+
+
+def _null_row(column: pa.ChunkedArray) -> int | None:
+    return _first(column.is_null().to_numpy()) if column.null_count else None
+
+
+def _check_names(parts: _Parts) -> None:
+    for name in ("sample_id", "group_id", "prompt_token_ids", "response_token_ids", "reward_status"):
+        _refuse(parts, _null_row(parts.column(name)), name, "is null; every rollout needs one")
+    seen: dict[str, int] = {}
+    for row, name in enumerate(parts.column("sample_id").to_pylist()):
+        if not name:
+            _refuse(parts, row, "sample_id", "is empty; every rollout needs a name")
+        if name in seen:
+            _refuse(parts, row, "sample_id", f"{name!r} is already the name of {parts.location(seen[name])}")
+        seen[name] = row
+
+
+def _check_tokens(parts: _Parts) -> None:
+    for name in ("prompt_token_ids", "response_token_ids"):
+        column = parts.ragged(name)
+        _refuse(parts, _first(column.lengths == 0), name, "is empty; prompt and response need at least one token each")
+        _refuse(parts, column.first_row_where(lambda ids: ids < 0), name, "holds a negative token id")
+
+
+def _check_behavior_log_probs(parts: _Parts) -> None:
+    column, name = parts.ragged("behavior_log_probs"), "behavior_log_probs"
+    row = _first(column.valid & (column.lengths != parts.ragged("response_token_ids").lengths))
+    if row is not None:
+        num_tokens = parts.ragged("response_token_ids").lengths[row]
+        _refuse(parts, row, name, f"{column.lengths[row]} values for {num_tokens} response tokens; one each is needed")
+    row = column.first_row_where(lambda values: ~np.isfinite(values) | (values > MAX_LOG_PROB))
+    _refuse(parts, row, name, "holds a value that can't be a natural-log probability (NaN, infinite or above 0)")
+
+
+def _check_rewards(parts: _Parts) -> None:
+    status = np.array(parts.column("reward_status").to_pylist(), dtype=object)
+    row = _first(~np.isin(status.astype(str), REWARD_STATUSES))
+    if row is not None:
+        _refuse(parts, row, "reward_status", f"{status[row]!r} isn't one of {', '.join(REWARD_STATUSES)}")
+    rewards = parts.column("reward")
+    missing = rewards.is_null().to_numpy()
+    row = _first(missing != (status != SCORED))
+    _refuse(parts, row, "reward", "is null exactly where reward_status is 'unverified'; here the two disagree")
+    row = _first(~missing & ~np.isfinite(rewards.to_numpy()))
+    _refuse(parts, row, "reward", "isn't finite; use null with reward_status 'unverified' for an unscored rollout")

@@ -1,0 +1,33 @@
+"""The errors that a user of the project can meet.
+
+Every message names the file, row, field or flag that is wrong and says what to do about it.
+All of them are `ValueError`s, so that a caller who knows nothing of this module can still catch them.
+"""
+
+
+class ErpdError(ValueError):
+    """Base of all errors that are the input's fault, not the program's."""
+
+
+class RecipeError(ErpdError):
+    """A recipe or a flag is wrong: an unknown key, a bad value, a contradiction."""
+
+
+class RolloutError(ErpdError):
+    """A rollout file or one of its rows can't be used."""
+
+
+class CheckpointError(ErpdError):
+    """A Hugging Face folder or a Megatron checkpoint is missing, incomplete or of an unsupported kind."""
+
+
+class CacheError(ErpdError):
+    """A teacher cache is missing rows or was made from other tokens or another policy."""
+
+
+class LayoutError(ErpdError):
+    """The parallel layout doesn't fit the model or the number of processes."""
+
+
+class StageError(ErpdError):
+    """A stage ended without what it promised; its artifact isn't complete."""

@@ -1,0 +1,265 @@
+"""Artifacts and their manifests.
+
+A stage writes one folder, its artifact. The artifact is complete when `manifest.json` is in it: written last, by
+rename. The manifest names the stage, its settings, the digests of its inputs' manifests and every file with its
+size and SHA-256. "Done" means that the manifest verifies and that settings and inputs are those asked for.
+
+An artifact that is not complete yet says in `request.json` what was asked for, so that an interrupted stage is taken up
+again only by a stage with the same settings and inputs. A plan (the pipeline's) and the stage itself compute both with
+`settings_identity` and `input_digest`, so that they agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron_erpd.errors import StageError
+
+MANIFEST = "manifest.json"
+REQUEST = "request.json"
+SCHEMA_VERSION = 1
+_VERSIONED = ("megatron-erpd", "megatron-core", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and what it was made from."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    """Name of an input to the digest of its manifest (or of the file, for an input that is not an artifact)."""
+    files: dict[str, dict[str, Any]]
+    """Path in the artifact to `{"size": bytes, "sha256": hex}`."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Figures of the stage for people; not part of the digest."""
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the stage, settings, inputs and files: equal digests are equal artifacts."""
+        identity = [self.stage, self.settings, self.inputs, self.files]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def settings_identity(
+    settings: BaseModel | Mapping[str, Any], megatron: Sequence[str] = (), **more: Any
+) -> dict[str, Any]:
+    """The settings that are part of an artifact's identity, as JSON values.
+
+    Args:
+        settings: the stage's settings; all of them count, defaults too. A layout is never among them.
+        megatron: Megatron flags of the user's own, as they stand after `--`. They count as they are written.
+        more: what else decides the result and has no settings model of its own.
+    """
+    values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+    if megatron:
+        values["megatron"] = list(megatron)
+    return json.loads(json.dumps({**values, **more}))
+
+
+def begin_artifact(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Takes a folder for a stage that writes its artifact there, or refuses it.
+
+    A finished artifact is never written over. An unfinished one is taken up again only by the same stage with the same
+    settings and inputs (digests).
+
+    Returns:
+        Whether the folder holds the work of an interrupted run to go on with.
+
+    Raises:
+        StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files.
+    """
+    if (folder / MANIFEST).is_file():
+        lines = differences(read_manifest(folder), stage, dict(settings), dict(inputs))
+        what = "the same one" if not lines else "another one:\n  " + "\n  ".join(lines)
+        raise StageError(f"{folder}: already holds a finished artifact, {what}; give another --output or delete it")
+    request = read_request(folder)
+    if request is not None:
+        lines = differences(request, stage, dict(settings), dict(inputs))
+        if lines:
+            raise StageError(
+                f"{folder}: was begun with other settings or inputs and can't be continued with these; give another "
+                "--output or delete it:\n  " + "\n  ".join(lines)
+            )
+        os.utime(folder / REQUEST)
+        return True
+    if folder.is_dir() and any(_is_content(path.relative_to(folder)) for path in folder.iterdir()):
+        raise StageError(f"{folder}: holds files that no stage left there; give an empty or new folder as --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (REQUEST + ".tmp")
+    wanted = {"stage": stage, "settings": dict(settings), "inputs": dict(inputs)}
+    temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, folder / REQUEST)
+    return False
+
+
+def finish_artifact(folder: Path, summary: dict[str, Any] | None = None) -> Manifest:
+    """Publishes the manifest of what `begin_artifact` was asked for. Call once, when all else is written.
+
+    The summary gets `seconds`, the time since the stage began (since it was last taken up, after an interruption).
+    """
+    request = read_request(folder)
+    if request is None:
+        raise StageError(f"{folder}: has no {REQUEST}, so no stage has begun it")
+    seconds = round(time.time() - (folder / REQUEST).stat().st_mtime, 1)
+    summary = {"seconds": seconds, **(summary or {})}
+    manifest = write_manifest(folder, request.stage, request.settings, request.inputs, summary)
+    (folder / REQUEST).unlink()
+    return manifest
+
+
+def read_request(folder: Path) -> Manifest | None:
+    """What an unfinished artifact was begun with, as a manifest without files; None where nothing was begun."""
+    path = folder / REQUEST
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return Manifest(stage=record["stage"], settings=record["settings"], inputs=record["inputs"], files={})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: not a request ({error}); delete the folder and run the stage again") from None
+
+
+def write_manifest(
+    folder: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], summary: dict[str, Any] | None = None
+) -> Manifest:
+    """Hashes every file of `folder` and publishes its manifest by rename. Call when all else is written."""
+    files = {
+        str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_digest(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and _is_content(p.relative_to(folder))
+    }
+    manifest = Manifest(
+        stage=stage,
+        settings=json.loads(json.dumps(settings)),
+        inputs=inputs,
+        files=files,
+        summary=summary or {},
+        versions={name: _version(name) for name in _VERSIONED},
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    temporary = folder / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps({"schema": SCHEMA_VERSION, **manifest.__dict__}, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, folder / MANIFEST)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact.
+
+    Raises:
+        StageError: the folder or its manifest is missing (the stage has not finished) or unreadable.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise StageError(f"{folder}: no such folder; give the folder that the stage before wrote")
+    if not path.is_file():
+        raise StageError(f"{folder}: has no {MANIFEST}, so the stage that writes it has not finished; run it again")
+    try:
+        record = json.loads(path.read_text())
+        if record.pop("schema") != SCHEMA_VERSION:
+            raise StageError(f"{path}: written by another version of this project; run the stage again")
+        return Manifest(**record)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: not a manifest ({error}); delete the folder and run the stage again") from None
+
+
+def verify_manifest(folder: Path, checksums: bool = True) -> Manifest:
+    """Checks that every file of the artifact is there, of the recorded size and, with `checksums`, content.
+
+    Raises:
+        StageError: names the first file that differs.
+    """
+    manifest = read_manifest(folder)
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise StageError(f"{path}: named in {MANIFEST} but missing; run the stage again")
+        if path.stat().st_size != record["size"] or (checksums and file_digest(path) != record["sha256"]):
+            raise StageError(f"{path}: differs from what {MANIFEST} recorded; run the stage again")
+    return manifest
+
+
+def differences(manifest: Manifest, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+    """What keeps an artifact from being the one asked for, a line each; empty when it is."""
+    lines = [] if manifest.stage == stage else [f"stage: {manifest.stage} -> {stage}"]
+    wanted = json.loads(json.dumps(settings))
+    for name in sorted({*manifest.settings, *wanted}):
+        before, now = manifest.settings.get(name), wanted.get(name)
+        if before != now:
+            lines.append(f"{name}: {before} -> {now}")
+    for name in sorted({*manifest.inputs, *inputs}):
+        if manifest.inputs.get(name) != inputs.get(name):
+            lines.append(f"input {name} changed")
+    return lines
+
+
+def input_digest(path: Path) -> str:
+    """Identifies an input: an artifact by its manifest, a file by its content, another folder by its files.
+
+    A folder that is not an artifact (a Hugging Face folder, say) is identified by the names and contents of its files.
+    For files and folders inside an artifact, its manifest's checksums are taken instead of reading everything again.
+
+    Raises:
+        StageError: the path does not exist.
+    """
+    if (path / MANIFEST).is_file():
+        return read_manifest(path).digest
+    recorded = _recorded_files(path)
+    if recorded is not None and path.is_file():
+        return recorded[""]
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        raise StageError(f"{path}: no such file or folder; check the path")
+    if recorded is None:
+        recorded = {str(p.relative_to(path)): file_digest(p) for p in path.rglob("*") if p.is_file()}
+    return hashlib.sha256(json.dumps(sorted(recorded.items())).encode()).hexdigest()
+
+
+def _recorded_files(path: Path) -> dict[str, str] | None:
+    """Checksums that the enclosing artifact's manifest has for `path` ("") or for the files below it."""
+    for folder in path.parents:
+        if not (folder / MANIFEST).is_file():
+            continue
+        try:
+            files = read_manifest(folder).files
+        except StageError:
+            return None  # somebody else's manifest.json
+        inside = path.relative_to(folder)
+        return {
+            "" if Path(name) == inside else str(Path(name).relative_to(inside)): record["sha256"]
+            for name, record in files.items()
+            if Path(name).is_relative_to(inside)
+        } or None
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_content(path: Path) -> bool:
+    """Logs, TensorBoard files, the request and temporary names are no part of an artifact."""
+    return path.parts[0] not in ("logs", "tensorboard", MANIFEST, REQUEST) and path.suffix != ".tmp"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Recipes, the stages that they mean, and running them on this machine."""

@@ -1,0 +1,123 @@
+"""Showing a run: a live table on a terminal, a line for each change elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+State = Literal["waiting", "checking", "running", "done", "kept", "failed", "stopped"]
+
+_STYLES: dict[State, str] = {
+    "waiting": "dim",
+    "checking": "cyan",
+    "running": "bold cyan",
+    "done": "green",
+    "kept": "green dim",
+    "failed": "bold red",
+    "stopped": "yellow",
+}
+_LINE_SECONDS = 60.0
+"""Without a terminal, a running stage says where it is this often."""
+
+
+@dataclass
+class Row:
+    """What is shown of one stage."""
+
+    state: State = "waiting"
+    seconds: float | None = None
+    note: str = ""
+
+
+class Display:
+    """The stages of a run with their states. Use as a context manager."""
+
+    def __init__(self, title: str, names: Sequence[str], console: Console | None = None) -> None:
+        self.title = title
+        self.rows = {name: Row() for name in names}
+        self.console = console or Console()
+        self._live = Live(get_renderable=self.table, console=self.console, refresh_per_second=4)
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def update(self, name: str, state: State, seconds: float | None = None, note: str = "") -> None:
+        """The state of a stage changed, or its progress."""
+        row, before = self.rows[name], self.rows[name].state
+        row.state, row.seconds, row.note = state, seconds, note
+        if self.console.is_terminal or state in ("waiting", "checking"):
+            return
+        now = time.monotonic()
+        if state == before and now - self._said.get(name, 0.0) < _LINE_SECONDS:
+            return
+        self._said[name] = now
+        after = "" if seconds is None or state == "running" == before != state else f" {duration(seconds)}"
+        self.say(f"[{name}] {state}{after}{': ' + note if note else ''}")
+
+    def table(self) -> Table:
+        """The stages as they stand."""
+        table = Table(
+            title=self.title, title_justify="left", title_style="bold", expand=False, box=None, padding=(0, 2)
+        )
+        for heading in ("stage", "state", "time", ""):
+            table.add_column(
+                heading, justify="right" if heading == "time" else "left", no_wrap=True, overflow="ellipsis"
+            )
+        for name, row in self.rows.items():
+            seconds = "" if row.seconds is None else duration(row.seconds)
+            table.add_row(name, Text(row.state, _STYLES[row.state]), seconds, Text(row.note, "dim"))
+        return table
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("accuracy", "accuracy_sampled", lambda x: f"{x:.3f}"),
+    ("greedy", "accuracy_greedy", lambda x: f"{x:.3f}"),
+    ("KL/sequence", "kl_per_sequence", lambda x: f"{x:.3f}"),
+    ("KL/token", "kl_per_token", lambda x: f"{x:.4f}"),
+    ("KL(pi||base), data", "reverse_kl_data", lambda x: f"{x:.4f}"),
+    ("KL(base||pi), data", "forward_kl_data", lambda x: f"{x:.4f}"),
+    ("entropy", "entropy", lambda x: f"{x:.3f}"),
+    ("length", "mean_length", lambda x: f"{x:.1f}"),
+)
+
+
+def summary_table(summary: Path) -> Table:
+    """Policies and what was measured of them, from a run's `report/summary.json`. Divergences are in nats."""
+    policies: dict[str, dict[str, Any]] = json.loads(summary.read_text())["policies"]
+    table = Table(title="held-out prompts", title_justify="left", title_style="bold")
+    table.add_column("policy", no_wrap=True)
+    for heading, _, _ in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for name, metrics in policies.items():
+        cells = [show(float(metrics[key])) if metrics.get(key) is not None else "-" for _, key, show in _COLUMNS]
+        table.add_row(name, *cells)
+    return table

@@ -1,0 +1,286 @@
+"""From a recipe to the stages of its run, in an order in which they can run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.manifest import settings_identity
+from megatron_erpd.pipeline.recipe import Imported, Recipe, ReplayControl, Sampled, StageOverrides
+from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of, verifier_file
+from megatron_erpd.settings import (
+    DistillSettings,
+    EvaluateSettings,
+    Layout,
+    PrecomputeSettings,
+    ReplaySettings,
+    SampleSettings,
+    Settings,
+    settings_to_argv,
+)
+
+
+def plan(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, each after those that it depends on.
+
+    Raises:
+        RecipeError: `stages` names a stage that the run does not have, or a signal a policy that the recipe does not
+            train, or a section lacks what another one makes it need.
+    """
+    return _Planner(recipe).plan()
+
+
+class _Planner:
+    """Collects the stages of one recipe in the order in which they are described here."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.root = recipe.folder
+        self.stages: list[Stage] = []
+        self.overrides = {_stage_key(name): value for name, value in recipe.stages.items()}
+        self.used: set[str] = set()
+
+    def plan(self) -> list[Stage]:
+        base, hf = self._initial()
+        for number in range(1, self.recipe.rounds + 1):
+            base, hf = self._round(number, base, hf)
+        self._report()
+        unknown = sorted(set(self.overrides) - self.used)
+        if unknown:
+            raise RecipeError(
+                f"stages.{unknown[0]}: this run has no such stage; its stages are {', '.join(sorted(self.used))}"
+            )
+        return self.stages
+
+    def _initial(self) -> tuple[Path, Path]:
+        """The first base policy: its Megatron artifact and its Hugging Face folder."""
+        recipe, model = self.recipe, self._path(self.recipe.model)
+        if recipe.prepare:
+            output = self.root / "prepare"
+            command = recipe.prepare.replace("{output}", shlex.quote(str(output)))
+            # The scripts that the command names: editing one makes the stage anew.
+            files = {f"file-{word}": Path(word) for word in shlex.split(command) if Path(word).is_file()}
+            self._add("prepare", "prepare", [command], files, output, {"command": recipe.prepare})
+        if recipe.warm_up is None:
+            return self._add("base", "import", [], {"hf": model}, self.root / "round-01/base", {}), model
+        initial = self._add("initial", "import", [], {"hf": model}, self.root / "round-00/initial", {})
+        settings = _as(ReplaySettings, recipe.warm_up)
+        inputs = {"base": initial, "rollouts": self._path(recipe.warm_up.rollouts)}
+        output = self.root / "round-00/warm-up"
+        base = self._add("warm-up", "train-teacher", settings_to_argv(settings), inputs, output, settings)
+        export = self._export("base-hf", {"base": base}, self.root / "round-01/base-hf")
+        return base, export / "base"
+
+    def _round(self, number: int, base: Path, hf: Path) -> tuple[Path, Path]:
+        """One round; returns the base of the next."""
+        recipe, folder = self.recipe, self.root / f"round-{number:02d}"
+        prefix = "" if number == 1 else f"round-{number:02d}/"
+        rollouts = self._rollouts(f"{prefix}rollouts", number, hf, folder / "rollouts")
+        data = {"base": base, "rollouts": rollouts}
+        output, kind = folder / "base-log-probs", PrecomputeSettings(kind="token")
+        log_probs = self._add(f"{prefix}base-log-probs", "precompute", settings_to_argv(kind), data, output, kind)
+        data["base-log-probs"] = log_probs
+        policies = {"base": base}
+        for name, section in (("teacher", recipe.teacher), ("unlearned", recipe.unlearned)):
+            if section:
+                policies[name] = self._replay(prefix + name, section, data, folder / name)
+        cache = self._cache(f"{prefix}cache", policies, data, folder / "cache")
+        if recipe.student:
+            policies["student"] = self._distill(
+                f"{prefix}student", recipe.student, data, policies, cache, folder / "student"
+            )
+        for name, control in recipe.controls.items():
+            stage, output = f"{prefix}controls/{name}", folder / "controls" / name
+            if isinstance(control, ReplayControl):
+                policies[name] = self._replay(stage, control, data, output)
+            else:
+                policies[name] = self._distill(stage, control, data, policies, cache, output)
+        trained = {name: path for name, path in policies.items() if name != "base"}
+        export = self._export(f"{prefix}export", trained, folder / "export")
+        self._evaluation(f"{prefix}evaluation", hf, export, rollouts, folder / "evaluation")
+        return policies.get("student", base), export / "student"
+
+    def _rollouts(self, name: str, number: int, hf: Path, output: Path) -> Path:
+        section = self.recipe.rollouts
+        if isinstance(section, Imported):
+            inputs = {"source": self._path(section.file), "tokenizer": self._path(section.tokenizer or str(hf))}
+            options = {"format": section.format, "fields": section.fields, "on_reject": section.on_reject}
+            argv = ["--format", section.format, "--on-reject", section.on_reject]
+            for ours, theirs in section.fields.items():
+                argv += ["--field", f"{ours}={theirs}"]
+            return self._add(name, "import-rollouts", argv, inputs, output, options)
+        # Later rounds see the same prompts; another seed keeps their samples independent.
+        settings = _as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1})
+        verifier = self._verifier(section.verifier)
+        inputs = {"model": hf, "prompts": self._path(section.prompts), **_verifier_input(verifier)}
+        argv = ["--verifier", verifier, *settings_to_argv(settings)]
+        argv += [] if section.num_prompts is None else ["--num-prompts", str(section.num_prompts)]
+        identity = settings_identity(settings, verifier=verifier, num_prompts=section.num_prompts)
+        return self._add(name, "sample", argv, inputs, output, identity)
+
+    def _replay(self, name: str, section: ReplaySettings, data: dict[str, Path], output: Path) -> Path:
+        settings = _as(ReplaySettings, section)
+        return self._add(name, "train-teacher", settings_to_argv(settings), data, output, settings)
+
+    def _cache(self, name: str, policies: dict[str, Path], data: dict[str, Path], output: Path) -> Path | None:
+        """The teacher cache, when anything reads one, with the policies of all signals that do."""
+        readers = {where: d for where, d in self.recipe.distillations().items() if d.reads_cache}
+        if not readers:
+            return None
+        settings = self.recipe.cache
+        wanted = _policies(settings.signal, "cache.signal", policies)
+        for where, distillation in readers.items():
+            if distillation.form == "policy_gradient":
+                wanted |= _policies(distillation.signal, f"{where}.signal", policies)
+            elif settings.kind != "topk":
+                raise RecipeError(f"{where}: the projection reads top-k targets; set cache.kind to topk")
+        inputs = {"base": data["base"], "rollouts": data["rollouts"]}
+        inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
+        return self._add(name, "precompute", settings_to_argv(settings), inputs, output, settings)
+
+    def _distill(
+        self,
+        name: str,
+        section: DistillSettings,
+        data: dict[str, Path],
+        policies: Mapping[str, Path],
+        cache: Path | None,
+        output: Path,
+    ) -> Path:
+        settings = _as(DistillSettings, section)
+        inputs = dict(data)
+        if cache and settings.reads_cache:
+            inputs["cache"] = cache
+        if settings.reads_live_teacher:
+            wanted = _policies(settings.signal, f"{name}: signal", policies)
+            inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
+        return self._add(name, "distill", settings_to_argv(settings), inputs, output, settings)
+
+    def _export(self, name: str, checkpoints: Mapping[str, Path], output: Path) -> Path:
+        argv, iterations = [], dict.fromkeys(checkpoints)
+        for policy, folder in checkpoints.items():
+            argv += ["--checkpoint", f"{policy}={folder}"]
+        evaluation = self.recipe.evaluation
+        if evaluation and evaluation.checkpoints and "teacher" in checkpoints:
+            argv += ["--checkpoint", f"teacher={checkpoints['teacher']}@all"]
+            iterations["teacher"] = "all"
+        return self._add(name, "export", argv, dict(checkpoints), output, {"iterations": iterations})
+
+    def _evaluation(self, name: str, hf: Path, export: Path, rollouts: Path, output: Path) -> None:
+        section = self.recipe.evaluation
+        if section is None:
+            return
+        sampled = self.recipe.rollouts
+        verifier = section.verifier or (sampled.verifier if isinstance(sampled, Sampled) else None)
+        if verifier is None:
+            raise RecipeError("evaluation.verifier: missing; imported rollouts name no verifier to take instead")
+        verifier = self._verifier(verifier)
+        settings = _as(EvaluateSettings, section)
+        inputs = {
+            "base": hf,
+            "exported": export,
+            "prompts": self._path(section.prompts),
+            "rollouts": rollouts,
+            **_verifier_input(verifier),
+        }
+        argv = ["--verifier", verifier, *settings_to_argv(settings)]
+        self._add(name, "evaluate", argv, inputs, output, settings_identity(settings, verifier=verifier))
+
+    def _report(self) -> None:
+        inputs = {stage.name: stage.output for stage in self.stages if stage.name != "prepare"}
+        self._add("report", "report", [str(self.root)], inputs, self.root / "report", {})
+
+    def _add(
+        self,
+        name: str,
+        command: str,
+        arguments: list[str],
+        inputs: Mapping[str, Path],
+        output: Path,
+        settings: Settings | Mapping[str, Any],
+    ) -> Path:
+        """Adds a stage and returns its output folder. Inputs become flags, unless the command has none for them."""
+        key = re.sub(r"^round-\d+/", "", name)
+        self.used.add(key)
+        override = self.overrides.get(key, StageOverrides())
+        megatron = flags_of({**self.recipe.megatron, **override.megatron}) if command in RUNS_MODEL else ()
+        if override.megatron and command not in RUNS_MODEL:
+            raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
+        if command not in ("prepare", "export", "report"):
+            arguments = [*_input_flags(inputs), "--output", str(output), *arguments]
+        elif command == "export":
+            arguments = [*arguments, "--output", str(output)]
+        self.stages.append(
+            Stage(
+                name=name,
+                command=command,
+                arguments=tuple(arguments),
+                inputs=dict(inputs),
+                output=output,
+                settings=settings_identity(settings, megatron),
+                layout=self._layout(command, override),
+                megatron=megatron,
+            )
+        )
+        return output
+
+    def _layout(self, command: str, override: StageOverrides) -> Layout:
+        if command not in USES_MEGATRON:
+            return Layout()
+        given = override.layout.model_dump(include=override.layout.model_fields_set)
+        layout = self.recipe.layout.model_copy(update=given)
+        # A conversion has no data to divide.
+        return layout if command in RUNS_MODEL else layout.model_copy(update={"data_parallel": 1})
+
+    def _path(self, text: str) -> Path:
+        inside = self.recipe.prepare and Path(text).parts[:1] == ("prepare",)
+        return self.root / text if inside else Path(text)
+
+    def _verifier(self, verifier: str) -> str:
+        file = verifier_file(verifier)
+        return verifier if file is None else f"python:{self._path(str(file))}:{verifier.rpartition(':')[2]}"
+
+
+def _input_flags(inputs: Mapping[str, Path]) -> list[str]:
+    argv: list[str] = []
+    for name, path in inputs.items():
+        if name == "verifier-file":
+            continue  # the file is in --verifier already
+        policy = name.removeprefix("policy-")
+        argv += ["--policy", f"{policy}={path}"] if policy != name else [f"--{name}", str(path)]
+    return argv
+
+
+def _verifier_input(verifier: str) -> dict[str, Path]:
+    file = verifier_file(verifier)
+    return {} if file is None else {"verifier-file": file}
+
+
+def _policies(signal: str, where: str, trained: Mapping[str, Path]) -> set[str]:
+    """The policies of a signal, all of which must be trained by the recipe."""
+    from megatron_erpd.objectives.signals import parse_signal, policies_of
+
+    try:
+        names = policies_of(parse_signal(signal))
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    for name in sorted(names):
+        if name not in trained:
+            raise RecipeError(
+                f"{where}: {signal!r} needs the policy {name!r}; give the section {name} or another signal"
+            )
+    return names
+
+
+def _as[S: Settings](model: type[S], section: Settings) -> S:
+    """A recipe's section as the settings of its command, without the recipe's own keys."""
+    return model(**section.model_dump(include=set(model.model_fields)))
+
+
+def _stage_key(name: str) -> str:
+    """Stages may be written with underscores, as sections are; a control's name is kept as it is."""
+    return name if name.startswith("controls/") else name.replace("_", "-")

@@ -1,0 +1,95 @@
+"""What can be known to be wrong before anything runs. All of it is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.pipeline.processes import Slots
+from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.stages import USES_MEGATRON, Stage, verifier_file
+
+
+def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
+    """Checks paths, the model and its layouts, batch sizes, verifiers and processes.
+
+    What `prepare` will write is checked when it is there.
+
+    Raises:
+        RecipeError: a line for each problem.
+    """
+    problems = [
+        *_missing_paths(stages),
+        *_model_problems(stages),
+        *_batch_problems(stages),
+        *_verifier_problems(stages),
+        *_process_problems(stages, slots),
+    ]
+    if problems:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+        raise RecipeError(f"{recipe.name}: the run can't start:\n{lines}")
+
+
+def _missing_paths(stages: Sequence[Stage]) -> Iterator[str]:
+    outputs = [stage.output for stage in stages]
+    prepared = any(s.command == "prepare" and not (s.output / "manifest.json").is_file() for s in stages)
+    for stage in stages:
+        for name, path in stage.inputs.items():
+            made = [output for output in outputs if path.is_relative_to(output)]
+            by_prepare = any(output.name == "prepare" for output in made)
+            if path.exists() or (made and not (by_prepare and not prepared)):
+                continue
+            yield f"{stage.name}: {name} {path}: no such file or folder; check the path in the recipe"
+
+
+def _model_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    """Whether the model is of a family that can be converted, and divides over every layout."""
+    models = [stage.inputs["hf"] for stage in stages if stage.command == "import"]
+    if not models or not (models[0] / "config.json").is_file():
+        if models and models[0].is_dir():
+            yield f"model {models[0]}: has no config.json; give a Hugging Face folder"
+        return
+    from megatron_erpd.checkpoint.hf_config import model_flags
+
+    users: dict[tuple[int, int], str] = {}
+    for stage in stages:
+        if stage.command in USES_MEGATRON:
+            users.setdefault((stage.layout.tensor_parallel, stage.layout.pipeline_parallel), stage.name)
+    for (tensor, pipeline), name in users.items():
+        try:
+            model_flags(models[0], tensor_parallel=tensor, pipeline_parallel=pipeline)
+        except ErpdError as error:
+            yield f"{name}: {error}"
+
+
+def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    for stage in stages:
+        batch, layout = stage.settings.get("global_batch_size"), stage.layout
+        together = layout.micro_batch_size * layout.data_parallel
+        if batch and batch % together:
+            yield (
+                f"{stage.name}: global_batch_size {batch} is not a multiple of micro_batch_size "
+                f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them"
+            )
+
+
+def _verifier_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    from megatron_erpd.sampling.verifiers import get_verifier
+
+    for verifier in dict.fromkeys(str(s.settings["verifier"]) for s in stages if "verifier" in s.settings):
+        file = verifier_file(verifier)
+        if file is not None and not file.is_file():
+            continue  # told as a missing path, or still to be prepared
+        try:
+            get_verifier(verifier)
+        except ErpdError as error:
+            yield f"verifier {verifier}: {error}"
+
+
+def _process_problems(stages: Sequence[Stage], slots: Slots) -> Iterator[str]:
+    for stage in stages:
+        if slots.gpus and stage.num_processes > len(slots.gpus):
+            yield (
+                f"{stage.name}: its layout needs {stage.num_processes} GPUs, this machine has {len(slots.gpus)}; choose a "
+                "smaller layout"
+            )

@@ -1,0 +1,284 @@
+"""A recipe: one YAML file that says what a run does, validated whole.
+
+Its sections are the settings of the stages (`megatron_erpd.settings`) with the paths that a stage is given. Everything
+that is wrong with a recipe is told at once, each with its place, as `student.learning_rate`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.settings import (
+    DistillSettings,
+    EvaluateSettings,
+    Layout,
+    PrecomputeSettings,
+    ReplayLoss,
+    ReplaySettings,
+    SampleSettings,
+    Settings,
+    error_lines,
+)
+
+MegatronFlags = dict[str, bool | int | float | str | list[str] | None]
+"""Megatron's own flags by name, `--` left out. True is the bare flag; false and null leave the flag out."""
+
+
+class WarmUp(ReplaySettings):
+    """Training of the initial model on demonstrations; its result is the base of the first round."""
+
+    loss: ReplayLoss = Field(default="sft", description="the replay loss")
+    rollouts: str = Field(description="demonstrations, in the rollout format")
+
+
+class Sampled(SampleSettings):
+    """Rollouts sampled from the base policy and scored."""
+
+    prompts: str = Field(description="prompts, a JSON record a line")
+    verifier: str = Field(description="math-verify, reasoning-gym:TASK or python:FILE_OR_MODULE:FUNCTION")
+    num_prompts: int | None = Field(default=None, ge=1, description="prompts used; default: all")
+
+
+class Imported(Settings):
+    """Rollouts from a file of another program."""
+
+    file: str = Field(description="JSONL or Parquet file")
+    format: str = Field(default="auto", description="format of the file")
+    fields: dict[str, str] = Field(default={}, description="our field to the file's field")
+    tokenizer: str | None = Field(default=None, description="HF folder; default: the model's own")
+    on_reject: Literal["error", "skip"] = Field(default="error", description="what to do with a row that can't be used")
+
+
+class Unlearned(ReplaySettings):
+    """The unlearned policy: stage 1 with flipped signs."""
+
+    unlearn: bool = Field(default=True, description="flip the sign of the advantage (or the label)")
+
+
+class ReplayControl(ReplaySettings):
+    """A control without a teacher: stage 1's training, evaluated beside the student."""
+
+    kind: Literal["replay"]
+
+
+class DistillControl(DistillSettings):
+    """A control with other settings of stage 2."""
+
+    kind: Literal["distill"]
+
+
+class Evaluation(EvaluateSettings):
+    """Measurements of every policy of a round on held-out prompts."""
+
+    prompts: str = Field(description="held-out prompts, a JSON record a line")
+    verifier: str | None = Field(default=None, description="as in rollouts; default: that of the rollouts")
+    checkpoints: bool = Field(default=False, description="evaluate the teacher's kept checkpoints too")
+
+
+class StageOverrides(Settings):
+    """What is different for one stage."""
+
+    layout: Layout = Field(default=Layout(), description="fields of the layout that differ from the recipe's")
+    megatron: MegatronFlags = Field(default={}, description="Megatron's own flags, over the recipe's")
+
+
+def _rollouts_tag(value: Any) -> str:
+    imported = "file" in value if isinstance(value, Mapping) else isinstance(value, Imported)
+    return "imported" if imported else "sampled"
+
+
+Rollouts = Annotated[
+    Annotated[Sampled, Tag("sampled")] | Annotated[Imported, Tag("imported")], Discriminator(_rollouts_tag)
+]
+Control = Annotated[ReplayControl | DistillControl, Field(discriminator="kind")]
+
+_RESERVED = ("base", "teacher", "unlearned", "student")
+_CONTROL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+
+
+class Recipe(Settings):
+    """A run: the sections of the recipe. Paths are relative to the current directory, or start with `prepare/`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run")
+    output: str | None = Field(default=None, description="the run's folder; default: runs/NAME")
+    prepare: str | None = Field(default=None, description="command that writes inputs into the folder {output}")
+    model: str = Field(description="Hugging Face folder of the initial model")
+    rounds: int = Field(default=1, ge=1, description="rounds; each starts from the student of the one before")
+    warm_up: WarmUp | None = None
+    rollouts: Rollouts
+    teacher: ReplaySettings | None = None
+    unlearned: Unlearned | None = None
+    cache: PrecomputeSettings = PrecomputeSettings()
+    student: DistillSettings | None = None
+    controls: dict[str, Control] = {}
+    evaluation: Evaluation | None = None
+    layout: Layout = Layout()
+    stages: dict[str, StageOverrides] = {}
+    megatron: MegatronFlags = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_from_cache(cls, values: Any) -> Any:
+        """The signal of a policy gradient or a live teacher, when not given, is the cache's; delta and eta_max too."""
+        cache = values.get("cache") if isinstance(values, Mapping) else None
+        if not isinstance(cache, Mapping):
+            return values
+        controls = values.get("controls")
+        values = {**values, "student": _inherited(values.get("student"), cache)}
+        if isinstance(controls, Mapping):
+            values["controls"] = {
+                name: _inherited(c, cache) if isinstance(c, Mapping) and c.get("kind") == "distill" else c
+                for name, c in controls.items()
+            }
+        return values
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for name in self.controls:
+            if not re.fullmatch(_CONTROL_NAME, name) or name in _RESERVED:
+                raise ValueError(
+                    f"controls.{name}: a control's name is made of letters, digits, '_', '.' and '-', and is none of "
+                    f"{', '.join(_RESERVED)}; rename it"
+                )
+        if not (self.teacher or self.unlearned or self.student or self.controls):
+            raise ValueError("nothing to train; give at least one of teacher, unlearned, student, controls")
+        if self.rounds > 1 and self.student is None:
+            raise ValueError("rounds: the next round starts from the student, and there is none; give student")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output or f"runs/{self.name}")
+
+    def distillations(self) -> dict[str, DistillSettings]:
+        """The student and the distilled controls by their place in the recipe."""
+        controls = {f"controls.{n}": c for n, c in self.controls.items() if isinstance(c, DistillSettings)}
+        return {"student": self.student, **controls} if self.student else dict(controls)
+
+    def to_yaml(self) -> str:
+        """The recipe with its defaults filled in; reads back as the same recipe."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        # Only what a stage's layout gives differs from the recipe's layout; its defaults say nothing.
+        values["stages"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in self.stages.items()}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = (), layout: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads and validates a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` each, over the file's; the value is YAML (`student.epochs=4`, `unlearned=null`).
+        layout: fields of the layout, over the recipe's `layout` section.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, or names everything that is wrong in it.
+    """
+    values = _read_yaml(path)
+    for text in overrides:
+        _override(values, text)
+    if layout:
+        values["layout"] = {**(values.get("layout") or {}), **layout}
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        lines = [_explain(where, what) for where, what in error_lines(error)]
+        raise RecipeError(f"{path}: {len(lines)} problem{'s'[: len(lines) > 1]}:\n" + "\n".join(lines)) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader which refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    try:
+        values = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read ({error.strerror}); give the path of a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, as `name: mine`")
+    return values
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    place, equals, value = text.partition("=")
+    keys = place.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text}: write SECTION.KEY=VALUE, as student.epochs=4")
+    section = values
+    for depth, key in enumerate(keys[:-1], start=1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise RecipeError(f"--set {text}: {'.'.join(keys[:depth])} is a value, not a section")
+    try:
+        section[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text}: {value!r} is no YAML value; quote it") from None
+
+
+def _inherited(section: Any, cache: Mapping[str, Any]) -> Any:
+    if not isinstance(section, Mapping):
+        return section
+    live = section.get("teacher") == "live"
+    gradient = section.get("form") == "policy_gradient"
+    wanted = ("signal", "delta", "eta_max") if live and not gradient else ("signal",) if gradient else ()
+    return {**{key: cache[key] for key in wanted if key in cache}, **section}
+
+
+def _explain(where: str, what: str) -> str:
+    """A line for one error: its place as written in the recipe, and a guess at what a mistyped key was meant to be."""
+    parts = where.split(".") if where else []
+    # Pydantic names the branch of a union too; the recipe doesn't.
+    if parts[:1] == ["rollouts"] and parts[1:2] in (["sampled"], ["imported"]):
+        del parts[1]
+    if parts[:1] == ["controls"] and parts[2:3] in (["replay"], ["distill"]):
+        del parts[2]
+    if what == "Extra inputs are not permitted":
+        what = "unknown key"
+        known = _known_keys(parts[:-1])
+        close = difflib.get_close_matches(parts[-1], known, n=1)
+        what += f"; did you mean {close[0]}?" if close else f"; the keys here are {', '.join(known)}" if known else ""
+    elif what == "Field required":
+        what = "missing; this key is needed"
+    return f"  {'.'.join(parts)}: {what}" if parts else f"  {what}"
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    models: dict[str, tuple[type[Settings], ...]] = {
+        "warm_up": (WarmUp,),
+        "rollouts": (Sampled, Imported),
+        "teacher": (ReplaySettings,),
+        "unlearned": (Unlearned,),
+        "cache": (PrecomputeSettings,),
+        "student": (DistillSettings,),
+        "controls": (ReplayControl, DistillControl),
+        "evaluation": (Evaluation,),
+        "layout": (Layout,),
+        "stages": (Layout,) if section[-1:] == ["layout"] else (StageOverrides,),
+    }
+    chosen = models.get(section[0], ()) if section else (Recipe,)
+    return [key for model in chosen for key in model.model_fields]

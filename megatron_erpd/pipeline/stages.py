@@ -1,0 +1,120 @@
+"""A stage of a run: a command that a person could type, and what identifies the artifact that it writes.
+
+A stage depends on the stages in whose folders its inputs lie; nothing else orders them. How a stage is spread over
+processes (its layout) is part of its command, never of its identity.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.pipeline.recipe import MegatronFlags
+from megatron_erpd.settings import Layout, settings_to_argv
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds the package, and in a checkout `tools/` beside it."""
+
+TOOLS = {
+    "import": "import_checkpoint.py",
+    "export": "export_checkpoint.py",
+    "sample": "sample.py",
+    "import-rollouts": "import_rollouts.py",
+    "train-teacher": "train_teacher.py",
+    "precompute": "precompute.py",
+    "distill": "distill.py",
+    "evaluate": "evaluate.py",
+    "report": "report.py",
+}
+"""Command to its script in `tools/`."""
+
+RUNS_MODEL = ("train-teacher", "precompute", "distill")
+"""Commands that run data through a model in Megatron and take its own flags."""
+
+USES_MEGATRON = (*RUNS_MODEL, "import", "export")
+"""Commands that take a layout."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a run and the artifact that it writes."""
+
+    name: str
+    """`teacher`, `controls/NAME`; in later rounds `round-02/teacher`. Log and state are kept under it."""
+    command: str
+    """The command of `megatron-erpd`, and the stage that the manifest names; `prepare` is the recipe's own command."""
+    arguments: tuple[str, ...]
+    inputs: dict[str, Path]
+    output: Path
+    settings: dict[str, Any]
+    """All settings that decide the result, as the manifest keeps them."""
+    layout: Layout = field(default_factory=Layout)
+    megatron: tuple[str, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        return self.layout.num_processes
+
+    @property
+    def is_tool(self) -> bool:
+        """Whether the command writes its own manifest; for the others the runner does."""
+        return self.command not in ("prepare", "report")
+
+    def argv(self) -> list[str]:
+        """The command line to execute, with this interpreter."""
+        if self.command == "prepare":
+            words = shlex.split(self.arguments[0])
+            return [sys.executable if words[0] in ("python", "python3") else words[0], *words[1:]]
+        return [sys.executable, *self._launcher(("-m", "torch.distributed.run")), *self._program(), *self._flags()]
+
+    def shown(self) -> str:
+        """The command line as a person would type it."""
+        if self.command == "prepare":
+            return self.arguments[0]
+        launcher = self._launcher(("torchrun",)) or ["python"]
+        return shlex.join([*launcher, *self._program(), *self._flags()])
+
+    def _launcher(self, launcher: tuple[str, ...]) -> list[str]:
+        if self.num_processes == 1:
+            return []
+        # Standalone: a free port for every launch, so that stages can run side by side.
+        return [*launcher, "--standalone", "--nproc-per-node", str(self.num_processes)]
+
+    def _program(self) -> list[str]:
+        script = PACKAGE_ROOT / "tools" / TOOLS[self.command]
+        if not script.is_file():  # installed without a checkout
+            return ["-m", "megatron_erpd.cli", self.command]
+        here = Path.cwd()
+        return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+
+    def _flags(self) -> list[str]:
+        layout = settings_to_argv(self.layout) if self.command in USES_MEGATRON else []
+        return [*self.arguments, *layout, *(["--", *self.megatron] if self.megatron else [])]
+
+
+def dependencies(stage: Stage, stages: list[Stage]) -> list[str]:
+    """Names of the stages in whose artifacts the inputs of `stage` lie."""
+    paths = stage.inputs.values()
+    return [s.name for s in stages if s is not stage and any(path.is_relative_to(s.output) for path in paths)]
+
+
+def verifier_file(verifier: str) -> Path | None:
+    """The Python file of a `python:FILE.py:FUNCTION` verifier; None for the others."""
+    match = re.fullmatch(r"python:(.+\.py):\w+", verifier)
+    return Path(match[1]) if match else None
+
+
+def flags_of(megatron: MegatronFlags) -> tuple[str, ...]:
+    """Megatron flags as they stand on a command line."""
+    argv: list[str] = []
+    for name, value in megatron.items():
+        flag = "--" + name.strip("-").replace("_", "-")
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        argv += [flag, *(str(v) for v in values)]
+    return tuple(argv)

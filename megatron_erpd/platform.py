@@ -1,0 +1,221 @@
+"""Megatron on a machine without a CUDA device.
+
+Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
+pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
+gives them a CPU instead. It is called once per process before Megatron is imported, does nothing where CUDA
+works, and has two parts:
+
+1. A `TorchFunctionMode` which turns a CUDA `device=` argument (and `.cuda()`, `.to("cuda")`) into the CPU. It
+   covers every tensor factory in one place.
+2. Stand-ins for the few attributes of `torch.cuda` that Megatron calls outside of tensor functions: devices,
+   streams, events, synchronisation, random states and memory statistics.
+
+`torch.cuda.is_available()` stays False on purpose: PyTorch's own code (pinned memory in a DataLoader, the
+profiler) asks it before it reaches for the driver. `torch.cuda.device_count()` says 1, because Megatron sets up
+its process groups and seeds only when there is a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import types
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU_MEGATRON_FLAGS: dict[str, object] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "attention_backend": "unfused",
+    "no_gradient_accumulation_fusion": True,
+    "no_masked_softmax_fusion": True,
+    "no_bias_swiglu_fusion": True,
+    "no_bias_dropout_fusion": True,
+    "no_rope_fusion": True,
+    "use_cpu_initialization": True,
+}
+"""Megatron flags that a CPU needs: no fused kernel of CUDA, Apex or Transformer Engine, gloo for collectives."""
+
+_CPU = torch.device("cpu")
+_enabled = False
+
+
+def is_cpu() -> bool:
+    """Whether this process has no CUDA device and runs Megatron on its CPU stand-ins."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that models and batches live on: the current CUDA device, or the CPU."""
+    return _CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def distributed_backend() -> str:
+    """The collective library for this machine: `nccl` with CUDA, `gloo` without."""
+    return "gloo" if is_cpu() else "nccl"
+
+
+def enable_cpu() -> bool:
+    """Prepare this process for Megatron on a CPU; returns whether it is one.
+
+    Idempotent, and without effect where a CUDA device is present. Must run before the first import of
+    `megatron`, because Megatron reads `TORCHDYNAMO_DISABLE` and binds some functions at import.
+    """
+    global _enabled
+    if not is_cpu():
+        return False
+    if not _enabled:
+        _enabled = True
+        # The jit fusers would start dynamo on a CUDA device; left as they are, functions also import seconds faster.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        torch.compile = _do_not_compile  # type: ignore[assignment]
+        _replace_torch_cuda()
+        _CpuInsteadOfCuda().__enter__()
+    return True
+
+
+class _CpuInsteadOfCuda(TorchFunctionMode):
+    """Sends every tensor function's CUDA device to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "cuda":
+            return args[0]
+        if name == "to" and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if name == "type" and len(args) == 1 and not kwargs:
+            # Megatron's gradient clipping compares `grad.type()` with the names of CUDA tensor types.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: object) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    if isinstance(value, str):
+        return value == "cuda" or value.startswith("cuda:")
+    # Megatron passes the integer from torch.cuda.current_device() as a device.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _Stream:
+    """A CUDA stream's interface on a device where work is done in program order."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """A CUDA event's interface, timed with the host's clock."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self._time = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._time - self._time) * 1000.0
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+def _do_not_compile(model: Any = None, **options: Any) -> Any:
+    """`torch.compile` that leaves functions as they are, called or used as a decorator."""
+    return (lambda function: function) if model is None else model
+
+
+def _get_rng_state(device: object = "cuda") -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: object = "cuda") -> None:
+    torch.set_rng_state(state.cpu())
+
+
+def _returning(value: Any) -> Any:
+    """A new function that takes anything and gives `value`. New each time: dynamo keeps a table of these functions and
+    refuses one under two names."""
+    return lambda *args, **kwargs: value
+
+
+def _replace_torch_cuda() -> None:
+    stream = _Stream()
+    properties = types.SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=0)
+    replacements: dict[str, Any] = {
+        "device_count": _returning(1),
+        "current_device": _returning(_CPU),
+        "set_device": _returning(None),
+        "get_device_capability": _returning((0, 0)),
+        "get_device_properties": _returning(properties),
+        "get_device_name": _returning("cpu"),
+        "synchronize": _returning(None),
+        "empty_cache": _returning(None),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": _returning(stream),
+        "default_stream": _returning(stream),
+        "set_stream": _returning(None),
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": _returning(None),  # torch.manual_seed calls it after it has seeded the CPU
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "memory_stats": _returning({}),
+        "memory_allocated": _returning(0),
+        "max_memory_allocated": _returning(0),
+        "memory_reserved": _returning(0),
+        "max_memory_reserved": _returning(0),
+        "device_memory_used": _returning(0),
+        "reset_peak_memory_stats": _returning(None),
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    for name in ("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor", "ByteTensor"):
+        setattr(torch.cuda, name, getattr(torch, name))

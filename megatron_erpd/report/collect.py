@@ -1,0 +1,255 @@
+"""Reads a run's folder into figures: evaluations, training curves, what each stage took.
+
+Every piece may be missing (a run that is not finished, without an unlearned policy, without controls, without a cache):
+what is there is reported. A file that is there but unreadable is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.errors import StageError
+from megatron_erpd.manifest import MANIFEST, Manifest, read_manifest
+
+ROLES = ("base", "teacher", "unlearned", "student", "control")
+"""What a policy is in a round. A name that is none of the first four is a control's."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One evaluated policy."""
+
+    name: str
+    """`student`, or `teacher@32` for the checkpoint at iteration 32."""
+    metrics: dict[str, float]
+    """The numbers of its evaluation, with `reward_gained` and `kl_efficiency` where they are defined."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def family(self) -> str:
+        return self.name.split("@")[0]
+
+    @property
+    def role(self) -> str:
+        return self.family if self.family in ROLES else "control"
+
+    @property
+    def iteration(self) -> int | None:
+        """The iteration of a checkpoint on the way; None for a result."""
+        _, _, iteration = self.name.partition("@")
+        return int(iteration) if iteration.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The steps of one training, as its `metrics.jsonl` has them."""
+
+    name: str
+    rows: list[dict[str, float]]
+
+    def series(self, *metrics: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of the first of these metrics that was logged; `loss` stands for `stage1/loss` too."""
+        for metric in metrics:
+            for key in (metric, f"stage1/{metric}", f"stage2/{metric}"):
+                points = [(int(r["iteration"]), r[key]) for r in self.rows if math.isfinite(r.get(key, math.nan))]
+                if points:
+                    return [p[0] for p in points], [p[1] for p in points]
+        return [], []
+
+    @property
+    def stage(self) -> int:
+        """2 for a distillation, 1 for a replay (or a warm-up)."""
+        return 2 if any(key.startswith("stage2/") for row in self.rows for key in row) else 1
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished artifact."""
+
+    name: str
+    """Its folder in the run, as `round-01/teacher`."""
+    manifest: Manifest
+
+    @property
+    def seconds(self) -> float | None:
+        """What the stage took, where its manifest says."""
+        value = self.manifest.summary.get("seconds")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(int(record["size"]) for record in self.manifest.files.values())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The scalars of the manifest's summary and of its `figures` in turn, but for the time."""
+        return {k: v for k, v in self.manifest.summary.items() if k != "seconds" and isinstance(v, int | float | str)}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: from a base policy to a student."""
+
+    name: str
+    folder: Path
+    policies: list[Policy]
+    curves: list[Curve]
+    stages: list[StageRecord]
+    target: dict[str, dict[str, float]]
+    """Of the cached target: mean, min and max over the tokens of `eta` and of `target_kl` (in nats)."""
+
+    def policy(self, name: str) -> Policy | None:
+        return next((p for p in self.policies if p.name == name), None)
+
+    @property
+    def results(self) -> list[Policy]:
+        """The policies without the checkpoints on the way."""
+        return [p for p in self.policies if p.iteration is None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read."""
+
+    name: str
+    folder: Path
+    rounds: list[Round]
+    preparation: list[StageRecord]
+    """What was made before the rounds, by the recipe's own command."""
+    recipe: str
+    """The recipe's text as run; empty where there is none."""
+
+    @property
+    def stages(self) -> list[StageRecord]:
+        """All finished artifacts in the order in which they were finished."""
+        records = self.preparation + [stage for round_ in self.rounds for stage in round_.stages]
+        return sorted(records, key=lambda s: s.manifest.created)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages, as the last artifact recorded them."""
+        return self.stages[-1].manifest.versions if self.stages else {}
+
+
+def collect_run(run_dir: str | Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        StageError: no such folder, no round in it, or a file that can't be read; the message names it.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise StageError(f"{folder}: no such folder; give the folder of a run, as runs/NAME")
+    rounds = [_collect_round(path) for path in sorted(folder.glob("round-*")) if path.is_dir()]
+    if not rounds:
+        raise StageError(f"{folder}: holds no round-01; start the run with 'megatron-erpd run'")
+    preparation = [StageRecord(path.name, read_manifest(path)) for path in _finished([folder / "prepare"])]
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text() if recipe.is_file() else ""
+    return Run(folder.resolve().name, folder, rounds, preparation, text)
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), `targets` and `stages`.
+
+    Standard errors are the keys that end in `_se`; rewards are means over held-out prompts, divergences are in nats.
+    """
+    rounds = [r for r in run.rounds if r.policies]
+    policies = {
+        (policy.name if round_ is rounds[0] else f"{round_.name}/{policy.name}"): policy.metrics
+        for round_ in rounds
+        for policy in round_.policies
+    }
+    stages = {
+        stage.name: {"stage": stage.manifest.stage, "seconds": stage.seconds, "bytes": stage.size, **stage.figures}
+        for stage in run.stages
+    }
+    targets = {round_.name: round_.target for round_ in run.rounds if round_.target}
+    return {"name": run.name, "policies": policies, "targets": targets, "stages": stages, "versions": run.versions}
+
+
+def write_summary(run: Run, path: Path) -> dict[str, Any]:
+    """Writes `summarise(run)` to `path` by rename, and returns it."""
+    summary = summarise(run)
+    write_text(path, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is seen either whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _collect_round(folder: Path) -> Round:
+    policies = [_read_policy(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.name != MANIFEST]
+    base = next((p for p in policies if p.name == "base"), None)
+    policies = [_with_efficiency(policy, base) for policy in policies]
+    policies.sort(key=lambda p: (ROLES.index(p.role), p.family, math.inf if p.iteration is None else p.iteration))
+    artifacts = [*sorted(p for p in folder.iterdir() if p.is_dir()), *sorted(folder.glob("controls/*"))]
+    stages = [StageRecord(f"{folder.name}/{p.relative_to(folder)}", read_manifest(p)) for p in _finished(artifacts)]
+    curves = [Curve(p.name, _read_lines(p / "metrics.jsonl")) for p in artifacts if (p / "metrics.jsonl").is_file()]
+    return Round(folder.name, folder, policies, [c for c in curves if c.rows], stages, _target(folder / "cache"))
+
+
+def _target(cache: Path) -> dict[str, dict[str, float]]:
+    index = cache / "cache.json"
+    if not index.is_file():
+        return {}
+    try:
+        return json.loads(index.read_text()).get("statistics") or {}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise StageError(f"{index}: not a cache's index ({error}); delete the folder and precompute again") from None
+
+
+def _finished(folders: list[Path]) -> Iterator[Path]:
+    return (folder for folder in folders if (folder / MANIFEST).is_file())
+
+
+def _read_policy(path: Path) -> Policy:
+    try:
+        record = json.loads(path.read_text())
+        numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        examples = [e for e in record.get("examples") or [] if isinstance(e, dict)]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise StageError(f"{path}: not an evaluation ({error}); delete the folder and run 'evaluate' again") from None
+    return Policy(path.stem, {k: v for k, v in numbers.items() if math.isfinite(v)}, examples)
+
+
+def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
+    """Adds the reward gained over the base, and the gain per nat of KL(policy || base) per sequence."""
+    if base is None or policy is base or not {"accuracy_sampled"} <= base.metrics.keys() & policy.metrics.keys():
+        return policy
+    gained = policy.metrics["accuracy_sampled"] - base.metrics["accuracy_sampled"]
+    derived = {"reward_gained": gained}
+    nats = policy.metrics.get("kl_per_sequence", 0.0)
+    # A KL that the estimate can't tell from 0 gives no ratio worth printing.
+    if nats > 2 * policy.metrics.get("kl_per_sequence_se", 0.0) and nats > 1e-3:
+        derived["kl_efficiency"] = gained / nats
+    return Policy(policy.name, policy.metrics | derived, policy.examples)
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    """The steps of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    lines = path.read_text().splitlines()
+    rows: list[dict[str, float]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append(
+                {k: float(v) for k, v in row.items() if isinstance(v, int | float)} | {"iteration": row["iteration"]}
+            )
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise StageError(f"{path}: line {number} is not a step ({error}); run the stage again") from None
+    return rows

@@ -1,0 +1,152 @@
+"""A policy as a Hugging Face folder holds it: model, tokenizer and the tokens that end a response."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_erpd.errors import CheckpointError
+
+# The files that decide which ids a text becomes, the first kind found being the one that transformers loads.
+_VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+
+_WHOLE_BYTES = 64 * 2**20
+_BLOCK_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded causal language model, in evaluation mode on one device.
+
+    Attributes:
+        model: a transformers causal LM (`...ForCausalLM`).
+        tokenizer: its tokenizer.
+        stop_token_ids: ids that end a response, from the generation config, the model's config and the tokenizer.
+        pad_token_id: fills rows of a batch; never read by the model.
+        path: the folder.
+    """
+
+    model: Any
+    tokenizer: Any
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    path: Path
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model was made for, where its config says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+def load_policy(
+    hf_path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Policy:
+    """Loads a Hugging Face folder.
+
+    Args:
+        hf_path: a local folder with `config.json`, safetensors weights and a tokenizer.
+        device: default: CUDA where there is one, else the CPU.
+        dtype: of the weights; default: that of the checkpoint on CUDA, float32 on a CPU.
+
+    Raises:
+        CheckpointError: the folder, its weights or its tokenizer are missing or can't be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else "auto")
+    folder = _checked_folder(hf_path)
+    tokenizer = load_tokenizer(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: can't be loaded as a causal language model: {error}") from error
+    model.to(place).eval()
+    stop = _stop_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
+    return Policy(model, tokenizer, stop, pad, folder)
+
+
+def load_tokenizer(hf_path: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder; `CheckpointError` if there is none."""
+    from transformers import AutoTokenizer
+
+    folder = _checked_folder(hf_path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: holds no tokenizer that can be loaded: {error}") from error
+
+
+def tokenizer_digest(hf_path: str | Path) -> str:
+    """SHA-256 of the files that decide which ids a text becomes; equal for every policy made from one base.
+
+    The files of one kind are taken: `tokenizer.json`, or `tokenizer.model`, or `vocab.json` with `merges.txt`.
+
+    Raises:
+        CheckpointError: the folder has none of them.
+    """
+    folder = _checked_folder(hf_path)
+    for names in _VOCABULARY_FILES:
+        if (folder / names[0]).is_file():
+            digest = hashlib.sha256()
+            for name in names:
+                if (folder / name).is_file():
+                    digest.update((folder / name).read_bytes())
+            return digest.hexdigest()
+    expected = ", ".join(names[0] for names in _VOCABULARY_FILES)
+    raise CheckpointError(f"{folder}: holds no tokenizer (looked for {expected}); copy the base model's files there")
+
+
+def policy_fingerprint(hf_path: str | Path) -> str:
+    """A digest that tells two policies apart without reading all of their weights.
+
+    It covers the names and sizes of the folder's JSON and safetensors files, the whole of small files, and the head of
+    large ones together with 64 evenly spaced blocks: weights that were trained further differ in every block.
+    It doesn't depend on where the folder lies or when it was written.
+    """
+    folder = _checked_folder(hf_path)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors") or path.name == "manifest.json":
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            for block in range(64):
+                file.seek(block * (size - _BLOCK_BYTES) // 63)
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _checked_folder(hf_path: str | Path) -> Path:
+    folder = Path(hf_path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: isn't a Hugging Face model folder (no config.json); give a local folder")
+    return folder
+
+
+def _stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Chat models name several (end of turn, end of text) and spread them over three places."""
+    ids: list[int] = []
+    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is not None and token not in ids:
+                ids.append(int(token))
+    if not ids:
+        raise CheckpointError(
+            f"{model.config.name_or_path}: no eos_token_id in generation_config.json, config.json or the tokenizer; "
+            "responses would never end: add one to generation_config.json"
+        )
+    return tuple(ids)

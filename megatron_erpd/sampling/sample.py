@@ -1,0 +1,263 @@
+"""The sampling stage: a policy and prompts become scored rollouts on disk, resumable part by part."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
+from megatron_erpd.data.schema import sample_id
+from megatron_erpd.errors import RolloutError, StageError
+from megatron_erpd.objectives.advantages import zero_variance_groups
+from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint, tokenizer_digest
+from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
+from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
+from megatron_erpd.sampling.verifiers import Verifier, get_verifier
+from megatron_erpd.settings import SampleSettings
+
+REPORT = "report.json"
+PROMPTS_PER_PART = 128
+"""Prompts in one part file: what an interruption loses at most, and what is decoded before the next file begins."""
+
+
+def sample_rollouts(
+    hf_path: str | Path,
+    prompts: Sequence[PromptRecord],
+    output_dir: str | Path,
+    settings: SampleSettings,
+    *,
+    verifier: str | None = None,
+    engine: SamplingEngine | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Draws `settings.num_rollouts` responses to every prompt, scores them and writes them.
+
+    Writes `rollouts-00000-of-000NN.parquet` and so on, each when its prompts are done, and `report.json` at the end. Called again
+    after an interruption, it goes on with the first part that is missing; the result is the one of an
+    uninterrupted run. A prompt's place in `prompts` is its group id.
+
+    Args:
+        hf_path: the policy's Hugging Face folder.
+        prompts: N records, from `load_prompts`.
+        output_dir: made if need be.
+        settings: how to sample.
+        verifier: as in `get_verifier`; None leaves every reward null (unverified).
+        engine: drawn from instead of the one that `settings.engine` names.
+        device, dtype: as in `load_policy`, for the transformers engine.
+        progress: told the number of finished responses, those of earlier runs included.
+
+    Returns:
+        The report: counts, rewards, lengths (see `describe_rollouts`), errors of the verifier and the seconds taken.
+
+    Raises:
+        RolloutError: the folder holds parts that were made with other settings, prompts, policy or verifier.
+        StageError: the verifier failed on every response of this run.
+    """
+    started = time.monotonic()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(hf_path)
+    judge = get_verifier(verifier) if verifier is not None else None
+    plan = _Plan(
+        records=prompts,
+        token_ids=encode_prompts(tokenizer, prompts, settings.chat_template),
+        folder=folder,
+        file_metadata={
+            "tokenizer_digest": tokenizer_digest(hf_path),
+            "policy": policy_fingerprint(hf_path),
+            "prompts": prompts_digest(prompts),
+            "sampling": settings.model_dump(exclude={"batch_size"}),
+            "verifier": verifier,
+        },
+    )
+    missing = [part for part in range(plan.num_parts) if not plan.is_done(part)]
+    num_scored = 0
+    if missing:
+        engine = engine or make_engine(hf_path, settings, device, dtype)
+    for part in missing:
+        assert engine is not None
+        samples = _sample_part(engine, plan, part, settings, progress)
+        num_scored += plan.write(part, list(_rows(plan, part, samples, tokenizer, judge)))
+    if judge is not None and num_scored and judge.num_errors == num_scored:
+        raise StageError(
+            f"verifier {judge.spec} failed on all {num_scored} responses, first with: {judge.first_error}; correct "
+            f"it and remove {folder} before sampling again"
+        )
+    report = describe_rollouts(read_rollouts(folder))
+    report["verifier"] = {
+        "spec": verifier,
+        "errors": judge.num_errors if judge else 0,
+        "first_error": judge.first_error if judge else None,
+    }
+    report["seconds"] = round(time.monotonic() - started, 3)
+    report["parts_resumed"] = plan.num_parts - len(missing)
+    _write_json(folder / REPORT, report)
+    return report
+
+
+def make_engine(
+    hf_path: str | Path, settings: SampleSettings, device: str | None = None, dtype: str | None = None
+) -> SamplingEngine:
+    """The engine that the settings name, with the policy loaded."""
+    if settings.engine == "vllm":
+        from megatron_erpd.sampling.vllm import VllmEngine
+
+        return VllmEngine(hf_path, dtype=dtype or "auto")
+    from megatron_erpd.sampling.engine import TransformersEngine
+
+    return TransformersEngine(hf_path, device, dtype)
+
+
+def describe_rollouts(rollouts: Rollouts) -> dict[str, Any]:
+    """What a set of rollouts holds, as plain numbers.
+
+    Returns:
+        `num_rollouts`, `num_groups`, `accepted` (scored), `unverified`, `zero_variance_groups` (no signal for
+        group-relative advantages), `reward` (mean, std, min, max; None without any), `response_length` (mean, max and
+        percentiles, in tokens), `truncated` (fraction that met `max_new_tokens`), `num_response_tokens`,
+        `mean_log_prob` (of the drawn tokens; None where not recorded).
+    """
+    scored = rollouts.rewards[~np.isnan(rollouts.rewards)]
+    constant = zero_variance_groups(rollouts.rewards, rollouts.group_ids)
+    lengths = rollouts.response_lengths
+    truncated = sum(rollouts.finish_reason(i) == "length" for i in range(len(rollouts)))
+    rows = [rollouts.behavior_log_probs(i) for i in range(len(rollouts))]
+    recorded = [row for row in rows if row is not None]
+    percentiles = np.percentile(lengths, [50, 90, 99])
+    return {
+        "num_rollouts": len(rollouts),
+        "num_groups": len(np.unique(rollouts.group_ids)),
+        "accepted": len(scored),
+        "unverified": len(rollouts) - len(scored),
+        "zero_variance_groups": len(np.unique(rollouts.group_ids[constant])),
+        "reward": {
+            "mean": float(scored.mean(dtype=np.float64)),
+            "std": float(scored.std(dtype=np.float64)),
+            "min": float(scored.min()),
+            "max": float(scored.max()),
+        }
+        if len(scored)
+        else None,
+        "response_length": {
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
+            **{f"p{rank}": float(value) for rank, value in zip((50, 90, 99), percentiles, strict=True)},
+        },
+        "truncated": truncated / len(rollouts),
+        "num_response_tokens": int(lengths.sum()),
+        "mean_log_prob": float(np.concatenate(recorded).mean(dtype=np.float64)) if recorded else None,
+    }
+
+
+@dataclass
+class _Plan:
+    """Which prompts go into which part file, and what every part says of itself."""
+
+    records: Sequence[PromptRecord]
+    token_ids: list[list[int]]
+    folder: Path
+    file_metadata: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise RolloutError("there are no prompts to sample from")
+        self.num_parts = math.ceil(len(self.records) / PROMPTS_PER_PART)
+        # The same prompt may stand in the set more than once; its copies' samples need names of their own.
+        seen: Counter[tuple[int, ...]] = Counter()
+        self.copies = []
+        for ids in self.token_ids:
+            self.copies.append(seen[tuple(ids)])
+            seen[tuple(ids)] += 1
+
+    def prompts_of(self, part: int) -> range:
+        return range(part * PROMPTS_PER_PART, min((part + 1) * PROMPTS_PER_PART, len(self.records)))
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"rollouts-{part:05d}-of-{self.num_parts:05d}.parquet"
+
+    def is_done(self, part: int) -> bool:
+        """Whether the part is there; `RolloutError` if it, or another file, was made from something else."""
+        if part == 0:
+            expected = {self.path(p).name for p in range(self.num_parts)}
+            foreign = sorted(p.name for p in self.folder.glob("*.parquet") if p.name not in expected)
+            if foreign:
+                raise RolloutError(f"{self.folder / foreign[0]}: is of another run; sample into an empty folder")
+        if not self.path(part).exists():
+            return False
+        found = read_rollouts(self.path(part)).file_metadata
+        for name, value in self.file_metadata.items():
+            # As JSON, for tuples come back as lists.
+            if json.dumps(found.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
+                raise RolloutError(
+                    f"{self.path(part)}: was made with another {name!r} ({found.get(name)}, now {value}); sample into an "
+                    "empty folder, or remove this one"
+                )
+        return True
+
+    def write(self, part: int, rows: list[dict[str, Any]]) -> int:
+        return write_rollouts(self.path(part), rows, self.file_metadata)
+
+
+def _sample_part(
+    engine: SamplingEngine, plan: _Plan, part: int, settings: SampleSettings, progress: Progress | None
+) -> list[list[Sample]]:
+    places = plan.prompts_of(part)
+    before, total = places.start * settings.num_rollouts, len(plan.records) * settings.num_rollouts
+
+    def report(finished: int, of: int) -> None:
+        if progress is not None:
+            progress(before + finished, total)
+
+    return engine.sample(
+        [plan.token_ids[i] for i in places],
+        num_samples=settings.num_rollouts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        prompt_indices=places,
+        progress=report,
+    )
+
+
+def _rows(
+    plan: _Plan, part: int, samples: list[list[Sample]], tokenizer: Any, judge: Verifier | None
+) -> Iterator[dict[str, Any]]:
+    for index, group in zip(plan.prompts_of(part), samples, strict=True):
+        record, ids = plan.records[index], plan.token_ids[index]
+        texts = tokenizer.batch_decode([s.response_token_ids for s in group], skip_special_tokens=True)
+        repetitions: Counter[bytes] = Counter()
+        for sample, text in zip(group, texts, strict=True):
+            tokens = sample.response_token_ids
+            k = plan.copies[index] * len(group) + repetitions[tokens.tobytes()]
+            repetitions[tokens.tobytes()] += 1
+            yield {
+                "sample_id": sample_id(ids, tokens, k),
+                "group_id": index,
+                "prompt_token_ids": ids,
+                "response_token_ids": tokens,
+                "behavior_log_probs": sample.log_probs,
+                "reward": judge(record, text) if judge is not None else None,
+                "finish_reason": sample.finish_reason,
+                "prompt": prompt_text(record),
+                "response": text,
+                "metadata": {"answer": record["answer"], **record["metadata"]},
+            }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,351 @@
+"""What each stage can be told: one validated model per stage, the single source of recipe keys and flags.
+
+A recipe's sections are these models; the tools' command lines are generated from them (`add_settings_arguments`,
+`settings_from_namespace`, `settings_to_argv`), so a key, its default, its check and its help text have one home.
+`Layout` says how a stage runs and never changes its result; everything else is part of an artifact's identity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_erpd.errors import RecipeError
+
+
+class Settings(BaseModel):
+    """Base of all settings: an unknown key is an error, a value can't be changed after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layout(Settings):
+    """How a stage is spread over processes. It changes speed and memory, never the result."""
+
+    tensor_parallel: int = Field(default=1, ge=1, description="shards of every layer (TP)")
+    pipeline_parallel: int = Field(default=1, ge=1, description="stages of layers (PP)")
+    context_parallel: int = Field(default=1, ge=1, description="shards of the sequence (CP); needs Transformer Engine")
+    data_parallel: int = Field(default=1, ge=1, description="copies of the model (DP)")
+    sequence_parallel: bool = Field(default=False, description="shard activations between layers over TP")
+    micro_batch_size: int = Field(default=32, ge=1, description="rollouts in one forward pass of one rank")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of weights and activations")
+
+    @property
+    def num_processes(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+
+class OptimizerSettings(Settings):
+    """Batches, learning rate and Adam, for every stage that trains."""
+
+    epochs: float = Field(default=8, gt=0, description="passes over the rollouts")
+    global_batch_size: int = Field(default=256, ge=1, description="rollouts in one optimizer step")
+    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    min_learning_rate: float | None = Field(
+        default=None, ge=0, description="final rate of the cosine; default: constant rate"
+    )
+    warmup_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of the steps with a rising learning rate"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    adam_beta1: float = Field(default=0.9, gt=0, lt=1, description="Adam's first decay")
+    adam_beta2: float = Field(default=0.95, gt=0, lt=1, description="Adam's second decay")
+    clip_gradient: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    seed: int = Field(default=1, ge=1, description="decides the order of the data")
+    checkpoints: int = Field(
+        default=1, ge=1, description="checkpoints kept over the run, at equal distances; the last is the result"
+    )
+
+    @model_validator(mode="after")
+    def _learning_rate_falls(self) -> Self:
+        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}; the rate "
+                "falls from the one to the other"
+            )
+        return self
+
+
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"]
+ReplayLoss = Literal["ppo", "gspo", "cispo", "sapo", "ce", "mse", "sft"]
+
+
+class ReplaySettings(OptimizerSettings):
+    """Stage 1: off-policy replay on a fixed set of scored rollouts."""
+
+    loss: ReplayLoss = Field(default="ce", description="the replay loss")
+    unlearn: bool = Field(
+        default=False, description="flip the sign of the advantage (or the label): the unlearned policy"
+    )
+    advantage: Literal["group_norm", "group_mean", "leave_one_out", "raw"] = Field(
+        default="group_norm", description="how rewards become advantages"
+    )
+    aggregation: Aggregation | None = Field(
+        default=None, description="how token losses are averaged; default: token_mean (gspo: seq_mean_token_mean)"
+    )
+    clip_low: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="ppo, gspo: lower clip distance from 1; 0.9 is loose; default 0.2 (gspo 3e-4)",
+    )
+    clip_high: float | None = Field(
+        default=None,
+        gt=0,
+        description="ppo, gspo, cispo: upper clip distance from 1; 9 is loose; default 0.2 (gspo 4e-4)",
+    )
+    dual_clip: float | None = Field(default=None, gt=1, description="ppo: bound on the ratio for negative advantages")
+    tau_positive: float = Field(default=1.0, gt=0, description="sapo: temperature for positive advantages")
+    tau_negative: float = Field(default=1.05, gt=0, description="sapo: temperature for negative advantages")
+    beta: float = Field(default=1.0, gt=0, description="ce, mse: scale of the implicit reward")
+    sequence_log_ratio: Literal["sum", "mean"] = Field(default="sum", description="ce, mse: aggregate of the log-ratio")
+    sft_threshold: float = Field(default=0.5, description="sft: train on rollouts with a reward above this")
+    kl_coefficient: float = Field(default=0.0, ge=0, description="weight of the KL estimate to the base policy")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL")
+    importance_correction: Literal["none", "token", "sequence"] = Field(
+        default="none", description="truncated weights for rollouts sampled by another engine"
+    )
+    importance_cap: float = Field(default=2.0, gt=0, description="truncation of those weights")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        loss, choice = self.loss, f"loss: {self.loss}"
+        _refuse_unread(self, choice, ("clip_low",), loss in ("ppo", "gspo"))
+        _refuse_unread(self, choice, ("clip_high",), loss in ("ppo", "gspo", "cispo"))
+        _refuse_unread(self, choice, ("dual_clip",), loss == "ppo")
+        _refuse_unread(self, choice, ("tau_positive", "tau_negative"), loss == "sapo")
+        _refuse_unread(self, choice, ("beta", "sequence_log_ratio"), loss in ("ce", "mse"))
+        _refuse_unread(self, choice, ("sft_threshold",), loss == "sft")
+        _refuse_unread(self, "kl_coefficient: 0", ("kl_estimator",), self.kl_coefficient > 0)
+        _refuse_unread(self, "importance_correction: none", ("importance_cap",), self.importance_correction != "none")
+        return self
+
+
+class SampleSettings(Settings):
+    """Sampling rollouts from a policy and scoring them."""
+
+    num_rollouts: int = Field(default=16, ge=1, description="rollouts per prompt (G)")
+    temperature: float = Field(default=1.0, gt=0, description="sampling temperature")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest response, in tokens")
+    batch_size: int = Field(default=512, ge=1, description="sequences decoded at once")
+    seed: int = Field(default=1, ge=0, description="seed of the sampler")
+    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
+    engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what generates")
+
+
+class PrecomputeSettings(Settings):
+    """The teacher cache: which policies' rows, and for `topk` which target distribution."""
+
+    kind: Literal["token", "topk"] = Field(
+        default="topk", description="token: log-probs of the response tokens; topk: the target q"
+    )
+    signal: str = Field(
+        default="strong", description="strong, unlearned, contrast, or e.g. '0.7*teacher/base + 0.3*base/unlearned'"
+    )
+    projection: Literal["per_token", "global"] = Field(
+        default="per_token", description="one eta per token, or one for all"
+    )
+    delta: float = Field(default=0.5, gt=0, description="KL budget per response token, in nats")
+    eta_max: float = Field(default=1.0, gt=0, description="largest step along the signal")
+    k: int = Field(default=64, ge=1, description="topk: entries kept per token; the rest is one exact tail mass")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        _refuse_unread(self, "kind: token", ("projection", "delta", "eta_max", "k"), self.kind == "topk")
+        return self
+
+
+_POLICY_GRADIENT_FIELDS = (
+    *("loss", "clip_low", "clip_high", "tau_positive", "tau_negative"),
+    *("signal_weight", "signal_scale", "signal_clip", "advantage_weight", "sign_agreement"),
+    *("kl_budget", "kl_coefficient", "kl_control_rate"),
+)
+
+
+class DistillSettings(OptimizerSettings):
+    """Stage 2: from the base policy to the student, under a trust region."""
+
+    epochs: float = Field(default=8, gt=0, description="passes over the rollouts")
+    form: Literal["projection", "policy_gradient"] = Field(
+        default="projection", description="(B) divergence to q, or (A) token advantages"
+    )
+    teacher: Literal["cache", "live"] = Field(
+        default="cache", description="read the cache, or run the teachers beside the student"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = Field(
+        default="reverse_kl", description="projection: what is minimised"
+    )
+    gather_teacher: bool = Field(
+        default=False, description="projection, live: gather the target over the tensor-parallel shards"
+    )
+    signal: str = Field(default="strong", description="as in precompute; used by policy_gradient and by a live teacher")
+    delta: float = Field(default=0.5, gt=0, description="projection, live: KL budget per token")
+    eta_max: float = Field(default=1.0, gt=0, description="projection, live: largest step along the signal")
+    loss: Literal["ppo", "sapo"] = Field(default="ppo", description="policy_gradient: the surrogate")
+    clip_low: float = Field(default=0.9, gt=0, le=1, description="policy_gradient, ppo: lower clip distance from 1")
+    clip_high: float = Field(default=9.0, gt=0, description="policy_gradient, ppo: upper clip distance from 1")
+    tau_positive: float = Field(
+        default=1.0, gt=0, description="policy_gradient, sapo: temperature for positive advantages"
+    )
+    tau_negative: float = Field(
+        default=1.05, gt=0, description="policy_gradient, sapo: temperature for negative advantages"
+    )
+    signal_weight: float = Field(
+        default=1.0, ge=0, description="policy_gradient: weight of the token signal; 0 needs no teacher"
+    )
+    signal_scale: float = Field(default=1.0, gt=0, description="policy_gradient: the signal is divided by this")
+    signal_clip: float = Field(default=5.0, gt=0, description="policy_gradient: and clipped to +- this")
+    advantage_weight: float = Field(
+        default=0.0, ge=0, description="policy_gradient: alpha, weight of the rollout's advantage"
+    )
+    sign_agreement: bool = Field(
+        default=False, description="policy_gradient: keep the signal only where it agrees with the advantage"
+    )
+    kl_budget: float = Field(
+        default=0.05, gt=0, description="policy_gradient: KL(policy || base) per token that the controller holds"
+    )
+    kl_coefficient: float = Field(default=0.1, gt=0, description="policy_gradient: the controller's first coefficient")
+    kl_control_rate: float = Field(default=0.1, gt=0, description="policy_gradient: the controller's speed")
+    advantage: Literal["group_norm", "group_mean", "leave_one_out", "raw"] = Field(
+        default="group_norm", description="how rewards become advantages"
+    )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        gradient, live = self.form == "policy_gradient", self.reads_live_teacher
+        form = f"form: {self.form}"
+        source = form if gradient else f"{form} and teacher: {self.teacher} (the cache's own settings count)"
+        _refuse_unread(self, form, ("divergence",), not gradient)
+        _refuse_unread(self, source, ("gather_teacher", "delta", "eta_max"), live)
+        _refuse_unread(self, source, ("signal",), gradient or live)
+        _refuse_unread(self, form, _POLICY_GRADIENT_FIELDS, gradient)
+        if gradient:
+            surrogate = f"loss: {self.loss}"
+            _refuse_unread(self, surrogate, ("clip_low", "clip_high"), self.loss == "ppo")
+            _refuse_unread(self, surrogate, ("tau_positive", "tau_negative"), self.loss == "sapo")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_signal(self) -> Self:
+        if self.form != "policy_gradient":
+            return self
+        if self.signal_weight == 0 and self.advantage_weight == 0:
+            raise ValueError("signal_weight and advantage_weight are both 0: nothing to learn from; set one of them")
+        if self.signal_weight == 0 and self.sign_agreement:
+            raise ValueError("sign_agreement compares the signal with the advantage, and signal_weight is 0; unset one")
+        if self.teacher == "live":
+            raise ValueError(
+                "teacher: live is for the projection; the policy gradient reads the teacher's log-probs of fixed "
+                "tokens, which never change: precompute them and use teacher: cache"
+            )
+        return self
+
+    @property
+    def reads_live_teacher(self) -> bool:
+        """Whether the teachers run beside the student."""
+        return self.form == "projection" and self.teacher == "live"
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether a teacher cache is read."""
+        return self.needs_teacher and self.teacher == "cache"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """False only for the sequence-advantage control."""
+        return self.form == "projection" or self.signal_weight > 0
+
+
+class EvaluateSettings(Settings):
+    """What is measured on held-out prompts."""
+
+    num_prompts: int = Field(default=256, ge=1, description="held-out prompts used")
+    num_samples: int = Field(default=4, ge=1, description="samples per prompt at temperature 1")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest response, in tokens")
+    num_rollouts: int = Field(default=512, ge=1, description="rows of the fixed data on which the exact KL is computed")
+    batch_size: int = Field(default=512, ge=1, description="sequences at once")
+    seed: int = Field(default=7, ge=0, description="seed of the sampler")
+    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
+
+
+def _refuse_unread(settings: Settings, choice: str, names: tuple[str, ...], read: bool) -> None:
+    """Refuses a changed value that nothing would read: most often it was meant for another choice."""
+    for name in names:
+        value = getattr(settings, name)
+        if not read and value != type(settings).model_fields[name].default:
+            raise ValueError(f"{name} {value} has no effect with {choice}; remove it or change the choice")
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings], title: str) -> None:
+    """Adds one flag per field of `model` to `parser`, with the field's default, choices and description."""
+    group = parser.add_argument_group(title, model.__doc__)
+    for name, field in model.model_fields.items():
+        kind = _plain_type(field.annotation)
+        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif get_origin(kind) is Literal:
+            group.add_argument(flag, choices=get_args(kind), default=None, help=text)
+        else:
+            group.add_argument(flag, type=kind, default=None, metavar=name.upper(), help=text)
+
+
+def settings_from_namespace[S: Settings](namespace: argparse.Namespace, model: type[S]) -> S:
+    """The settings that flags gave; a flag that was not given takes the field's default.
+
+    Raises:
+        RecipeError: a value is out of range; the message names the flag.
+    """
+    given = {n: getattr(namespace, n) for n in model.model_fields if getattr(namespace, n, None) is not None}
+    try:
+        return model(**given)
+    except ValidationError as error:
+        lines = [f"--{where.replace('_', '-')}: {what}" if where else what for where, what in error_lines(error)]
+        raise RecipeError("\n  ".join(lines)) from None
+
+
+def parse_settings[S: Settings](model: type[S], values: dict[str, Any]) -> S:
+    """Validates `values`; all that is wrong is told at once, each with its place.
+
+    Raises:
+        RecipeError: with a line for each unknown key and bad value.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = [f"\n  {where}: {what}" if where else f"\n  {what}" for where, what in error_lines(error)]
+        raise RecipeError(f"invalid {model.__name__}:{''.join(lines)}") from None
+
+
+def error_lines(error: ValidationError) -> list[tuple[str, str]]:
+    """The place (`student.epochs`) and the reason of everything that a validation found wrong."""
+    return [(".".join(str(part) for part in e["loc"]), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+
+
+def settings_to_argv(settings: Settings) -> list[str]:
+    """The flags that give these settings back; fields at their defaults are left out."""
+    argv: list[str] = []
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if value == field.default:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        elif str(value).startswith("-"):
+            argv.append(f"--{flag}={value}")  # argparse would take a lone -1e-05 for a flag
+        else:
+            argv += [f"--{flag}", str(value)]
+    return argv
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`float | None` to `float`: None is 'not given' on a command line."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation

@@ -1,0 +1,1 @@
+"""The only package that imports `megatron.training`: models, batches, forward steps and the stages that run them."""

@@ -1,0 +1,146 @@
+"""From a Hugging Face folder, a layout and a stage's own flags to Megatron's parsed and validated arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_erpd import platform
+from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags
+from megatron_erpd.errors import LayoutError, RecipeError
+from megatron_erpd.settings import Layout, add_settings_arguments, settings_from_namespace
+
+
+def split_pass_through(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A stage's own flags, and the Megatron flags that the user gave after `--`."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings_arguments(parser, Layout, "layout")
+
+
+def layout_from_namespace(namespace: argparse.Namespace) -> Layout:
+    """The layout that the flags gave; under a launcher, data parallelism is what the processes leave over.
+
+    Raises:
+        LayoutError: the number of processes is not the product of the layout's sizes.
+    """
+    layout = settings_from_namespace(namespace, Layout)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if namespace.data_parallel is None:
+        model_size = layout.num_processes
+        layout = layout.model_copy(update={"data_parallel": max(1, world_size // model_size)})
+    if layout.num_processes != world_size:
+        raise LayoutError(
+            f"TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP {layout.context_parallel} x DP "
+            f"{layout.data_parallel} needs {layout.num_processes} processes, {world_size} were started; start with "
+            f"`torchrun --nproc-per-node {layout.num_processes}` or change the layout's flags"
+        )
+    return layout
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def single_process_store() -> torch.distributed.Store | None:
+    """The rendezvous of a process that no launcher started: in memory, so that no port is needed."""
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        return None
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    return torch.distributed.HashStore()
+
+
+def parse_megatron_arguments(
+    hf_folder: Path, layout: Layout, run_flags: Mapping[str, object], pass_through: list[str], max_length: int
+) -> argparse.Namespace:
+    """Megatron's arguments, validated and set globally.
+
+    Args:
+        hf_folder: folder with the model's `config.json`; all architecture flags are derived from it.
+        layout: parallel sizes, micro-batch size and precision.
+        run_flags: what the stage itself decides, as Megatron's argument names.
+        pass_through: the user's own Megatron flags; they win over the platform's defaults.
+        max_length: longest sequence in the data, in tokens.
+
+    Raises:
+        RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
+        CheckpointError, LayoutError: from `model_flags`.
+    """
+    platform.enable_cpu()
+    # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training.arguments import parse_and_validate_args
+
+    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
+    dataset_utils.compile_helpers = lambda: None
+
+    fixed = {
+        **model_flags(
+            hf_folder,
+            layout.tensor_parallel,
+            layout.pipeline_parallel,
+            max_length=max_length,
+            # Matrix units want a multiple of 128 columns; on a CPU padding only costs time.
+            make_vocab_size_divisible_by=1 if platform.is_cpu() else 128,
+        ),
+        **_layout_flags(layout, max_length),
+        **run_flags,
+    }
+    _refuse_contradictions(fixed, pass_through)
+    argv = [*flags_to_argv(_platform_flags()), *flags_to_argv(fixed), *pass_through]
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
+    finally:
+        sys.argv = saved
+    # Micro-batches are padded to their own longest rollout; pipeline stages tell each other the shape.
+    args.variable_seq_lengths = True
+    return args
+
+
+def _platform_flags() -> dict[str, object]:
+    if platform.is_cpu():
+        return dict(platform.CPU_MEGATRON_FLAGS)
+    flags: dict[str, object] = {"distributed_backend": "nccl"}
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        local = {k: v for k, v in platform.CPU_MEGATRON_FLAGS.items() if k != "use_cpu_initialization"}
+        return {**local, **flags}
+    return {**flags, "transformer_impl": "transformer_engine"}
+
+
+def _layout_flags(layout: Layout, max_length: int) -> dict[str, object]:
+    unit = layout.tensor_parallel * layout.context_parallel * 2
+    length = -(-max_length // unit) * unit
+    return {
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "context_parallel_size": layout.context_parallel,
+        "sequence_parallel": layout.sequence_parallel and layout.tensor_parallel > 1,
+        "micro_batch_size": layout.micro_batch_size,
+        "bf16": layout.precision == "bf16",
+        "seq_length": length,
+    }
+
+
+def _refuse_contradictions(fixed: Mapping[str, object], pass_through: list[str]) -> None:
+    ours = {"--" + name.replace("_", "-"): value for name, value in fixed.items()}
+    for item in pass_through:
+        flag = item.split("=", 1)[0]
+        if flag in ours:
+            raise RecipeError(
+                f"{flag}: this flag follows from the checkpoint, the layout or the stage's settings (it is {ours[flag]}) "
+                "and can't be given again; change it there"
+            )

@@ -1,0 +1,73 @@
+"""Rows of a teacher cache for the rollouts being trained on, checked before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.errors import CacheError, RecipeError
+from megatron_erpd.manifest import input_digest, read_manifest
+from megatron_erpd.teacher_cache.reader import CacheReader
+from megatron_erpd.training.batch import TokenRow
+
+
+def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path]) -> CacheReader:
+    """A finished cache that has a matching row for every rollout and was made from these policies.
+
+    Raises:
+        StageError, CacheError: the cache is unfinished, lacks a rollout, holds other tokens for one, or was made
+            from another policy than the one given.
+    """
+    read_manifest(folder)
+    cache = CacheReader(folder)
+    cache.require_policies({name: input_digest(path) for name, path in policies.items()})
+    cache.check(rollouts)
+    return cache
+
+
+def token_row(cache: CacheReader, policy: str, rollouts: Rollouts) -> TokenRow:
+    """Log-probs of a rollout's response tokens under one of the cache's policies, `[R]`."""
+    if policy not in cache.policies:
+        raise CacheError(
+            f"{cache.folder}: holds no log-probs of {policy!r}, only of {', '.join(cache.policies)}; "
+            "precompute again with a signal that names it"
+        )
+    ids = rollouts.sample_ids
+    return lambda i: cache.token_row(policy, ids[i])
+
+
+def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
+    """The parts of the cached target q: indices and log-probs `[R, K]`, log tail mass `[R]`."""
+    if cache.meta.kind != "topk":
+        raise CacheError(f"{cache.folder}: is of kind {cache.meta.kind!r}; precompute with --kind topk for the projection")
+    ids = rollouts.sample_ids
+    return {
+        "topk_indices": lambda i: cache.topk_row(ids[i])[0],
+        "topk_log_probs": lambda i: cache.topk_row(ids[i])[1],
+        "tail_log_prob": lambda i: cache.topk_row(ids[i])[2],
+    }
+
+
+def parse_policies(items: Iterable[str]) -> dict[str, Path]:
+    """`NAME=DIR` flags as a mapping.
+
+    Raises:
+        RecipeError: not of that form, a repeated name, or the name `base`, which --base gives.
+    """
+    policies: dict[str, Path] = {}
+    for item in items:
+        name, found, folder = item.partition("=")
+        if not found or not name or not folder:
+            raise RecipeError(f"--policy {item}: write NAME=DIR, for example teacher=runs/mine/teacher")
+        if name == "base" or name in policies:
+            raise RecipeError(f"--policy {item}: {name!r} is given twice (base comes from --base)")
+        policies[name] = Path(folder)
+    return policies
+
+
+def check_policies(needed: Iterable[str], given: Mapping[str, Path]) -> None:
+    """Every policy that a signal names must have a checkpoint."""
+    for name in sorted(needed):
+        if name not in given:
+            raise RecipeError(f"--signal names {name!r}, but no --policy {name}=DIR is given; give it")

@@ -1,0 +1,112 @@
+"""Building models and loading their weights, without an optimizer where none is needed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_erpd import platform
+from megatron_erpd.errors import CheckpointError
+from megatron_erpd.training.layer_spec import local_block_spec
+from megatron_erpd.vocab_parallel import VocabShard
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def model_config(args: argparse.Namespace) -> GPTModelConfig:
+    """The model that the arguments describe: Transformer Engine's layers where installed, else the local ones."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    if args.transformer_impl == "local":
+        config.transformer_layer_spec = _local_spec
+    return config
+
+
+def _local_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+    return local_block_spec(config.transformer, vp_stage)
+
+
+def build_frozen_model(config: GPTModelConfig) -> torch.nn.Module:
+    """This rank's part of a model that is only run forward: no DDP, no gradients, evaluation mode."""
+    builder = GPTModelBuilder(config)
+    model = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False)[0]
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def unwrap(model: Any) -> Any:
+    """The GPTModel under DDP and mixed-precision wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def vocab_shard(model: Any, vocab_size: int) -> VocabShard:
+    """The vocabulary range that this tensor-parallel rank's output layer holds.
+
+    Args:
+        model: a GPTModel of a last pipeline stage, wrapped or not.
+        vocab_size: true size of the vocabulary, without padding rows.
+    """
+    width = unwrap(model).output_layer.output_size_per_partition
+    start = mpu.get_tensor_model_parallel_rank() * width
+    return VocabShard(start, start + width, vocab_size, mpu.get_tensor_model_parallel_group())
+
+
+def latest_iteration(checkpoint: Path) -> int:
+    """The iteration that a Megatron checkpoint folder's tracker names.
+
+    Raises:
+        CheckpointError: there is no tracker, or it holds no iteration whose folder exists.
+    """
+    tracker = checkpoint / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(f"{checkpoint}: no {TRACKER} in it, so it is no Megatron checkpoint; check the path")
+    text = tracker.read_text().strip()
+    if not text.isdigit() or not iteration_folder(checkpoint, int(text)).is_dir():
+        raise CheckpointError(
+            f"{tracker}: holds {text!r}, which names no folder beside it; write the number of an iter_ folder into it"
+        )
+    return int(text)
+
+
+def iteration_folder(checkpoint: Path, iteration: int) -> Path:
+    """Where Megatron keeps an iteration."""
+    return checkpoint / f"iter_{iteration:07d}"
+
+
+def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> int:
+    """Loads the weights of an artifact's Megatron checkpoint into a model of any layout; returns the iteration.
+
+    Raises:
+        CheckpointError: the checkpoint or the iteration is missing.
+    """
+    checkpoint = artifact / "megatron"
+    if iteration is None:
+        iteration = latest_iteration(checkpoint)
+    folder = iteration_folder(checkpoint, iteration)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such iteration; {checkpoint} holds {saved_iterations(checkpoint)}")
+    core = unwrap(model)
+    loaded = dist_checkpointing.load({"model": core.sharded_state_dict()}, str(folder))
+    core.load_state_dict(loaded["model"], strict=True)
+    return iteration
+
+
+def saved_iterations(checkpoint: Path) -> list[int]:
+    """All iterations kept in a checkpoint folder, in order."""
+    return sorted(int(p.name[5:]) for p in checkpoint.glob("iter_*") if p.name[5:].isdigit())
+
+
+def synchronize() -> None:
+    """All ranks are here, and what they wrote is on disk."""
+    if not platform.is_cpu():
+        torch.cuda.synchronize()
+    torch.distributed.barrier()

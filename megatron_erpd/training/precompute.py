@@ -1,0 +1,301 @@
+"""The precompute stage: what the policies say about the fixed rollouts, computed once on any layout.
+
+Kind `token` keeps each policy's log-probs of the response tokens. Kind `topk` keeps these and the target distribution q:
+the base policy moved along the signal as far as the trust region allows, as its top-k entries and one exact tail mass.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_erpd import platform
+from megatron_erpd.data.collate import Batch, gather_response_rows
+from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.manifest import input_digest, read_manifest
+from megatron_erpd.objectives.projection import eta_grid, solve_global_eta
+from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal, policies_of
+from megatron_erpd.settings import Layout, PrecomputeSettings, add_settings_arguments, settings_from_namespace
+from megatron_erpd.teacher_cache.format import CacheMeta
+from megatron_erpd.teacher_cache.writer import CacheWriter, finalize, prepare_cache
+from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
+from megatron_erpd.training.batch import BatchSource
+from megatron_erpd.training.cache_rows import check_policies, parse_policies
+from megatron_erpd.training.run import load_data, pad_multiple
+from megatron_erpd.training.runtime import finish_output, initialize, prepare_output, stage_process
+from megatron_erpd.vocab_parallel import (
+    Projection,
+    VocabShard,
+    apply_eta,
+    kl_from_base,
+    partition_table,
+    project_shard,
+    token_log_probs,
+    vocab_parallel_topk,
+)
+
+Consumer = Callable[[Batch, Sequence[Tensor]], None]
+"""Takes a batch and every policy's logits `[s, b, v/tp]`; runs on last pipeline stages."""
+
+
+def precompute(argv: list[str]) -> None:
+    """Writes a teacher cache: log-probs of the rollouts' tokens and, for --kind topk, the target distribution.
+
+    With --kind token and no --policy it holds the base policy's log-probs, which every training stage needs.
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd precompute",
+        description=precompute.__doc__,
+        epilog="example: megatron-erpd precompute --base runs/a/base --policy teacher=runs/a/teacher "
+        "--rollouts runs/a/rollouts --output runs/a/cache --signal strong --delta 0.5",
+    )
+    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
+    parser.add_argument(
+        "--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR; repeatable"
+    )
+    parser.add_argument("--rollouts", type=Path, required=True, help="rollouts: an artifact, a folder or a Parquet file")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+    add_settings_arguments(parser, PrecomputeSettings, "cache")
+    add_layout_arguments(parser)
+    own, pass_through = split_pass_through(argv)
+    namespace = parser.parse_args(own)
+    settings = settings_from_namespace(namespace, PrecomputeSettings)
+    layout = layout_from_namespace(namespace)
+    policies = {"base": namespace.base, **parse_policies(namespace.policy)}
+    if settings.kind == "topk":
+        check_policies(policies_of(parse_signal(settings.signal)), policies)
+    for folder in policies.values():
+        read_manifest(folder)
+    rollouts = load_data(namespace.rollouts, namespace.base, scored=False)
+
+    identity: dict[str, Any] = settings.model_dump(mode="json")
+    if pass_through:
+        identity["megatron"] = pass_through
+    inputs = {"rollouts": namespace.rollouts, "base": namespace.base}
+    inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
+    prepare_output(namespace.output, "precompute", identity, inputs)
+    with stage_process() as store:
+        _compute(settings, layout, policies, rollouts, namespace.output, pass_through, store)
+
+
+def _compute(
+    settings: PrecomputeSettings,
+    layout: Layout,
+    policies: dict[str, Path],
+    rollouts: Rollouts,
+    output: Path,
+    pass_through: list[str],
+    store: torch.distributed.Store | None,
+) -> None:
+    flags = {"no_load_optim": True, "train_iters": 0}
+    args = initialize(policies["base"] / "hf", layout, flags, pass_through, int(rollouts.lengths.max()), store)
+    from megatron_erpd.training.model import build_frozen_model, load_weights, model_config, synchronize
+
+    models = []
+    for folder in policies.values():
+        models.append(build_frozen_model(model_config(args)))
+        load_weights(models[-1], folder)
+
+    meta = _cache_meta(settings, policies, rollouts, args.vocab_size)
+    written = _broadcast(prepare_cache(output, meta, resume=True) if rank() == 0 else None)
+    missing = np.array([i for i, name in enumerate(rollouts.sample_ids) if name not in written], dtype=np.int64)
+    scan = partial(_scan, models=models, layout=layout)
+    score = Scores(settings, list(policies), models[0], args.vocab_size)
+    summary: dict[str, Any] = {}
+    if settings.kind == "topk" and settings.projection == "global":
+        # The mean is over all rollouts, also those that an interrupted run has written.
+        summary["eta"] = score.eta = _global_eta(settings, score, partial(scan, rollouts))
+    if len(missing):
+        _write(output, meta, score, partial(scan, rollouts.select(missing)), rollouts.select(missing))
+    synchronize()
+    if rank() == 0:
+        index = finalize(output, set(rollouts.sample_ids))
+        summary |= {"num_rows": index.num_rows, "num_tokens": index.num_tokens, **index.statistics}
+        finish_output(output, summary)
+    synchronize()
+
+
+class Scores:
+    """What is kept of a batch, from every policy's logits shard.
+
+    Args:
+        settings: kind, signal, projection.
+        names: the policies, in the order of the logits; `base` among them.
+        model: a model of this rank, for its vocabulary range (on last pipeline stages).
+        vocab_size: true size of the vocabulary.
+    """
+
+    def __init__(self, settings: PrecomputeSettings, names: list[str], model: Any, vocab_size: int) -> None:
+        from megatron_erpd.training.model import unwrap, vocab_shard
+
+        self.settings = settings
+        self.names = names
+        self.terms: tuple[SignalTerm, ...] = parse_signal(settings.signal)
+        self.eta: float | None = None
+        self.k = min(settings.k, vocab_size)
+        self._shard = vocab_shard(model, vocab_size) if unwrap(model).post_process else None
+
+    @property
+    def shard(self) -> VocabShard:
+        assert self._shard is not None, "only last pipeline stages have logits"
+        return self._shard
+
+    def log_probs(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Each policy's log-probs of the labels, `[b, s]`."""
+        pairs = zip(self.names, logits, strict=True)
+        return {name: token_log_probs(x.transpose(0, 1), batch.labels, self.shard) for name, x in pairs}
+
+    def base_and_signal(self, batch: Batch, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shards of log pi_0 and the signal on the response tokens, `[n, v/tp]`."""
+        from megatron_erpd.training.distill_step import policy_log_softmax
+
+        trained = batch.loss_mask.transpose(0, 1) > 0
+        chosen = [x[trained].unsqueeze(1) for x in logits]
+        rows = {n: x.squeeze(0) for n, x in policy_log_softmax(self.names, chosen, self.shard).items()}
+        return rows["base"], combine(self.terms, rows)
+
+    def target(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, list[np.ndarray]]:
+        """q of every response token as rows per rollout: top-k and tail, eta, and KL(q || pi_0)."""
+        base, signal = self.base_and_signal(batch, logits)
+        if self.eta is None:
+            projection = project_shard(base, signal, self.shard, self.settings.delta, self.settings.eta_max)
+        else:
+            log_q = apply_eta(base, signal, self.eta, self.shard)
+            eta = torch.full(log_q.shape[:1], self.eta, device=log_q.device)
+            projection = Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
+        eta, log_q, kl = projection
+        top = vocab_parallel_topk(log_q, self.k, self.shard)
+        flat = {
+            "topk_indices": top.indices,
+            "topk_log_probs": top.log_probs,
+            "tail_log_prob": top.tail_log_prob,
+            "eta": eta,
+            "target_kl": kl,
+        }
+        return {name: _unflatten(values, batch) for name, values in flat.items()}
+
+
+def _unflatten(values: Tensor, batch: Batch) -> list[np.ndarray]:
+    """`[n, ...]` values of the response tokens, in the order `[s, b]`, as one array per rollout."""
+    b, s = batch.loss_mask.shape
+    grid = torch.zeros((s, b, *values.shape[1:]), dtype=values.dtype, device=batch.loss_mask.device)
+    grid[batch.loss_mask.transpose(0, 1) > 0] = values.to(grid.device)
+    return gather_response_rows(grid.transpose(0, 1), batch)
+
+
+def _broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _cache_meta(
+    settings: PrecomputeSettings, policies: dict[str, Path], rollouts: Rollouts, vocab_size: int
+) -> CacheMeta:
+    topk = settings.kind == "topk"
+    projection = {"mode": settings.projection, "delta": settings.delta, "eta_max": settings.eta_max}
+    return CacheMeta(
+        kind=settings.kind,
+        policies=tuple(policies),
+        fingerprints={name: input_digest(folder) for name, folder in policies.items()},
+        vocab_size=vocab_size,
+        tokenizer_digest=rollouts.tokenizer_digest,
+        signal=settings.signal if topk else None,
+        projection=projection if topk else None,
+        k=min(settings.k, vocab_size) if topk else None,
+        rollouts_digest=rollouts.digest(),
+    )
+
+
+def _scan(rollouts: Rollouts, consume: Consumer, *, models: Sequence[Any], layout: Layout) -> None:
+    """Runs every policy forward over all rollouts, once, and hands their logits to `consume` on last stages."""
+    from megatron.core import mpu
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_erpd.training.policies import Logits, forward_stage, join
+
+    size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    source = BatchSource(rollouts, pad_multiple(layout), {}, {})
+    num_batches = -(-len(rollouts) // (layout.micro_batch_size * size))
+
+    def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
+        batch = next(data_iterator)
+        outputs = forward_stage(models, batch, [Logits() for _ in models])
+
+        def collect(output: Tensor, non_loss_data: bool = True) -> None:
+            consume(batch, outputs)
+
+        return join(outputs, model), collect
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=source.once(layout.micro_batch_size, index, size),
+            model=models[0],
+            num_microbatches=num_batches,
+            seq_length=int(rollouts.lengths.max()),
+            micro_batch_size=layout.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def _global_eta(settings: PrecomputeSettings, score: Scores, scan: Callable[[Consumer], None]) -> float:
+    """One eta with mean KL(q || pi_0) = delta over all response tokens: a first pass that keeps sums on a grid."""
+    from megatron.core import mpu
+
+    etas = eta_grid(settings.eta_max)
+    # Rows: sum of K, sum of K', number of tokens, at every eta.
+    sums = torch.zeros(3, len(etas), dtype=torch.float64, device=platform.device())
+
+    def add(batch: Batch, logits: Sequence[Tensor]) -> None:
+        base, signal = score.base_and_signal(batch, logits)
+        values, means = partition_table(base, signal, etas, score.shard)
+        sums[0] += (values - values[:, :1]).double().sum(dim=0)
+        sums[1] += means.double().sum(dim=0)
+        sums[2] += len(values)
+
+    scan(add)
+    if mpu.is_pipeline_last_stage():
+        torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group())
+    last = mpu.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(sums, last, mpu.get_pipeline_model_parallel_group())
+    sums = sums.cpu()
+    mean_kl = (etas * sums[1] - sums[0]) / sums[2]
+    return solve_global_eta(etas, mean_kl.clamp(min=0), settings.delta, settings.eta_max)
+
+
+def _write(
+    output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consumer], None], rollouts: Rollouts
+) -> None:
+    """Scores the rollouts and writes each once: from the last stage's first tensor-parallel rank of its DP rank."""
+    from megatron.core import mpu
+
+    writes = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+    writer = CacheWriter(output, meta, mpu.get_data_parallel_rank(), resume=True) if writes else None
+    def keep(batch: Batch, logits: Sequence[Tensor]) -> None:
+        log_probs = {n: gather_response_rows(v, batch) for n, v in score.log_probs(batch, logits).items()}
+        target = score.target(batch, logits) if meta.kind == "topk" else {}
+        if writer is None:
+            return
+        for b, i in enumerate(batch.row_indices.tolist()):
+            if len(log_probs["base"][b]) == 0:  # a filler, see `BatchSource.once`
+                continue
+            writer.write(
+                rollouts.sample_ids[i],
+                rollouts.token_crc(i),
+                log_probs={name: rows[b] for name, rows in log_probs.items()},
+                **{name: rows[b] for name, rows in target.items()},
+            )
+
+    scan(keep)
+    if writer is not None:
+        writer.close()

@@ -1,0 +1,209 @@
+"""One training stage through `megatron.training.pretrain`: data, flags, resuming, and the artifact at its end."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd import platform
+from megatron_erpd.checkpoint import copy_sidecar
+from megatron_erpd.checkpoint.hf_config import model_flags
+from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.replay_dataset import BatchOrder
+from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.errors import RolloutError, StageError
+from megatron_erpd.manifest import read_manifest
+from megatron_erpd.objectives.advantages import compute_advantages
+from megatron_erpd.settings import Layout, OptimizerSettings
+from megatron_erpd.training.arguments import parse_megatron_arguments, rank
+from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
+from megatron_erpd.training.runtime import common_flags, finish_output, prepare_output, stage_process
+
+ForwardStep = Callable[[Iterator[Batch], Any], Any]
+
+
+@dataclass
+class TrainingRun:
+    """One training stage, from artifacts to an artifact.
+
+    Args:
+        stage: the manifest's stage name.
+        prefix: `stage1` or `stage2`, of the metrics' names.
+        settings: the stage's settings; part of the artifact's identity with `pass_through`.
+        inputs: name to folder or file of everything that the result depends on.
+        rollouts: the data, unverified rollouts left out where rewards are needed.
+        token_rows, sequence_rows: what else the batches carry.
+        make_step: called on every rank once models and process groups are there; returns the forward step.
+    """
+
+    stage: str
+    prefix: str
+    settings: OptimizerSettings
+    layout: Layout
+    base: Path
+    output: Path
+    inputs: dict[str, Path]
+    pass_through: list[str]
+    rollouts: Rollouts
+    make_step: Callable[[TrainingRun, argparse.Namespace], ForwardStep]
+    token_rows: dict[str, TokenRow] = field(default_factory=dict)
+    sequence_rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_iterations(self) -> int:
+        """Optimizer steps: whole batches that hold at least `epochs` passes over the data."""
+        return max(1, math.ceil(self.settings.epochs * len(self.rollouts) / self.settings.global_batch_size))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings as the manifest keeps them."""
+        identity = self.settings.model_dump(mode="json")
+        return {**identity, "megatron": self.pass_through} if self.pass_through else identity
+
+    def execute(self) -> None:
+        """Trains to the last iteration, resuming what an interrupted run left, and writes the artifact.
+
+        Raises:
+            StageError: the run was stopped before its end; its last checkpoint is kept and the same command continues.
+        """
+        prepare_output(self.output, self.stage, self.identity, self.inputs)
+        length = int(self.rollouts.lengths.max())
+        with stage_process() as store:
+            flags = self._megatron_flags()
+            args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, length)
+            stopped = self._pretrain(args, store)
+            from megatron_erpd.training.model import latest_iteration, synchronize
+
+            done = latest_iteration(self.output / "megatron")
+            if stopped or done != self.num_iterations:
+                raise StageError(
+                    f"{self.output}: stopped at iteration {done} of {self.num_iterations}; the checkpoint is kept, run "
+                    "the same command again to continue"
+                )
+            synchronize()
+            if rank() == 0:
+                copy_sidecar(self.base / "hf", self.output / "hf")
+                finish_output(self.output, {"iterations": done})
+            synchronize()
+
+    def _pretrain(self, args: argparse.Namespace, store: Any) -> bool:
+        """Runs Megatron's training loop; returns whether it exited early (on a signal, say)."""
+        from megatron.core.enums import ModelType
+        from megatron.training import training
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.initialize import initialize_megatron
+
+        from megatron_erpd.training.model import model_config
+
+        if platform.is_cpu():
+            # `pretrain` starts Megatron itself and would refuse a machine without CUDA.
+            training.initialize_megatron = partial(initialize_megatron, allow_no_cuda=True)
+        self._log_as_json_lines()
+        steps: list[ForwardStep] = []
+
+        def datasets(num_samples: object, vp_stage: int | None = None) -> tuple[Iterator[Batch], None, None]:
+            # Called on every rank when models and process groups exist: the place for collective set-up.
+            steps.append(self.make_step(self, args))
+            return self._batches(args), None, None
+
+        datasets.is_distributed = True  # type: ignore[attr-defined]
+
+        def forward_step(data_iterator: Any, model: Any) -> Any:
+            return steps[0](data_iterator, model)
+
+        config = pretrain_cfg_container_from_args(args, model_config(args))
+        try:
+            training.pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
+        except SystemExit:
+            return True
+        return False
+
+    def _batches(self, args: argparse.Namespace) -> Iterator[Batch]:
+        from megatron.core import mpu
+
+        source = BatchSource(
+            self.rollouts, pad_multiple(self.layout), self.token_rows, self.sequence_rows
+        )
+        order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
+        return source.replay(
+            order,
+            args.consumed_train_samples,
+            self.layout.micro_batch_size,
+            mpu.get_data_parallel_rank(),
+            mpu.get_data_parallel_world_size(),
+        )
+
+    def _log_as_json_lines(self) -> None:
+        """Puts the JSON-lines file before Megatron's TensorBoard writer, on the rank that has one."""
+        from megatron.training import global_vars
+
+        from megatron_erpd.training.metrics import JsonLinesWriter
+
+        writer = global_vars.get_tensorboard_writer()
+        if writer is not None:
+            global_vars._GLOBAL_TENSORBOARD_WRITER = JsonLinesWriter(self.output / "metrics.jsonl", writer)
+
+    def _megatron_flags(self) -> dict[str, object]:
+        settings, total = self.settings, self.num_iterations
+        minimum = settings.min_learning_rate
+        return {
+            **common_flags(),
+            "train_iters": total,
+            "global_batch_size": settings.global_batch_size,
+            "lr": settings.learning_rate,
+            "min_lr": settings.learning_rate if minimum is None else minimum,
+            "lr_decay_style": "constant" if minimum is None else "cosine",
+            "lr_decay_iters": total,
+            "lr_warmup_iters": min(round(settings.warmup_fraction * total), total - 1),
+            "weight_decay": settings.weight_decay,
+            "adam_beta1": settings.adam_beta1,
+            "adam_beta2": settings.adam_beta2,
+            "clip_grad": settings.clip_gradient,
+            "seed": settings.seed,
+            "pretrained_checkpoint": str(self.base / "megatron"),
+            "load": str(self.output / "megatron"),
+            "save": str(self.output / "megatron"),
+            "save_interval": max(1, math.ceil(total / settings.checkpoints)),
+            "dist_ckpt_optim_fully_reshardable": True,
+            "exit_signal_handler": True,
+            "eval_interval": total + 1,
+            "eval_iters": 0,
+            "log_interval": 1,
+            "tensorboard_dir": str(self.output / "tensorboard"),
+            "tensorboard_log_interval": 1,
+        }
+
+
+def pad_multiple(layout: Layout) -> int:
+    """What sequence lengths are rounded up to: shards of the sequence must be equal."""
+    shards = layout.tensor_parallel if layout.sequence_parallel else 1
+    return shards * (2 * layout.context_parallel if layout.context_parallel > 1 else 1)
+
+
+def load_data(path: Path, base: Path, scored: bool = True) -> Rollouts:
+    """The rollouts of a stage, checked against the model; with `scored`, those that a verifier has scored.
+
+    Raises:
+        StageError, RolloutError: the base isn't an artifact, or the rollouts can't be used with it.
+    """
+    read_manifest(base)
+    flags = model_flags(base / "hf")
+    rollouts = open_rollouts(path, int(flags["vocab_size"]), int(flags["max_position_embeddings"]))  # type: ignore[call-overload]
+    if not scored:
+        return rollouts
+    kept = np.flatnonzero(~np.isnan(rollouts.rewards))
+    if len(kept) == 0:
+        raise RolloutError(f"{path}: no rollout has a reward; score them first")
+    return rollouts if len(kept) == len(rollouts) else rollouts.select(kept)
+
+
+def advantages_of(rollouts: Rollouts, kind: str) -> np.ndarray:
+    """`[N]` float32 advantages from the rollouts' rewards and groups."""
+    return np.asarray(compute_advantages(rollouts.rewards, rollouts.group_ids, kind), dtype=np.float32)  # type: ignore[arg-type]

@@ -1,0 +1,264 @@
+"""The commands that train: stage 1's teacher (and the unlearned policy), and stage 2's student."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.errors import RecipeError, RolloutError
+from megatron_erpd.manifest import read_manifest
+from megatron_erpd.objectives.kl_control import KlController
+from megatron_erpd.objectives.signals import parse_signal, policies_of
+from megatron_erpd.settings import (
+    DistillSettings,
+    ReplaySettings,
+    add_settings_arguments,
+    settings_from_namespace,
+)
+from megatron_erpd.teacher_cache.reader import CacheReader
+from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
+from megatron_erpd.training.batch import TokenRow
+from megatron_erpd.training.cache_rows import check_policies, open_cache, parse_policies, token_row, topk_rows
+from megatron_erpd.training.run import ForwardStep, TrainingRun, advantages_of, load_data
+
+
+def train_teacher(argv: list[str]) -> None:
+    """Stage 1: optimises a replay loss on fixed, scored rollouts, from the base policy, for many epochs.
+
+    The same command trains a teacher, the unlearned policy (--unlearn), and policies on demonstrations (--loss sft).
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd train-teacher",
+        description=train_teacher.__doc__,
+        epilog="example: megatron-erpd train-teacher --base runs/a/base --rollouts runs/a/rollouts "
+        "--base-log-probs runs/a/base-log-probs --output runs/a/teacher --loss ce --epochs 16",
+    )
+    _add_paths(parser, log_probs_help="cache with the base policy's log-probs; only --loss sft can do without")
+    add_settings_arguments(parser, ReplaySettings, "training")
+    add_layout_arguments(parser)
+    own, pass_through = split_pass_through(argv)
+    namespace = parser.parse_args(own)
+    settings = settings_from_namespace(namespace, ReplaySettings)
+    layout = layout_from_namespace(namespace)
+    if namespace.base_log_probs is None and (settings.loss != "sft" or settings.kl_coefficient > 0):
+        raise RecipeError(
+            f"--base-log-probs: loss {settings.loss} needs the base policy's log-probs; make them with "
+            "`megatron-erpd precompute --kind token` and give the folder"
+        )
+    rollouts = load_data(namespace.rollouts, namespace.base)
+    if settings.loss == "ce":
+        _check_probabilities(rollouts, namespace.rollouts)
+    inputs = {"base": namespace.base, "rollouts": namespace.rollouts}
+    rows: dict[str, TokenRow] = {}
+    if namespace.base_log_probs is not None:
+        inputs["base-log-probs"] = namespace.base_log_probs
+        cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
+        rows["old_log_probs"] = token_row(cache, "base", rollouts)
+    if settings.importance_correction != "none":
+        rows["behavior_log_probs"] = _behavior_row(rollouts, namespace.rollouts)
+    TrainingRun(
+        stage="train-teacher",
+        prefix="stage1",
+        settings=settings,
+        layout=layout,
+        base=namespace.base,
+        output=namespace.output,
+        inputs=inputs,
+        pass_through=pass_through,
+        rollouts=rollouts,
+        make_step=partial(_replay_step, settings),
+        token_rows=rows,
+        sequence_rows={
+            "rewards": rollouts.rewards,
+            "advantages": advantages_of(rollouts, settings.advantage),
+        },
+    ).execute()
+
+
+def distill(argv: list[str]) -> None:
+    """Stage 2: from the base policy to the student, along the teacher's token-level signal, under a trust region."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd distill",
+        description=distill.__doc__,
+        epilog="example: megatron-erpd distill --base runs/a/base --rollouts runs/a/rollouts "
+        "--base-log-probs runs/a/base-log-probs --cache runs/a/cache --output runs/a/student --divergence reverse_kl",
+    )
+    _add_paths(parser, log_probs_help="cache with the base policy's log-probs")
+    parser.add_argument("--cache", type=Path, help="teacher cache (--teacher cache)")
+    parser.add_argument(
+        "--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR (--teacher live)"
+    )
+    add_settings_arguments(parser, DistillSettings, "distillation")
+    add_layout_arguments(parser)
+    own, pass_through = split_pass_through(argv)
+    namespace = parser.parse_args(own)
+    settings = settings_from_namespace(namespace, DistillSettings)
+    layout = layout_from_namespace(namespace)
+    policies = {"base": namespace.base, **parse_policies(namespace.policy)}
+    _check_teacher_flags(settings, namespace, policies)
+    if namespace.base_log_probs is None:
+        raise RecipeError("--base-log-probs: make it with `megatron-erpd precompute --kind token` and give the folder")
+
+    rollouts = load_data(namespace.rollouts, namespace.base)
+    inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
+    cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
+    rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
+    if settings.needs_teacher and settings.teacher == "cache":
+        inputs["cache"] = namespace.cache
+        rows |= _cached_rows(settings, open_cache(namespace.cache, rollouts, policies), rollouts)
+    live = settings.teacher == "live" and settings.form == "projection"
+    if live:
+        inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
+    TrainingRun(
+        stage="distill",
+        prefix="stage2",
+        settings=settings,
+        layout=layout,
+        base=namespace.base,
+        output=namespace.output,
+        inputs=inputs,
+        pass_through=pass_through,
+        rollouts=rollouts,
+        make_step=partial(
+            _policy_gradient_step if settings.form == "policy_gradient" else _projection_step, settings, policies
+        ),
+        token_rows=rows,
+        sequence_rows={
+            "rewards": rollouts.rewards,
+            "advantages": advantages_of(rollouts, settings.advantage),
+        },
+    ).execute()
+
+
+def _add_paths(parser: argparse.ArgumentParser, log_probs_help: str) -> None:
+    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
+    parser.add_argument("--rollouts", type=Path, required=True, help="rollouts: an artifact, a folder or a Parquet file")
+    parser.add_argument("--base-log-probs", type=Path, help=log_probs_help)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+
+
+def _check_teacher_flags(settings: DistillSettings, namespace: argparse.Namespace, policies: dict[str, Path]) -> None:
+    if not settings.needs_teacher:
+        return
+    if settings.teacher == "cache" and namespace.cache is None:
+        raise RecipeError("--cache: --teacher cache needs the folder that `megatron-erpd precompute` wrote")
+    if settings.teacher == "cache":
+        return
+    if settings.form == "policy_gradient":
+        raise RecipeError(
+            "--teacher live: the policy gradient reads the teacher's log-probs of fixed tokens, which never change; "
+            "precompute them once (--kind token) and give --cache"
+        )
+    check_policies(policies_of(parse_signal(settings.signal)), policies)
+    for folder in policies.values():
+        read_manifest(folder)
+
+
+def _cached_rows(settings: DistillSettings, cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
+    """What the cache must hold for the form of stage 2: top-k targets, or log-probs of the signal's policies."""
+    if settings.form == "projection":
+        return topk_rows(cache, rollouts)
+    names = policies_of(parse_signal(settings.signal))
+    return {name: token_row(cache, name, rollouts) for name in sorted(names)}
+
+
+def _check_probabilities(rollouts: Rollouts, path: Path) -> None:
+    outside = np.flatnonzero((rollouts.rewards < 0) | (rollouts.rewards > 1))
+    if len(outside):
+        row = int(outside[0])
+        raise RolloutError(
+            f"{path}: sample {rollouts.sample_ids[row]} has reward {rollouts.rewards[row]}; loss ce reads rewards as "
+            "probabilities of success in [0, 1]: rescale them, or use loss mse, sapo or ppo"
+        )
+
+
+def _behavior_row(rollouts: Rollouts, path: Path) -> TokenRow:
+    missing = np.flatnonzero(~np.asarray(rollouts.has_behavior_log_probs))
+    if len(missing):
+        raise RolloutError(
+            f"{path}: sample {rollouts.sample_ids[int(missing[0])]} has no behavior_log_probs; "
+            "--importance-correction needs them on every rollout (set it to none)"
+        )
+    return lambda i: np.asarray(rollouts.behavior_log_probs(i))
+
+
+def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> ForwardStep:
+    from megatron_erpd.training.replay_step import ReplayStep, behavior_correction, replay_loss, sequence_advantages
+
+    loss, aggregation = replay_loss(settings)
+    corrected = settings.importance_correction != "none"
+    return ReplayStep(
+        prefix=run.prefix,
+        loss=loss,
+        aggregation=aggregation,
+        advantages=sequence_advantages,
+        kl_coefficient=settings.kl_coefficient,
+        kl_estimator=settings.kl_estimator,
+        make_head=partial(_make_head, args.vocab_size),
+        correction=partial(behavior_correction, settings) if corrected else None,
+    )
+
+
+def _policy_gradient_step(
+    settings: DistillSettings, policies: dict[str, Path], run: TrainingRun, args: argparse.Namespace
+) -> ForwardStep:
+    from megatron.core import mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    from megatron_erpd.training.kl_budget import KlBudget
+    from megatron_erpd.training.replay_step import ReplayStep, signal_advantages, surrogate_loss
+
+    budget = KlBudget(
+        KlController(settings.kl_budget, settings.kl_coefficient, settings.kl_control_rate),
+        num_micro_batches=get_num_microbatches(),
+        group=mpu.get_data_parallel_group(with_context_parallel=True),
+        history=run.output / "kl_control.jsonl",
+        writes=mpu.is_pipeline_last_stage()
+        and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+        and mpu.get_tensor_model_parallel_rank() == 0,
+    )
+    if mpu.is_pipeline_last_stage():
+        budget.resume(args.iteration)
+    return ReplayStep(
+        prefix=run.prefix,
+        loss=surrogate_loss(settings),
+        aggregation="token_mean",
+        advantages=partial(signal_advantages, settings, parse_signal(settings.signal)),
+        kl_coefficient=budget,
+        kl_estimator="k3",
+        make_head=partial(_make_head, args.vocab_size),
+    )
+
+
+def _projection_step(
+    settings: DistillSettings, policies: dict[str, Path], run: TrainingRun, args: argparse.Namespace
+) -> ForwardStep:
+    from megatron_erpd.training.distill_step import DistillStep, cached_target, live_target
+    from megatron_erpd.training.model import build_frozen_model, load_weights, model_config, vocab_shard
+
+    def make_shard(model: Any) -> Any:
+        return vocab_shard(model, args.vocab_size)
+
+    if settings.teacher == "cache":
+        return DistillStep(settings.divergence, [], cached_target, make_shard)
+    terms = parse_signal(settings.signal)
+    names = sorted(policies_of(terms) | {"base"})
+    frozen = []
+    for name in names:
+        frozen.append(build_frozen_model(model_config(args)))
+        load_weights(frozen[-1], policies[name])
+    target = partial(live_target, names, terms, settings.delta, settings.eta_max)
+    return DistillStep(settings.divergence, frozen, target, make_shard, gather=settings.gather_teacher)
+
+
+def _make_head(vocab_size: int, model: Any) -> Any:
+    from megatron_erpd.training.heads import PolicyHead
+    from megatron_erpd.training.model import unwrap, vocab_shard
+
+    # Earlier pipeline stages have no output layer, and Megatron never calls their processor.
+    return PolicyHead(vocab_shard(model, vocab_size)) if unwrap(model).post_process else None

@@ -1,0 +1,46 @@
+"""Probabilities, divergences, top-k and the projection for logits that are split over the vocabulary.
+
+Every function takes a `VocabShard`: a range of columns, the true size of the vocabulary and the process group that
+holds the other ranges (none for one process). Results per token are the same on every rank; the gradient of a rank's
+logits is its slice of the dense gradient (see `shard`).
+"""
+
+from megatron_erpd.vocab_parallel.divergences import LiveTarget, divergence, gathered_divergence
+from megatron_erpd.vocab_parallel.log_probs import (
+    IGNORED_TOKEN,
+    entropy,
+    gather_log_probs,
+    token_log_probs,
+    token_log_probs_and_entropy,
+    vocab_parallel_log_softmax,
+)
+from megatron_erpd.vocab_parallel.projection import (
+    Projection,
+    apply_eta,
+    kl_from_base,
+    partition_table,
+    project_shard,
+)
+from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.topk import NO_TOKEN, TopKTarget, vocab_parallel_topk
+
+__all__ = [
+    "IGNORED_TOKEN",
+    "NO_TOKEN",
+    "LiveTarget",
+    "Projection",
+    "TopKTarget",
+    "VocabShard",
+    "apply_eta",
+    "divergence",
+    "entropy",
+    "gather_log_probs",
+    "gathered_divergence",
+    "kl_from_base",
+    "partition_table",
+    "project_shard",
+    "token_log_probs",
+    "token_log_probs_and_entropy",
+    "vocab_parallel_log_softmax",
+    "vocab_parallel_topk",
+]

@@ -1,0 +1,161 @@
+"""A rank's part of the vocabulary, and the collectives over it.
+
+Megatron splits the vocabulary, padded to a multiple of the tensor-parallel size, into equal contiguous ranges.
+The columns past the true vocabulary are padding: they hold logits of rows that no token uses, and every function of
+this package leaves them out, also where a whole shard is padding.
+
+Gradients follow one convention, Megatron's: every rank computes the **same, replicated** loss, and the gradient
+of a rank's own shard of the logits is exactly that slice of the dense gradient. There is no factor of the
+tensor-parallel size, because the sums over ranks are inside functions whose backward is written out by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_erpd.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The columns `[start, end)` of a vocabulary padded to equal ranges, and the group that holds the others.
+
+    Attributes:
+        start, end: the global columns of this rank, padding included.
+        vocab_size: the true size; columns `>= vocab_size` are padding.
+        group: the tensor-parallel group, its ranks holding equal ranges in order; None for one process.
+
+    Raises:
+        LayoutError: the range isn't the one that this rank of the group must have, or the ranges of all ranks
+            don't cover the vocabulary.
+    """
+
+    start: int
+    end: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        if self.vocab_size < 1 or self.width < 1 or self.start != rank * self.width:
+            raise LayoutError(
+                f"vocabulary range [{self.start}, {self.end}) isn't the range of rank {rank} of {self.size}; "
+                "ranks hold equal, contiguous ranges in order"
+            )
+        if self.size * self.width < self.vocab_size:
+            raise LayoutError(
+                f"{self.size} ranges of {self.width} columns don't cover a vocabulary of {self.vocab_size}; "
+                "pad the vocabulary to a multiple of the tensor-parallel size"
+            )
+
+    @classmethod
+    def dense(cls, vocab_size: int, padded_vocab_size: int | None = None) -> VocabShard:
+        """The whole vocabulary in one process."""
+        return cls(0, vocab_size if padded_vocab_size is None else padded_vocab_size, vocab_size)
+
+    @classmethod
+    def of_rank(cls, vocab_size: int, padded_vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
+        """The calling rank's range of a vocabulary padded to `padded_vocab_size` columns in all."""
+        size = 1 if group is None else dist.get_world_size(group)
+        rank = 0 if group is None else dist.get_rank(group)
+        if padded_vocab_size % size:
+            raise LayoutError(f"padded vocabulary of {padded_vocab_size} isn't a multiple of the {size} ranks")
+        width = padded_vocab_size // size
+        return cls(rank * width, (rank + 1) * width, vocab_size, group)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks that share the vocabulary."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def width(self) -> int:
+        """The number of columns of this rank, padding included: the last dimension of its tensors."""
+        return self.end - self.start
+
+    @property
+    def valid_columns(self) -> int:
+        """How many of this rank's columns, from the first on, belong to the true vocabulary; may be 0."""
+        return min(max(self.vocab_size - self.start, 0), self.width)
+
+    def values(self, tensor: Tensor, temperature: float = 1.0) -> Tensor:
+        """The valid columns of `tensor [..., v/tp]` divided by `temperature`, in float32 (float64 stays).
+
+        A view where neither the type nor the temperature asks for a copy.
+        """
+        if tensor.shape[-1] != self.width:
+            raise LayoutError(
+                f"tensor of shape {tuple(tensor.shape)} has {tensor.shape[-1]} columns, "
+                f"the vocabulary range [{self.start}, {self.end}) has {self.width}"
+            )
+        columns = tensor[..., : self.valid_columns].to(accumulation_dtype(tensor))
+        return columns if temperature == 1.0 else columns / temperature
+
+    def with_padding(self, columns: Tensor, like: Tensor, fill: float = 0.0) -> Tensor:
+        """`columns [..., valid_columns]` as `[..., v/tp]` in the type of `like`, padding columns set to `fill`."""
+        columns = columns.to(like.dtype)
+        padding = self.width - self.valid_columns
+        return torch.nn.functional.pad(columns, (0, padding), value=fill) if padding else columns
+
+    def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the global ids `tokens` are valid columns of this rank (bool), and their local column (else 0)."""
+        owned = (tokens >= self.start) & (tokens < self.start + self.valid_columns)
+        return owned, torch.where(owned, tokens.long() - self.start, 0)
+
+    def select(self, columns: Tensor, tokens: Tensor) -> Tensor:
+        """`columns [..., valid_columns]` at the global ids `tokens [..., k]`, 0 for those of other ranks."""
+        owned, local = self.locate(tokens)
+        if not self.valid_columns:
+            return torch.zeros_like(tokens, dtype=columns.dtype)
+        return torch.where(owned, columns.gather(-1, local), 0.0)
+
+    def local_max(self, columns: Tensor) -> Tensor:
+        """The maximum of `columns [..., valid_columns]` over this rank, `[...]`.
+
+        The lowest finite number stands for minus infinity (no column, or none above minus infinity), so that
+        differences of maxima stay finite.
+        """
+        lowest = torch.finfo(columns.dtype).min
+        if not self.valid_columns:
+            return columns.new_full(columns.shape[:-1], lowest)
+        return columns.amax(dim=-1).clamp_min(lowest)
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Maximum over the ranks; one collective, none for one rank. May overwrite `tensor`. No gradient."""
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks; one collective, none for one rank. May overwrite `tensor`. No gradient."""
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
+
+    def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size > 1:
+            # Sums over a transposed view of the logits are laid out as the view is; collectives want row-major.
+            tensor = tensor.contiguous()
+            dist.all_reduce(tensor, operation, group=self.group)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """`tensor [..., n]` of all ranks beside each other, `[..., size * n]`; one collective. No gradient."""
+        if self.group is None or self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that `tensor` is computed in: float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def zero_where_unused(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """`gradient [..., v]` in place, with exact zeros for the tokens whose `upstream [...]` gradient is zero.
+
+    A token that the loss mask leaves out may have an infinite divergence; 0 * inf must not reach the weights.
+    """
+    return gradient.masked_fill_((upstream == 0).unsqueeze(-1), 0.0)

@@ -1,0 +1,26 @@
+"""What every test runs under: one thread per process, no network, no display, no GPU test without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, transformers and matplotlib are imported: they read these at import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under tests/gpu is a GPU test; without a CUDA device the GPU tests are skipped."""
+    has_gpu = torch.cuda.is_available()
+    for item in items:
+        if "gpu" in item.path.parent.parts:
+            item.add_marker(pytest.mark.gpu)
+        if not has_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

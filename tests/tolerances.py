@@ -1,0 +1,62 @@
+"""The one table of tolerances. A test that needs another number adds it here, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Values = Tensor | float | Sequence[float] | Sequence[Sequence[float]]
+
+
+def _as_float64(values: Values) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double()
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|actual - expected| <= atol + rtol * scale, where scale is |expected|, or its maximum with `relative_to_max`.
+
+    `relative_to_max` is for tensors whose small entries are differences of large ones (logits, gradients of a layer):
+    the error of an entry then follows the tensor's scale, not the entry's.
+    """
+
+    rtol: float
+    atol: float = 0.0
+    relative_to_max: bool = False
+
+    def assert_close(self, actual: Values, expected: Values, what: str = "") -> None:
+        """Compare values of one shape, whatever their dtypes; NaN equals NaN and an infinity equals itself."""
+        left, right = _as_float64(actual), _as_float64(expected)
+        rtol, atol = self.rtol, self.atol
+        if self.relative_to_max and right.numel():
+            rtol, atol = 0.0, atol + rtol * float(right.abs().nan_to_num(0, 0, 0).max())
+        torch.testing.assert_close(
+            left, right, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}" if what else text
+        )
+
+
+# The same formula in float64, written or summed in another order.
+FLOAT64 = Tolerance(1e-9, 1e-12)
+# Central differences in float64 with a step of 1e-5: the error of the method, not of the code.
+FINITE_DIFFERENCE = Tolerance(1e-5, 1e-7)
+# The same formula in fp32: some tens of roundings of 6e-8.
+FP32 = Tolerance(1e-5, 1e-6)
+# fp32 with partial sums over ranks in another order, or against float64.
+FP32_PARALLEL = Tolerance(2e-5, 2e-6)
+# bf16 keeps 8 bits.
+BF16 = Tolerance(2e-2, 2e-2)
+# Losses, gradients and weights under another TP, PP, DP or micro-batch size, fp32.
+LAYOUT = Tolerance(1e-5, relative_to_max=True)
+# fp32 logits of a converted model against transformers: other kernels, every layer.
+LOGITS_VS_TRANSFORMERS = Tolerance(1e-4, relative_to_max=True)
+# KL reached by the solver of eta, relative to delta (see objectives/projection.py).
+PROJECTION_KL = Tolerance(1e-3)
+# The same with sums in fp32, which carry an absolute error of 1e-7 times the largest |K| (50 nats in the tests).
+PROJECTION_KL_FP32 = Tolerance(1e-3, 2e-5)
+
+TOLERANCES: dict[str, Tolerance] = {name: value for name, value in vars().items() if isinstance(value, Tolerance)}

@@ -1,0 +1,128 @@
+"""The page stands alone, shows what is there and says nothing of what is not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_erpd.report import render_report
+from megatron_erpd.report.render import duration, size, tint
+from tests.unit.report.synthetic_run import finish, make_run
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Structure(HTMLParser):
+    """Checks that elements are closed in order, and collects sources, alternative texts and headings."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.alternatives: list[str] = []
+        self.headings: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.sources += [given[name] or "" for name in ("src", "href") if name in given]
+        if tag == "img":
+            self.alternatives.append(given.get("alt") or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h2", "h3"):
+            self.headings.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def page(run_folder: Path) -> str:
+    path = render_report(run_folder)
+    assert path == run_folder / "report" / "index.html"
+    return path.read_text()
+
+
+def test_page_needs_nothing_but_itself(page: str) -> None:
+    structure = Structure(page)
+    assert structure.sources and all(s.startswith("data:image/svg+xml;base64,") for s in structure.sources)
+    assert "<script" not in page and "url(" not in page
+    assert all(structure.alternatives)
+
+
+def test_page_has_every_section(page: str) -> None:
+    headings = Structure(page).headings
+    expected = ["Accuracy against KL", "KL efficiency", "Stage 1: replay", "Stage 2: distillation", "The signal"]
+    positions = [headings.index(name) for name in [*expected, "Answers", "What each stage took", "How to read this"]]
+    assert positions == sorted(positions)
+    assert "student: +0.350 at 0.800 nats per sequence, +0.438 per nat" in page
+    assert "0.760 ± 0.011" in page
+    assert "1 min 01 s" in page and "1 min 35 s" in page
+    # The recipe's text is shown, not interpreted.
+    assert "# &lt;b&gt;" in page
+
+
+def test_tokens_are_coloured_by_the_signal(page: str, run_folder: Path) -> None:
+    tokens = re.findall(
+        r'<span( class="lower")? style="background:rgb\(([\d,]+)\)" title="([+-][\d.]+)">([^<]*)</span>', page
+    )
+    assert len(tokens) == 6 * 7, "three groups, two rollouts each, seven characters a response"
+    lowered = [t for t in tokens if t[2] == "-3.00"]
+    raised = [t for t in tokens if t[2] == "+1.50"]
+    assert len(lowered) == len(raised) == 3, "the third token of each rollout, by its reward"
+    assert all(t[0] and t[3].isdigit() for t in lowered) and not any(t[0] for t in raised)
+
+
+def test_picture_for_the_readme_is_written(page: str, run_folder: Path) -> None:
+    assert (run_folder / "report" / "accuracy_vs_kl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_again_gives_the_same_page(page: str, run_folder: Path) -> None:
+    assert render_report(run_folder).read_text() == page
+
+
+def test_a_run_that_has_only_begun_is_drawn(tmp_path: Path) -> None:
+    finish(tmp_path / "prepare", "prepare", 1.0)
+    finish(tmp_path / "round-01" / "base", "import", 1.0)
+    page = render_report(tmp_path).read_text()
+    assert Structure(page).headings == ["What each stage took", "How to read this"]
+    assert not (tmp_path / "report" / "accuracy_vs_kl.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["cache", "rollouts", "evaluation", "base/hf", "controls", "unlearned"])
+def test_each_piece_may_be_missing(run_folder: Path, tmp_path: Path, missing: str) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    shutil.rmtree(folder / "round-01" / missing)
+    headings = Structure(render_report(folder).read_text()).headings
+    assert ("The signal" in headings) == (missing not in ("cache", "rollouts"))
+    assert ("Accuracy against KL" in headings) == (missing != "evaluation")
+
+
+def test_figures_for_people() -> None:
+    assert [duration(s) for s in (None, 4.21, 185, 7620)] == ["–", "4.2 s", "3 min 05 s", "2 h 07 min"]
+    assert [size(n) for n in (12, 1500, 2_500_000)] == ["12 B", "1.5 kB", "2.5 MB"]
+
+
+@pytest.mark.parametrize("signal", [-50.0, -4.0, -0.1, 0.0, 0.1, 4.0, 50.0])
+def test_text_on_every_tint_is_readable(signal: float) -> None:
+    """Contrast of #111 on the tint by WCAG 2, level AA for normal text."""
+
+    def luminance(channels: list[int]) -> float:
+        linear = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    background = luminance([int(c) for c in re.findall(r"\d+", tint(signal))])
+    assert (background + 0.05) / (luminance([17, 17, 17]) + 0.05) >= 4.5
