@@ -13,7 +13,7 @@ SCRIPTS := .ci/run $(wildcard tools/*.sh)
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '1,/^$$/s/^# //p' Makefile
 
 setup:
 	@tools/setup_env.sh $(EXTRAS)

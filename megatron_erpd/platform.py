@@ -217,5 +217,5 @@ def _replace_torch_cuda() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    for name in ("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor", "ByteTensor"):
-        setattr(torch.cuda, name, getattr(torch, name))
+    for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte"):
+        setattr(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))

@@ -137,6 +137,25 @@ class SampleSettings(Settings):
     engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what generates")
 
 
+class ImportSettings(Settings):
+    """Reading rollouts that another program wrote."""
+
+    format: Literal["plain", "verl", "slime", "trl", "openr1"] = Field(
+        default="plain", description="who wrote the file; plain: our own column names"
+    )
+    on_reject: Literal["error", "skip"] = Field(
+        default="error", description="a row that can't be used: end with an error, or leave it out and count it"
+    )
+    allow_unverified: bool = Field(default=False, description="keep rollouts without a reward, as unverified")
+    duplicates: Literal["number", "reject"] = Field(
+        default="number", description="a rollout whose tokens equal an earlier one's: another draw, or an error"
+    )
+    append_eos: bool = Field(default=True, description="end responses encoded from text with the end token")
+    user_message: bool | None = Field(
+        default=None, description="put plain-text prompts into the chat template; default: as the format says"
+    )
+
+
 class PrecomputeSettings(Settings):
     """The teacher cache: which policies' rows, and for `topk` which target distribution."""
 

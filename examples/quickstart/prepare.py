@@ -13,7 +13,6 @@ No problem is in two of the three files. The same options and seed give the same
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import random
@@ -26,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_erpd.data.rollouts import write_rollouts
+from megatron_erpd.sampling.policy import tokenizer_digest
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
@@ -128,11 +128,10 @@ def prepare(arguments: argparse.Namespace) -> None:
     heldout, prompts, demonstrated = (list(itertools.islice(problems, size)) for size in sizes)
     write_problems(arguments.output / "heldout.jsonl", heldout)
     write_problems(arguments.output / "prompts.jsonl", prompts)
-    digest = hashlib.sha256((arguments.output / "model" / "tokenizer.json").read_bytes()).hexdigest()
     write_rollouts(
         arguments.output / "demonstrations.parquet",
         demonstrations(demonstrated, tokenizer, arguments.carry_drop, rng),
-        {"tokenizer_digest": digest, "source": "examples/quickstart/prepare.py", "carry_drop": arguments.carry_drop},
+        {"tokenizer_digest": tokenizer_digest(arguments.output / "model"), "carry_drop": arguments.carry_drop},
     )
     print(
         f"wrote {arguments.output}: a model of {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -40,9 +40,9 @@ def export_hf_weights(
     """Writes the model as a Hugging Face folder that loads like the one it came from.
 
     The first rank puts the tensors together one after another and writes them in files of at most `max_shard_bytes`:
-    that is the memory it takes, plus one tensor. All is written to a folder beside the output, which gets the output's
-    name only when every tensor that the source lists is in it. With the source's element types, an import followed by
-    an export gives the same bits.
+    that is the memory it takes, plus about two of the largest tensor. All is written to a folder beside the output,
+    which gets the output's name only when every tensor that the source lists is in it. With the source's element
+    types, an import followed by an export gives the same bits.
 
     Collective over all ranks; parameters travel over gloo, point to point, from the copy that speaks for its replicas.
 

@@ -87,14 +87,17 @@ def collate(
     input_lengths = prompt_lengths + response_lengths - 1
     length = _sequence_length(rollouts, rows, input_lengths, pad_multiple, pad_to)
 
-    # One padded buffer of length s + 1 serves tokens and labels: they are its two shifted views.
+    # One padded buffer of length s + 1 serves tokens and labels: they are its two shifts.
     padded = np.full((rows.size, length + 1), pad_token_id, dtype=np.int64)
     for b, row in enumerate(rows):
         middle, end = prompt_lengths[b], prompt_lengths[b] + response_lengths[b]
         padded[b, :middle] = rollouts.prompt_tokens(row)
         padded[b, middle:end] = rollouts.response_tokens(row)
     positions = np.arange(length)
-    loss_mask = (positions >= prompt_lengths[:, None] - 1) & (positions < input_lengths[:, None])
+    inside = positions < input_lengths[:, None]
+    loss_mask = inside & (positions >= prompt_lengths[:, None] - 1)
+    # A shorter row's last token is a label only: it is no input of the model, even where there is room for it.
+    tokens = np.where(inside, padded[:, :-1], pad_token_id)
 
     starts = prompt_lengths - 1
     grids = {}
@@ -102,7 +105,7 @@ def collate(
         _check_rows(rollouts, rows, name, values, response_lengths)
         grids[name] = scatter_response_rows(values, starts, length)
     return Batch(
-        tokens=torch.from_numpy(padded[:, :-1].copy()),
+        tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(padded[:, 1:].copy()),
         position_ids=torch.arange(length).expand(rows.size, length).contiguous(),
         loss_mask=torch.from_numpy(loss_mask.astype(np.float32)),

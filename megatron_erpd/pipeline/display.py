@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -98,26 +99,28 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("accuracy", "accuracy_sampled", lambda x: f"{x:.3f}"),
-    ("greedy", "accuracy_greedy", lambda x: f"{x:.3f}"),
-    ("KL/sequence", "kl_per_sequence", lambda x: f"{x:.3f}"),
-    ("KL/token", "kl_per_token", lambda x: f"{x:.4f}"),
-    ("KL(pi||base), data", "reverse_kl_data", lambda x: f"{x:.4f}"),
-    ("KL(base||pi), data", "forward_kl_data", lambda x: f"{x:.4f}"),
-    ("entropy", "entropy", lambda x: f"{x:.3f}"),
-    ("length", "mean_length", lambda x: f"{x:.1f}"),
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("sampled", "accuracy_sampled", ".3f"),
+    ("greedy", "accuracy_greedy", ".3f"),
+    ("KL /\nsequence", "kl_per_sequence", ".3f"),
+    ("KL /\ntoken", "kl_per_token", ".4f"),
+    ("reverse\nKL, data", "reverse_kl_data", ".4f"),
+    ("forward\nKL, data", "forward_kl_data", ".4f"),
+    ("entropy", "entropy", ".3f"),
+    ("length", "mean_length", ".1f"),
 )
+"""Heading, key and format of the final table. Narrow, so that it fits 80 characters."""
 
 
 def summary_table(summary: Path) -> Table:
     """Policies and what was measured of them, from a run's `report/summary.json`. Divergences are in nats."""
     policies: dict[str, dict[str, Any]] = json.loads(summary.read_text())["policies"]
-    table = Table(title="held-out prompts", title_justify="left", title_style="bold")
-    table.add_column("policy", no_wrap=True)
+    title = "accuracy on held-out prompts, and divergence from the base policy (reverse KL: policy || base)"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("policy", overflow="fold")
     for heading, _, _ in _COLUMNS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, metrics in policies.items():
-        cells = [show(float(metrics[key])) if metrics.get(key) is not None else "-" for _, key, show in _COLUMNS]
+        cells = ["-" if metrics.get(key) is None else format(float(metrics[key]), form) for _, key, form in _COLUMNS]
         table.add_row(name, *cells)
     return table

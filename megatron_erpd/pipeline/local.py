@@ -214,8 +214,8 @@ def locked(root: Path) -> Iterator[IO[str]]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise StageError(
-                f"{root}: {holder} is running this already (or stages that it started still are); wait for it, stop it, "
-                "or give another --output"
+                f"{root}: {holder} is running this already (or stages that it started still are); wait for it, stop "
+                "it, or give another --output"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -239,7 +239,11 @@ def status_table(recipe: Recipe) -> Display:
         if missing:
             row.note = f"waits for {', '.join(missing)}"
             continue
-        assessment = artifacts.assess(stage)
+        try:
+            assessment = artifacts.assess(stage)
+        except StageError as error:  # an input of the user's own is gone
+            row.note = str(error)
+            continue
         if assessment.found == "complete":
             done.add(stage.name)
             row.state, row.seconds = "done", read_manifest(stage.output).summary.get("seconds")

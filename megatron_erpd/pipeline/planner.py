@@ -10,11 +10,19 @@ from typing import Any
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.manifest import settings_identity
+from megatron_erpd.pipeline.identity import (
+    GENERATED_PROMPTS,
+    evaluate_request,
+    import_request,
+    sample_request,
+    verifier_file,
+)
 from megatron_erpd.pipeline.recipe import Imported, Recipe, ReplayControl, Sampled, StageOverrides
-from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of, verifier_file
+from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of
 from megatron_erpd.settings import (
     DistillSettings,
     EvaluateSettings,
+    ImportSettings,
     Layout,
     PrecomputeSettings,
     ReplaySettings,
@@ -107,20 +115,21 @@ class _Planner:
     def _rollouts(self, name: str, number: int, hf: Path, output: Path) -> Path:
         section = self.recipe.rollouts
         if isinstance(section, Imported):
-            inputs = {"source": self._path(section.file), "tokenizer": self._path(section.tokenizer or str(hf))}
-            options = {"format": section.format, "fields": section.fields, "on_reject": section.on_reject}
-            argv = ["--format", section.format, "--on-reject", section.on_reject]
+            options = _as(ImportSettings, section)
+            tokenizer = self._path(section.tokenizer) if section.tokenizer else hf
+            request = import_request(options, self._path(section.file), section.fields, tokenizer)
+            argv = settings_to_argv(options)
             for ours, theirs in section.fields.items():
                 argv += ["--field", f"{ours}={theirs}"]
-            return self._add(name, "import-rollouts", argv, inputs, output, options)
+            argv = [*_input_flags(request.inputs), *argv]
+            return self._add(name, "import-rollouts", argv, request.inputs, output, request.settings)
         # Later rounds see the same prompts; another seed keeps their samples independent.
         settings = _as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1})
-        verifier = self._verifier(section.verifier)
-        inputs = {"model": hf, "prompts": self._path(section.prompts), **_verifier_input(verifier)}
-        argv = ["--verifier", verifier, *settings_to_argv(settings)]
+        prompts, verifier = self._prompts(section.prompts), self._verifier(section.verifier)
+        request = sample_request(settings, hf, prompts, verifier, section.num_prompts)
+        argv = ["--model", str(hf), "--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
         argv += [] if section.num_prompts is None else ["--num-prompts", str(section.num_prompts)]
-        identity = settings_identity(settings, verifier=verifier, num_prompts=section.num_prompts)
-        return self._add(name, "sample", argv, inputs, output, identity)
+        return self._add(name, "sample", argv, request.inputs, output, request.settings)
 
     def _replay(self, name: str, section: ReplaySettings, data: dict[str, Path], output: Path) -> Path:
         settings = _as(ReplaySettings, section)
@@ -178,17 +187,12 @@ class _Planner:
         verifier = section.verifier or (sampled.verifier if isinstance(sampled, Sampled) else None)
         if verifier is None:
             raise RecipeError("evaluation.verifier: missing; imported rollouts name no verifier to take instead")
-        verifier = self._verifier(verifier)
+        prompts, verifier = self._prompts(section.prompts), self._verifier(verifier)
         settings = _as(EvaluateSettings, section)
-        inputs = {
-            "base": hf,
-            "exported": export,
-            "prompts": self._path(section.prompts),
-            "rollouts": rollouts,
-            **_verifier_input(verifier),
-        }
-        argv = ["--verifier", verifier, *settings_to_argv(settings)]
-        self._add(name, "evaluate", argv, inputs, output, settings_identity(settings, verifier=verifier))
+        request = evaluate_request(settings, {"base": hf}, export, prompts, rollouts, verifier)
+        argv = ["--model", f"base={hf}", "--exported", str(export), "--prompts", prompts, "--rollouts", str(rollouts)]
+        argv += ["--verifier", verifier, *settings_to_argv(settings)]
+        self._add(name, "evaluate", argv, request.inputs, output, request.settings)
 
     def _report(self) -> None:
         inputs = {stage.name: stage.output for stage in self.stages if stage.name != "prepare"}
@@ -203,16 +207,16 @@ class _Planner:
         output: Path,
         settings: Settings | Mapping[str, Any],
     ) -> Path:
-        """Adds a stage and returns its output folder. Inputs become flags, unless the command has none for them."""
+        """Adds a stage and returns its output folder. What runs a model gets its inputs as flags by their names."""
         key = re.sub(r"^round-\d+/", "", name)
         self.used.add(key)
         override = self.overrides.get(key, StageOverrides())
         megatron = flags_of({**self.recipe.megatron, **override.megatron}) if command in RUNS_MODEL else ()
         if override.megatron and command not in RUNS_MODEL:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
-        if command not in ("prepare", "export", "report"):
-            arguments = [*_input_flags(inputs), "--output", str(output), *arguments]
-        elif command == "export":
+        if command in (*RUNS_MODEL, "import"):
+            arguments = [*_input_flags(inputs), *arguments]
+        if command not in ("prepare", "report"):
             arguments = [*arguments, "--output", str(output)]
         self.stages.append(
             Stage(
@@ -233,12 +237,17 @@ class _Planner:
             return Layout()
         given = override.layout.model_dump(include=override.layout.model_fields_set)
         layout = self.recipe.layout.model_copy(update=given)
+        if command in RUNS_MODEL:
+            return layout
         # A conversion has no data to divide.
-        return layout if command in RUNS_MODEL else layout.model_copy(update={"data_parallel": 1})
+        return layout.model_copy(update={"data_parallel": 1, "micro_batch_size": Layout().micro_batch_size})
 
     def _path(self, text: str) -> Path:
         inside = self.recipe.prepare and Path(text).parts[:1] == ("prepare",)
         return self.root / text if inside else Path(text)
+
+    def _prompts(self, prompts: str) -> str:
+        return prompts if prompts.startswith(GENERATED_PROMPTS) else str(self._path(prompts))
 
     def _verifier(self, verifier: str) -> str:
         file = verifier_file(verifier)
@@ -248,16 +257,9 @@ class _Planner:
 def _input_flags(inputs: Mapping[str, Path]) -> list[str]:
     argv: list[str] = []
     for name, path in inputs.items():
-        if name == "verifier-file":
-            continue  # the file is in --verifier already
         policy = name.removeprefix("policy-")
         argv += ["--policy", f"{policy}={path}"] if policy != name else [f"--{name}", str(path)]
     return argv
-
-
-def _verifier_input(verifier: str) -> dict[str, Path]:
-    file = verifier_file(verifier)
-    return {} if file is None else {"verifier-file": file}
 
 
 def _policies(signal: str, where: str, trained: Mapping[str, Path]) -> set[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.pipeline.identity import verifier_file
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
-from megatron_erpd.pipeline.stages import USES_MEGATRON, Stage, verifier_file
+from megatron_erpd.pipeline.stages import USES_MEGATRON, Stage
 
 
 def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
@@ -22,7 +26,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
         *_missing_paths(stages),
         *_model_problems(stages),
         *_batch_problems(stages),
-        *_verifier_problems(stages),
+        *_task_problems(stages),
         *_process_problems(stages, slots),
     ]
     if problems:
@@ -31,15 +35,11 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
 
 
 def _missing_paths(stages: Sequence[Stage]) -> Iterator[str]:
-    outputs = [stage.output for stage in stages]
-    prepared = any(s.command == "prepare" and not (s.output / "manifest.json").is_file() for s in stages)
+    pending = [s.output for s in stages if s.command != "prepare" or not (s.output / MANIFEST).is_file()]
     for stage in stages:
         for name, path in stage.inputs.items():
-            made = [output for output in outputs if path.is_relative_to(output)]
-            by_prepare = any(output.name == "prepare" for output in made)
-            if path.exists() or (made and not (by_prepare and not prepared)):
-                continue
-            yield f"{stage.name}: {name} {path}: no such file or folder; check the path in the recipe"
+            if not path.exists() and not any(path.is_relative_to(output) for output in pending):
+                yield f"{stage.name}: {name} {path}: no such file or folder; check the path in the recipe"
 
 
 def _model_problems(stages: Sequence[Stage]) -> Iterator[str]:
@@ -73,23 +73,30 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
             )
 
 
-def _verifier_problems(stages: Sequence[Stage]) -> Iterator[str]:
+def _task_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    """Verifiers that can't be loaded, and files of prompts that can't be read."""
+    from megatron_erpd.sampling.prompts import load_prompts
     from megatron_erpd.sampling.verifiers import get_verifier
 
-    for verifier in dict.fromkeys(str(s.settings["verifier"]) for s in stages if "verifier" in s.settings):
-        file = verifier_file(verifier)
+    verifiers = [str(s.settings["verifier"]) for s in stages if "verifier" in s.settings]
+    prompts = [s.inputs["prompts"] for s in stages if "prompts" in s.inputs]
+    checks: list[tuple[Callable[[Any], object], Any, Path | None]] = [
+        *((get_verifier, verifier, verifier_file(verifier)) for verifier in dict.fromkeys(verifiers)),
+        *((load_prompts, path, path) for path in dict.fromkeys(prompts)),
+    ]
+    for check, value, file in checks:
         if file is not None and not file.is_file():
             continue  # told as a missing path, or still to be prepared
         try:
-            get_verifier(verifier)
+            check(value)
         except ErpdError as error:
-            yield f"verifier {verifier}: {error}"
+            yield str(error)
 
 
 def _process_problems(stages: Sequence[Stage], slots: Slots) -> Iterator[str]:
     for stage in stages:
         if slots.gpus and stage.num_processes > len(slots.gpus):
             yield (
-                f"{stage.name}: its layout needs {stage.num_processes} GPUs, this machine has {len(slots.gpus)}; choose a "
-                "smaller layout"
+                f"{stage.name}: its layout needs {stage.num_processes} GPUs, this machine has {len(slots.gpus)}; "
+                "choose a smaller layout"
             )

@@ -131,10 +131,13 @@ class StageProcess:
 
     def _tail(self) -> str:
         """The end of what this attempt wrote; a progress bar's carriage returns count as line ends."""
-        with self.log.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(self._start, end - _TAIL_BYTES))
-            return file.read().decode(errors="replace").replace("\r", "\n")
+        try:
+            with self.log.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(self._start, end - _TAIL_BYTES))
+                return file.read().decode(errors="replace").replace("\r", "\n")
+        except OSError as error:
+            return f"{self.log} can't be read: {error.strerror}"
 
 
 def stop(processes: Sequence[StageProcess], grace: float = GRACE_SECONDS) -> None:
@@ -174,8 +177,8 @@ def error_message(lines: Sequence[str]) -> str:
 
 
 def _unranked(line: str) -> str:
-    """A line without the `[rank0]:` that PyTorch may put in front of it."""
-    return re.sub(r"^\[(rank|default)\d+\]:\s?", "", line)
+    """A line without the `[default0]:` that torchrun may put in front of it."""
+    return re.sub(r"^\[(rank|default)\d+\]:", "", line)
 
 
 def _environment(gpus: Sequence[str], threads: int) -> dict[str, str]:

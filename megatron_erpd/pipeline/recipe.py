@@ -19,6 +19,7 @@ from megatron_erpd.errors import RecipeError
 from megatron_erpd.settings import (
     DistillSettings,
     EvaluateSettings,
+    ImportSettings,
     Layout,
     PrecomputeSettings,
     ReplayLoss,
@@ -42,19 +43,17 @@ class WarmUp(ReplaySettings):
 class Sampled(SampleSettings):
     """Rollouts sampled from the base policy and scored."""
 
-    prompts: str = Field(description="prompts, a JSON record a line")
+    prompts: str = Field(description="JSON lines with prompt and answer, or reasoning-gym:TASK?size=100")
     verifier: str = Field(description="math-verify, reasoning-gym:TASK or python:FILE_OR_MODULE:FUNCTION")
     num_prompts: int | None = Field(default=None, ge=1, description="prompts used; default: all")
 
 
-class Imported(Settings):
+class Imported(ImportSettings):
     """Rollouts from a file of another program."""
 
-    file: str = Field(description="JSONL or Parquet file")
-    format: str = Field(default="auto", description="format of the file")
-    fields: dict[str, str] = Field(default={}, description="our field to the file's field")
-    tokenizer: str | None = Field(default=None, description="HF folder; default: the model's own")
-    on_reject: Literal["error", "skip"] = Field(default="error", description="what to do with a row that can't be used")
+    file: str = Field(description="JSON lines or Parquet: a file, or a folder of them")
+    fields: dict[str, str] = Field(default={}, description="our field to the file's field, over the format's")
+    tokenizer: str | None = Field(default=None, description="Hugging Face folder; default: the model's own")
 
 
 class Unlearned(ReplaySettings):
@@ -78,7 +77,7 @@ class DistillControl(DistillSettings):
 class Evaluation(EvaluateSettings):
     """Measurements of every policy of a round on held-out prompts."""
 
-    prompts: str = Field(description="held-out prompts, a JSON record a line")
+    prompts: str = Field(description="held-out prompts, as in rollouts")
     verifier: str | None = Field(default=None, description="as in rollouts; default: that of the rollouts")
     checkpoints: bool = Field(default=False, description="evaluate the teacher's kept checkpoints too")
 

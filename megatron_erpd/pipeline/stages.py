@@ -6,7 +6,6 @@ processes (its layout) is part of its command, never of its identity.
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -100,12 +99,6 @@ def dependencies(stage: Stage, stages: list[Stage]) -> list[str]:
     """Names of the stages in whose artifacts the inputs of `stage` lie."""
     paths = stage.inputs.values()
     return [s.name for s in stages if s is not stage and any(path.is_relative_to(s.output) for path in paths)]
-
-
-def verifier_file(verifier: str) -> Path | None:
-    """The Python file of a `python:FILE.py:FUNCTION` verifier; None for the others."""
-    match = re.fullmatch(r"python:(.+\.py):\w+", verifier)
-    return Path(match[1]) if match else None
 
 
 def flags_of(megatron: MegatronFlags) -> tuple[str, ...]:

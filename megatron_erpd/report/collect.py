@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import StageError
-from megatron_erpd.manifest import MANIFEST, Manifest, read_manifest
+from megatron_erpd.manifest import MANIFEST, REQUEST, Manifest, read_manifest
 
 ROLES = ("base", "teacher", "unlearned", "student", "control")
 """What a policy is in a round. A name that is none of the first four is a control's."""
@@ -30,6 +30,7 @@ class Policy:
     metrics: dict[str, float]
     """The numbers of its evaluation, with `reward_gained` and `kl_efficiency` where they are defined."""
     examples: list[dict[str, Any]] = field(default_factory=list)
+    """Prompts with `greedy` and `samples`: a response and its reward each."""
 
     @property
     def family(self) -> str:
@@ -191,7 +192,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _collect_round(folder: Path) -> Round:
-    policies = [_read_policy(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.name != MANIFEST]
+    evaluations = sorted((folder / "evaluation").glob("*.json"))
+    policies = [_read_policy(path) for path in evaluations if path.name not in (MANIFEST, REQUEST)]
     base = next((p for p in policies if p.name == "base"), None)
     policies = [_with_efficiency(policy, base) for policy in policies]
     policies.sort(key=lambda p: (ROLES.index(p.role), p.family, math.inf if p.iteration is None else p.iteration))
@@ -218,9 +220,10 @@ def _finished(folders: list[Path]) -> Iterator[Path]:
 def _read_policy(path: Path) -> Policy:
     try:
         record = json.loads(path.read_text())
-        numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        examples = [e for e in record.get("examples") or [] if isinstance(e, dict)]
-    except (json.JSONDecodeError, AttributeError) as error:
+        # What wasn't measured (accuracy without a verifier, say) is null.
+        numbers = {name: float(value) for name, value in record["metrics"].items() if value is not None}
+        examples = list(record["examples"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StageError(f"{path}: not an evaluation ({error}); delete the folder and run 'evaluate' again") from None
     return Policy(path.stem, {k: v for k, v in numbers.items() if math.isfinite(v)}, examples)
 

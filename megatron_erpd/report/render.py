@@ -17,11 +17,13 @@ SIGNAL_SHOWN_FULL = 4.0
 """Nats at which a token's colour is at its strongest."""
 
 NUM_ANSWERED_PROMPTS = 3
+MAX_CHARACTERS_SHOWN = 300
 
 _SHARED_PANELS: list[tuple[tuple[str, ...], str, str]] = [
-    (("policy_base_kl", "kl_k3"), "KL(policy ‖ base)", "nats per token"),
+    (("policy_base_kl",), "KL(policy ‖ base)", "nats per token"),
     (("entropy",), "Entropy", "nats per token"),
     (("reward_weighted_log_ratio",), "Reward-weighted log-ratio", "nats"),
+    (("kl_k3",), "KL(base ‖ policy)", "nats per token"),
     (("clip_fraction",), "Clipped tokens", "fraction"),
 ]
 PANELS = {
@@ -46,8 +48,9 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("entropy", "entropy", ".3f"),
     ("mean_length", "length", ".1f"),
     ("truncated", "truncated", ".3f"),
+    ("unverified", "unverified", ".3f"),
 ]
-"""The final table: key, heading, format. A column that no policy has is left out."""
+"""The final table: key, heading, format. A column that no policy has is left out, `unverified` also where it is 0."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def render_report(run_dir: str | Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": duration, "size": size, "tint": tint, "plain": plain}
+    environment.filters |= {"duration": duration, "size": size, "tint": tint, "plain": plain, "shortened": shortened}
     views = [_view(run, round_) for round_ in run.rounds]
     page = environment.get_template("report.html.j2").render(run=run, rounds=views, summary=summary)
     write_text(folder / "index.html", page)
@@ -107,7 +110,7 @@ def render_report(run_dir: str | Path) -> Path:
 
 def _view(run: Run, round_: Round) -> RoundView:
     palette = _palette(round_)
-    columns = [c for c in COLUMNS if any(c[0] in p.metrics for p in round_.policies)]
+    columns = [c for c in COLUMNS if any(_is_worth_a_column(c[0], p) for p in round_.policies)]
     signal = _signal(run, round_)
     histogram = plots.signal_histogram(signal.above, signal.below, signal.threshold) if signal else None
     return RoundView(
@@ -124,6 +127,11 @@ def _view(run: Run, round_: Round) -> RoundView:
         histogram=_picture(histogram, "Histogram of the signal on the tokens of rewarded and unrewarded rollouts"),
         answers=_answers(round_),
     )
+
+
+def _is_worth_a_column(metric: str, policy: Policy) -> bool:
+    value = policy.metrics.get(metric)
+    return value is not None and (metric != "unverified" or value > 0)
 
 
 def _palette(round_: Round) -> plots.Palette:
@@ -209,17 +217,17 @@ def _tokenizer_folder(run: Run, round_: Round) -> Path | None:
 
 
 def _answers(round_: Round) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The first prompts that several policies answered, with each policy's answer."""
+    """The first prompts that were kept as examples, with each policy's greedy response and first sample."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for policy in round_.results:
-        seen = set()
-        for example in policy.examples:
-            prompt, response = example.get("prompt"), example.get("response")
-            if isinstance(prompt, str) and isinstance(response, str) and prompt not in seen:
-                seen.add(prompt)
-                by_prompt.setdefault(prompt, []).append({"policy": policy.name, **example})
-    shared = [(prompt, answers) for prompt, answers in by_prompt.items() if len(answers) > 1]
-    return shared[:NUM_ANSWERED_PROMPTS]
+        for example in policy.examples[:NUM_ANSWERED_PROMPTS]:
+            answer = {
+                "policy": policy.name,
+                "greedy": example["greedy"],
+                "sample": next(iter(example["samples"]), None),
+            }
+            by_prompt.setdefault(example["prompt"], []).append(answer)
+    return list(by_prompt.items())
 
 
 def duration(seconds: float | None) -> str:
@@ -245,6 +253,14 @@ def size(num_bytes: int) -> str:
 def plain(value: Any) -> str:
     """A figure of a manifest for a table: floats with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def shortened(text: str | None) -> str:
+    """A response for a table; of a long one the beginning and the end, where the answer is."""
+    text = text or ""
+    if len(text) <= 2 * MAX_CHARACTERS_SHOWN:
+        return text
+    return f"{text[:MAX_CHARACTERS_SHOWN]} […] {text[-MAX_CHARACTERS_SHOWN:]}"
 
 
 def tint(signal: float) -> str:

@@ -3,7 +3,7 @@
 In:  `{"gold": "\\\\frac{1}{2}", "response": "... \\\\boxed{0.5}"}`
 Out: `{"score": 1.0}`, or `{"error": "..."}` where no verdict could be reached; `{"ready": true}` once at the start.
 
-It has no time limits of its own: whoever started it keeps them. It imports nothing of the project, so that it starts fast.
+It has no time limits of its own: whoever started it keeps them. It imports nothing of the project, so it starts fast.
 """
 
 from __future__ import annotations

@@ -60,15 +60,21 @@ def load_policy(
         CheckpointError: the folder, its weights or its tokenizer are missing or can't be read.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else "auto")
     folder = _checked_folder(hf_path)
     tokenizer = load_tokenizer(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: can't be loaded as a causal language model: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     model.to(place).eval()
     stop = _stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]

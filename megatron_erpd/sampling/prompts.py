@@ -18,8 +18,8 @@ _FIELDS = ("prompt", "answer", "metadata")
 class PromptRecord(TypedDict):
     """One prompt.
 
-    `prompt` is text, or a chat as a list of `{"role", "content"}`; `answer` is whatever the verifier compares with (None
-    where it needs none); `metadata` is a JSON object that travels with the rollouts.
+    `prompt` is text, or a chat as a list of `{"role", "content"}`; `answer` is whatever the verifier compares with
+    (None where it needs none); `metadata` is a JSON object that travels with the rollouts.
     """
 
     prompt: str | list[dict[str, str]]
@@ -113,7 +113,7 @@ def _parse_line(line: str, place: str) -> PromptRecord:
     except json.JSONDecodeError as error:
         raise RecipeError(f"{place}: isn't JSON ({error}); write one JSON object per line") from None
     if not isinstance(value, dict) or "prompt" not in value:
-        raise RecipeError(f"{place}: has no 'prompt'; write {{\"prompt\": ..., \"answer\": ...}}")
+        raise RecipeError(f'{place}: has no \'prompt\'; write {{"prompt": ..., "answer": ...}}')
     unknown = sorted(value.keys() - set(_FIELDS))
     if unknown:
         raise RecipeError(f"{place}: {unknown[0]!r} isn't one of {', '.join(_FIELDS)}; put it under 'metadata'")

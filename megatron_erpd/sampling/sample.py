@@ -43,9 +43,9 @@ def sample_rollouts(
 ) -> dict[str, Any]:
     """Draws `settings.num_rollouts` responses to every prompt, scores them and writes them.
 
-    Writes `rollouts-00000-of-000NN.parquet` and so on, each when its prompts are done, and `report.json` at the end. Called again
-    after an interruption, it goes on with the first part that is missing; the result is the one of an
-    uninterrupted run. A prompt's place in `prompts` is its group id.
+    Writes `rollouts-00000-of-000NN.parquet` and so on, each when its prompts are done, and `report.json` at the end.
+    Called again after an interruption, it makes the parts that are missing; the result is that of an uninterrupted
+    run. A prompt's place in `prompts` is its group id.
 
     Args:
         hf_path: the policy's Hugging Face folder.
@@ -54,7 +54,7 @@ def sample_rollouts(
         settings: how to sample.
         verifier: as in `get_verifier`; None leaves every reward null (unverified).
         engine: drawn from instead of the one that `settings.engine` names.
-        device, dtype: as in `load_policy`, for the transformers engine.
+        device, dtype: as in `load_policy`.
         progress: told the number of finished responses, those of earlier runs included.
 
     Returns:
@@ -82,18 +82,13 @@ def sample_rollouts(
         },
     )
     missing = [part for part in range(plan.num_parts) if not plan.is_done(part)]
-    num_scored = 0
     if missing:
         engine = engine or make_engine(hf_path, settings, device, dtype)
-    for part in missing:
-        assert engine is not None
-        samples = _sample_part(engine, plan, part, settings, progress)
-        num_scored += plan.write(part, list(_rows(plan, part, samples, tokenizer, judge)))
-    if judge is not None and num_scored and judge.num_errors == num_scored:
-        raise StageError(
-            f"verifier {judge.spec} failed on all {num_scored} responses, first with: {judge.first_error}; correct "
-            f"it and remove {folder} before sampling again"
-        )
+        num_rows = 0
+        for part in missing:
+            samples = _sample_part(engine, plan, part, settings, progress)
+            num_rows += plan.write(part, list(_rows(plan, part, samples, tokenizer, judge)))
+        _refuse_failed_verifier(judge, num_rows, folder)
     report = describe_rollouts(read_rollouts(folder))
     report["verifier"] = {
         "spec": verifier,
@@ -102,7 +97,7 @@ def sample_rollouts(
     }
     report["seconds"] = round(time.monotonic() - started, 3)
     report["parts_resumed"] = plan.num_parts - len(missing)
-    _write_json(folder / REPORT, report)
+    write_json(folder / REPORT, report)
     return report
 
 
@@ -200,8 +195,8 @@ class _Plan:
             # As JSON, for tuples come back as lists.
             if json.dumps(found.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
                 raise RolloutError(
-                    f"{self.path(part)}: was made with another {name!r} ({found.get(name)}, now {value}); sample into an "
-                    "empty folder, or remove this one"
+                    f"{self.path(part)}: was made with another {name!r} ({found.get(name)}, now {value}); "
+                    "sample into an empty folder, or remove this one"
                 )
         return True
 
@@ -257,7 +252,16 @@ def _rows(
             }
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _refuse_failed_verifier(judge: Verifier | None, num_rows: int, folder: Path) -> None:
+    if judge is not None and judge.num_errors == num_rows:
+        raise StageError(
+            f"verifier {judge.spec} failed on all {num_rows} responses, first with: {judge.first_error}; correct it "
+            f"and remove {folder} before sampling again"
+        )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """By rename: a file that is there is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, path)

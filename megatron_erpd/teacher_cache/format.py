@@ -166,7 +166,7 @@ class CacheIndex:
 
 
 def log_probs_column(policy: str) -> str:
-    """The column of kind 'token' that holds a policy's log-probs."""
+    """The column that holds a policy's log-probs of the response tokens."""
     return f"log_probs.{policy}"
 
 

@@ -54,7 +54,7 @@ def rank() -> int:
 
 def single_process_store() -> torch.distributed.Store | None:
     """The rendezvous of a process that no launcher started: in memory, so that no port is needed."""
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if torch.distributed.is_initialized() or "MASTER_ADDR" in os.environ:
         return None
     os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     return torch.distributed.HashStore()
@@ -141,6 +141,6 @@ def _refuse_contradictions(fixed: Mapping[str, object], pass_through: list[str])
         flag = item.split("=", 1)[0]
         if flag in ours:
             raise RecipeError(
-                f"{flag}: this flag follows from the checkpoint, the layout or the stage's settings (it is {ours[flag]}) "
-                "and can't be given again; change it there"
+                f"{flag}: follows from the checkpoint, the layout or the stage's settings (it is {ours[flag]}) and "
+                "can't be given again; change it there"
             )

@@ -40,7 +40,7 @@ def token_row(cache: CacheReader, policy: str, rollouts: Rollouts) -> TokenRow:
 def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
     """The parts of the cached target q: indices and log-probs `[R, K]`, log tail mass `[R]`."""
     if cache.meta.kind != "topk":
-        raise CacheError(f"{cache.folder}: is of kind {cache.meta.kind!r}; precompute with --kind topk for the projection")
+        raise CacheError(f"{cache.folder}: is of kind {cache.meta.kind!r}; the projection needs --kind topk")
     ids = rollouts.sample_ids
     return {
         "topk_indices": lambda i: cache.topk_row(ids[i])[0],

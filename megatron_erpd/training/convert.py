@@ -12,7 +12,7 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
 from megatron_erpd.training.runtime import finish_output, initialize, prepare_output, stage_process
 
-_ANY_LENGTH = 128
+_ANY_LENGTH = 2
 """Conversion runs no tokens through the model; Megatron still wants a sequence length."""
 
 

@@ -18,7 +18,7 @@ from megatron_erpd.objectives.off_policy import kl_penalty
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.signals import SignalTerm, combine
 from megatron_erpd.objectives.types import DivergenceKind
-from megatron_erpd.training.heads import PolicyHead
+from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import Logits, forward_stage, join
 from megatron_erpd.vocab_parallel import (
@@ -44,7 +44,7 @@ class DistillStep:
         kind: `forward_kl` KL(q || student), `reverse_kl` KL(student || q) or `js`.
         frozen: policies that run beside the student, in the order of the context's outputs; empty for a cache.
         target: given the batch, the frozen policies' logits `[s, b, v/tp]` and the vocabulary shard: q.
-        make_shard: given the model, its vocabulary shard.
+        vocab_size: true size of the vocabulary, without padding.
         gather: compare against q gathered over the tensor-parallel shards (live targets only).
     """
 
@@ -53,20 +53,20 @@ class DistillStep:
         kind: DivergenceKind,
         frozen: Sequence[Any],
         target: Callable[[Batch, Sequence[Tensor], VocabShard], Target],
-        make_shard: Callable[[Any], VocabShard],
+        vocab_size: int,
         gather: bool = False,
     ) -> None:
         self.kind = kind
         self.frozen = frozen
         self.target = target
-        self.make_shard = make_shard
+        self.vocab_size = vocab_size
         self.gather = gather
         self._head: PolicyHead | None = None
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
         if self._head is None:
-            self._head = PolicyHead(self.make_shard(model), self._divergence)
+            self._head = policy_head(model, self.vocab_size, self._divergence)
         models = [model, *self.frozen]
         processors = [self._head, *(Logits() for _ in self.frozen)]
         outputs = forward_stage(models, batch, processors, {"batch": batch})

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.collate import Batch
+from megatron_erpd.training.model import unwrap, vocab_shard
 from megatron_erpd.vocab_parallel import VocabShard, token_log_probs_and_entropy
 
 DivergenceTerm = Callable[[Tensor, Batch, Any], Tensor]
 """Given the logits shard `[b, s, v/tp]`, the batch and the processor's context: a divergence per token `[b, s]`."""
+
+
+def policy_head(model: Any, vocab_size: int, divergence: DivergenceTerm | None = None) -> PolicyHead | None:
+    """This rank's head; None before the last pipeline stage, where Megatron calls no processor."""
+    if not unwrap(model).post_process:
+        return None
+    return PolicyHead(vocab_shard(model, vocab_size), divergence)
 
 
 class PolicyHead:

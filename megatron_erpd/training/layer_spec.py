@@ -42,9 +42,7 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     )
     layer = ModuleSpec(
         module=TransformerLayer,
-        submodules=replace(
-            submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention
-        ),
+        submodules=replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention),
     )
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,7 +1,8 @@
 """The precompute stage: what the policies say about the fixed rollouts, computed once on any layout.
 
-Kind `token` keeps each policy's log-probs of the response tokens. Kind `topk` keeps these and the target distribution q:
-the base policy moved along the signal as far as the trust region allows, as its top-k entries and one exact tail mass.
+Kind `token` keeps each policy's log-probs of the response tokens. Kind `topk` keeps these and the target distribution
+q: the base policy moved along the signal as far as the trust region allows, as its top-k entries and one exact tail
+mass.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ def precompute(argv: list[str]) -> None:
         "--rollouts runs/a/rollouts --output runs/a/cache --signal strong --delta 0.5",
     )
     parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
+    parser.add_argument("--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR")
     parser.add_argument(
-        "--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR; repeatable"
+        "--rollouts", type=Path, required=True, help="rollouts: an artifact, a folder or a Parquet file"
     )
-    parser.add_argument("--rollouts", type=Path, required=True, help="rollouts: an artifact, a folder or a Parquet file")
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
     add_settings_arguments(parser, PrecomputeSettings, "cache")
     add_layout_arguments(parser)
@@ -273,14 +274,13 @@ def _global_eta(settings: PrecomputeSettings, score: Scores, scan: Callable[[Con
     return solve_global_eta(etas, mean_kl.clamp(min=0), settings.delta, settings.eta_max)
 
 
-def _write(
-    output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consumer], None], rollouts: Rollouts
-) -> None:
+def _write(output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consumer], None], rollouts: Rollouts) -> None:
     """Scores the rollouts and writes each once: from the last stage's first tensor-parallel rank of its DP rank."""
     from megatron.core import mpu
 
     writes = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
     writer = CacheWriter(output, meta, mpu.get_data_parallel_rank(), resume=True) if writes else None
+
     def keep(batch: Batch, logits: Sequence[Tensor]) -> None:
         log_probs = {n: gather_response_rows(v, batch) for n, v in score.log_probs(batch, logits).items()}
         target = score.target(batch, logits) if meta.kind == "topk" else {}

@@ -17,16 +17,15 @@ from megatron_erpd.data.collate import Batch
 from megatron_erpd.objectives.off_policy import importance_correction, kl_penalty
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.signals import SignalTerm, combine, token_advantages
-from megatron_erpd.objectives.types import Aggregation, LossOutput, ReplayInputs
+from megatron_erpd.objectives.types import Aggregation, KlEstimator, LossOutput, ReplayInputs
 from megatron_erpd.settings import DistillSettings, ReplaySettings
-from megatron_erpd.training.heads import PolicyHead
+from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import forward_stage
 
 LossFunction = Callable[[ReplayInputs], LossOutput]
 Advantages = Callable[[Batch], Tensor]
-Head = Callable[[Any], PolicyHead]
 
 
 class ReplayStep:
@@ -42,7 +41,7 @@ class ReplayStep:
         advantages: what the loss gets, `[b]` or `[b, s]`.
         kl_coefficient: fixed weight of the KL term, or the controller that moves it.
         kl_estimator: `k1`, `k2` or `k3`.
-        make_head: given the model, its output processor; called once, on last pipeline stages.
+        vocab_size: true size of the vocabulary, without padding.
         correction: given a batch with behaviour log-probs, the importance weights; None for none.
     """
 
@@ -53,8 +52,8 @@ class ReplayStep:
         aggregation: Aggregation,
         advantages: Advantages,
         kl_coefficient: float | KlBudget,
-        kl_estimator: str,
-        make_head: Head,
+        kl_estimator: KlEstimator,
+        vocab_size: int,
         correction: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.prefix = prefix
@@ -63,14 +62,14 @@ class ReplayStep:
         self.advantages = advantages
         self.kl_coefficient = kl_coefficient
         self.kl_estimator = kl_estimator
-        self.make_head = make_head
+        self.vocab_size = vocab_size
         self.correction = correction
         self._head: PolicyHead | None = None
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
         if self._head is None:
-            self._head = self.make_head(model)
+            self._head = policy_head(model, self.vocab_size)
         output = forward_stage([model], batch, [self._head], {"batch": batch})[0]
         return output, partial(self.loss_and_metrics, batch)
 
@@ -101,14 +100,15 @@ class ReplayStep:
             inputs.policy_log_probs.detach(), inputs.old_log_probs, batch.loss_mask, "k3", "token_mean"
         )
         metrics["policy_base_kl"] = per_token
-        controlled = isinstance(self.kl_coefficient, KlBudget)
-        coefficient = self.kl_coefficient.coefficient if controlled else self.kl_coefficient
-        if controlled:
+        one = torch.ones((), device=per_token[0].device)
+        if isinstance(self.kl_coefficient, KlBudget):
+            coefficient = self.kl_coefficient.coefficient
             self.kl_coefficient.measure(*per_token)
-            one = torch.ones((), device=per_token[0].device)
             metrics["kl_coefficient"] = (one * coefficient, one)
+        else:
+            coefficient = self.kl_coefficient
         if coefficient == 0:
-            return torch.zeros((), device=per_token[0].device)
+            return 0 * one
         penalty, _ = kl_penalty(
             inputs.policy_log_probs, inputs.old_log_probs, batch.loss_mask, self.kl_estimator, self.aggregation
         )
@@ -141,9 +141,7 @@ def replay_loss(settings: ReplaySettings) -> tuple[LossFunction, Aggregation]:
 def surrogate_loss(settings: DistillSettings) -> LossFunction:
     """Stage 2's surrogate on token advantages, with its parameters bound."""
     if settings.loss == "sapo":
-        return partial(
-            REPLAY_LOSSES["sapo"], tau_positive=settings.tau_positive, tau_negative=settings.tau_negative
-        )
+        return partial(REPLAY_LOSSES["sapo"], tau_positive=settings.tau_positive, tau_negative=settings.tau_negative)
     return partial(REPLAY_LOSSES["ppo"], clip_low=settings.clip_low, clip_high=settings.clip_high)
 
 

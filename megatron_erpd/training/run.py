@@ -128,9 +128,7 @@ class TrainingRun:
     def _batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
 
-        source = BatchSource(
-            self.rollouts, pad_multiple(self.layout), self.token_rows, self.sequence_rows
-        )
+        source = BatchSource(self.rollouts, pad_multiple(self.layout), self.token_rows, self.sequence_rows)
         order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
         return source.replay(
             order,

@@ -100,13 +100,21 @@ def common_flags() -> dict[str, object]:
 def stage_process() -> Iterator[torch.distributed.Store | None]:
     """A stage's use of this process: gives the store to meet in, and clears Megatron's global state afterwards.
 
-    A process group that the caller made before the stage is used and stays; one that the stage made is left. After an error
-    nothing is cleared: the process is about to end, and clearing could wait for ranks that are gone.
+    A process group that the caller made before the stage is used and stays, and so do Megatron's groups in it: further
+    stages of the same layout take them over (gloo keeps the threads of a group that is dropped). Otherwise all groups
+    are left. After an error nothing is cleared: the process is about to end, and clearing could wait for ranks that are
+    gone.
     """
     inherited = torch.distributed.is_initialized()
     yield single_process_store()
-    from megatron.training.training import destroy_global_state
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training.global_vars import destroy_global_vars
 
-    destroy_global_state()
-    if torch.distributed.is_initialized() and not inherited:
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    if not inherited:
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -137,7 +136,7 @@ def distill(argv: list[str]) -> None:
 
 def _add_paths(parser: argparse.ArgumentParser, log_probs_help: str) -> None:
     parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
-    parser.add_argument("--rollouts", type=Path, required=True, help="rollouts: an artifact, a folder or a Parquet file")
+    parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
     parser.add_argument("--base-log-probs", type=Path, help=log_probs_help)
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
 
@@ -199,7 +198,7 @@ def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Name
         advantages=sequence_advantages,
         kl_coefficient=settings.kl_coefficient,
         kl_estimator=settings.kl_estimator,
-        make_head=partial(_make_head, args.vocab_size),
+        vocab_size=args.vocab_size,
         correction=partial(behavior_correction, settings) if corrected else None,
     )
 
@@ -231,7 +230,7 @@ def _policy_gradient_step(
         advantages=partial(signal_advantages, settings, parse_signal(settings.signal)),
         kl_coefficient=budget,
         kl_estimator="k3",
-        make_head=partial(_make_head, args.vocab_size),
+        vocab_size=args.vocab_size,
     )
 
 
@@ -239,13 +238,10 @@ def _projection_step(
     settings: DistillSettings, policies: dict[str, Path], run: TrainingRun, args: argparse.Namespace
 ) -> ForwardStep:
     from megatron_erpd.training.distill_step import DistillStep, cached_target, live_target
-    from megatron_erpd.training.model import build_frozen_model, load_weights, model_config, vocab_shard
-
-    def make_shard(model: Any) -> Any:
-        return vocab_shard(model, args.vocab_size)
+    from megatron_erpd.training.model import build_frozen_model, load_weights, model_config
 
     if settings.teacher == "cache":
-        return DistillStep(settings.divergence, [], cached_target, make_shard)
+        return DistillStep(settings.divergence, [], cached_target, args.vocab_size)
     terms = parse_signal(settings.signal)
     names = sorted(policies_of(terms) | {"base"})
     frozen = []
@@ -253,12 +249,4 @@ def _projection_step(
         frozen.append(build_frozen_model(model_config(args)))
         load_weights(frozen[-1], policies[name])
     target = partial(live_target, names, terms, settings.delta, settings.eta_max)
-    return DistillStep(settings.divergence, frozen, target, make_shard, gather=settings.gather_teacher)
-
-
-def _make_head(vocab_size: int, model: Any) -> Any:
-    from megatron_erpd.training.heads import PolicyHead
-    from megatron_erpd.training.model import unwrap, vocab_shard
-
-    # Earlier pipeline stages have no output layer, and Megatron never calls their processor.
-    return PolicyHead(vocab_shard(model, vocab_size)) if unwrap(model).post_process else None
+    return DistillStep(settings.divergence, frozen, target, args.vocab_size, gather=settings.gather_teacher)

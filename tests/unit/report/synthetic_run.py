@@ -42,7 +42,7 @@ def evaluations(folder: Path) -> None:
     policies |= {"direct": (0.74, 0.77, 0.8), "sequence-advantage": (0.72, 0.76, 0.66)}
     policies |= {"teacher@16": (0.62, 0.7, 0.7), "teacher@8": (0.55, 0.69, 0.4), "teacher": (0.7, 0.72, 2.1)}
     for name, (sampled, greedy, kl) in policies.items():
-        record: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "accuracy_sampled": sampled,
             "accuracy_sampled_se": 0.011,
             "accuracy_greedy": greedy,
@@ -56,10 +56,14 @@ def evaluations(folder: Path) -> None:
             "mean_length": 8.0,
             "truncated": 0.0,
             "pass_at_g": min(1.0, sampled + 0.1),
+            "unverified": 0.0,
             "num_prompts": 256,
-            "policy": name,
-            "examples": [{"prompt": "54+78+63=", "response": f"231 861 {name}", "reward": float(sampled > 0.5)}],
+            "num_rollouts": None,
         }
+        scored = {"response": f"231 861 {name}", "reward": float(sampled > 0.5)}
+        unscored = {"response": "231 <8", "reward": None}
+        example = {"prompt": "54+78+63=", "answer": "861", "greedy": scored, "samples": [unscored, scored]}
+        record = {"name": name, "seconds": 2.5, "metrics": metrics, "examples": [example]}
         (folder / f"{name}.json").write_text(json.dumps(record))
     finish(folder, "evaluate", 95.0)
 
@@ -69,6 +73,7 @@ def metrics(folder: Path, prefix: str, drift: float, rng: random.Random) -> None
     names = {
         "loss": 0.7,
         "policy_base_kl": 0.0,
+        "kl_k3": 0.0,
         "entropy": 0.4,
         "reward_weighted_log_ratio": 0.0,
         "clip_fraction": 0.01,

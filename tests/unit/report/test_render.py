@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.report import render_report
-from megatron_erpd.report.render import duration, size, tint
+from megatron_erpd.report.render import duration, shortened, size, tint
 from tests.unit.report.synthetic_run import finish, make_run
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -71,6 +71,7 @@ def test_page_has_every_section(page: str) -> None:
     assert "student: +0.350 at 0.800 nats per sequence, +0.438 per nat" in page
     assert "0.760 ± 0.011" in page
     assert "1 min 01 s" in page and "1 min 35 s" in page
+    assert "231 &lt;8" in page and "unverified" not in page
     # The recipe's text is shown, not interpreted.
     assert "# &lt;b&gt;" in page
 
@@ -113,6 +114,8 @@ def test_each_piece_may_be_missing(run_folder: Path, tmp_path: Path, missing: st
 
 def test_figures_for_people() -> None:
     assert [duration(s) for s in (None, 4.21, 185, 7620)] == ["–", "4.2 s", "3 min 05 s", "2 h 07 min"]
+    assert shortened(None) == "" and shortened("x" * 600) == "x" * 600
+    assert shortened("a" * 500 + "b" * 500) == "a" * 300 + " […] " + "b" * 300
     assert [size(n) for n in (12, 1500, 2_500_000)] == ["12 B", "1.5 kB", "2.5 MB"]
 
 

@@ -1,0 +1,229 @@
+"""`megatron-erpd`: a whole run from a recipe, or any of its stages alone.
+
+Nothing heavy is imported before the command is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_erpd import __version__
+from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.settings import Layout, add_settings_arguments, settings_from_namespace
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: where its function is, and what the overview says of it."""
+
+    module: str
+    function: str
+    summary: str
+    example: str
+    launches: bool = False
+    """Whether its layout may ask for several processes."""
+
+    def load(self) -> Callable[[list[str]], None]:
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+_HERE = "megatron_erpd.cli"
+_COMMANDS = "megatron_erpd.pipeline.commands"
+_TRAINING = "megatron_erpd.training"
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(_HERE, "run", "run a recipe, all stages that are not done", "run recipe.yaml --tensor-parallel 2"),
+    "status": Command(_HERE, "status", "where a run stands", "status runs/quickstart"),
+    "report": Command(_COMMANDS, "report", "write the report of a run", "report runs/quickstart"),
+    "verify": Command(_COMMANDS, "verify", "check that artifacts are whole", "verify runs/quickstart"),
+    "import": Command(
+        f"{_TRAINING}.convert",
+        "import_checkpoint",
+        "Hugging Face folder to Megatron checkpoint",
+        "import --hf Qwen3-4B --output runs/mine/base",
+        launches=True,
+    ),
+    "export": Command(
+        f"{_TRAINING}.convert",
+        "export_checkpoints",
+        "Megatron checkpoints to Hugging Face folders",
+        "export --checkpoint student=runs/mine/round-01/student --output exported",
+        launches=True,
+    ),
+    "import-rollouts": Command(
+        _COMMANDS,
+        "import_rollouts",
+        "rollouts of another program",
+        "import-rollouts --source dump.jsonl --format verl --tokenizer Qwen3-4B --output rollouts",
+    ),
+    "sample": Command(
+        _COMMANDS,
+        "sample",
+        "sample and score rollouts",
+        "sample --model Qwen3-4B --prompts train.jsonl --verifier math-verify --output rollouts",
+    ),
+    "train-teacher": Command(
+        f"{_TRAINING}.train",
+        "train_teacher",
+        "stage 1: teacher, unlearned policy, warm-up",
+        "train-teacher --base base --rollouts rollouts --base-log-probs log-probs --loss ce --output teacher",
+        launches=True,
+    ),
+    "precompute": Command(
+        f"{_TRAINING}.precompute",
+        "precompute",
+        "log-probs and target distributions of fixed policies",
+        "precompute --base base --policy teacher=teacher --rollouts rollouts --signal strong --output cache",
+        launches=True,
+    ),
+    "distill": Command(
+        f"{_TRAINING}.train",
+        "distill",
+        "stage 2: the student, under a trust region",
+        "distill --base base --rollouts rollouts --base-log-probs log-probs --cache cache --output student",
+        launches=True,
+    ),
+    "evaluate": Command(
+        _COMMANDS,
+        "evaluate",
+        "accuracy and divergence on held-out prompts",
+        "evaluate --model base=Qwen3-4B --exported exported --prompts held.jsonl --rollouts rollouts --output eval",
+    ),
+}
+
+_CONVERT = """usage: megatron-erpd convert import|export ...
+
+Another name for `megatron-erpd import` (Hugging Face to Megatron) and `megatron-erpd export` (back).
+
+example: megatron-erpd convert import --hf Qwen3-4B --output runs/mine/base
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program. `--version` and `--help` aside, the first argument is a command with arguments of its own."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["convert"]:
+        argv = argv[1:]
+        if argv[:1] not in (["import"], ["export"]):
+            print(_CONVERT, file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
+            sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        sys.exit(0)
+    if argv[0] == "--version":
+        print(__version__)
+        sys.exit(0)
+    if argv[0] not in COMMANDS:
+        print(f"error: {argv[0]} is no command; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    run_command(lambda rest: _dispatch(argv[0], rest), argv[1:])
+
+
+def overview() -> str:
+    """What `megatron-erpd --help` prints."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [
+        "usage: megatron-erpd COMMAND ...",
+        "",
+        "Extreme Region Policy Distillation on Megatron-Core.",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<{width}}  {command.summary}", f"  {'':<{width}}    megatron-erpd {command.example}"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`megatron-erpd COMMAND --help` tells all of a command's flags. `--debug` shows the traceback of an error.",
+            "Megatron's own flags follow after `--`.",
+        ]
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Runs every stage of a recipe that is not done, and prints what came out."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd run",
+        description=f"{run.__doc__} Started again, it goes on where it was; what has changed in the recipe is made "
+        "anew, with all that depends on it.",
+        epilog="example: megatron-erpd run recipe.yaml --tensor-parallel 2 --set student.epochs=4 --dry-run",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", type=Path, help="the recipe, or the folder of a run to go on with")
+    parser.add_argument("--output", help="the run's folder (default: the recipe's, or runs/NAME)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a value over the recipe's; repeatable"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of all stages and run nothing")
+    parser.add_argument("--jobs", type=int, help="most stages side by side (default: as there are GPUs or cores)")
+    parser.add_argument(
+        "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_settings_arguments(parser, Layout, "layout, over the recipe's (a layout given for one stage still counts)")
+    given = parser.parse_args(argv)
+
+    from megatron_erpd.pipeline.planner import plan
+    from megatron_erpd.pipeline.recipe import load_recipe
+
+    layout = settings_from_namespace(given, Layout)
+    recipe = load_recipe(given.recipe, given.set, {n: getattr(layout, n) for n in layout.model_fields_set})
+    if given.output:
+        recipe = recipe.model_copy(update={"output": given.output})
+    if given.dry_run:
+        for stage in plan(recipe):
+            print(f"# {stage.name}\n{stage.shown()}\n")
+        return
+    from megatron_erpd.pipeline.local import run_recipe
+
+    try:
+        run_recipe(recipe, jobs=given.jobs, checksums=not given.quick_check)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def status(argv: list[str]) -> None:
+    """Shows where a run stands. Nothing is run or changed."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd status", description=status.__doc__, epilog="example: megatron-erpd status runs/quickstart"
+    )
+    parser.add_argument("run", type=Path, help="the run's folder (or its recipe)")
+    given = parser.parse_args(argv)
+    from rich.console import Console
+
+    from megatron_erpd.pipeline.local import status_table
+    from megatron_erpd.pipeline.recipe import load_recipe
+
+    Console().print(status_table(load_recipe(given.run)).table())
+
+
+def _dispatch(name: str, argv: list[str]) -> None:
+    """Runs a command here, or as many processes as its layout asks for."""
+    command = COMMANDS[name]
+    asks_for_help = "-h" in argv or "--help" in argv
+    if command.launches and "RANK" not in os.environ and not asks_for_help:
+        processes = _num_processes(argv)
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, *launcher, "-m", "megatron_erpd.cli", name, *argv])
+    command.load()(argv)
+
+
+def _num_processes(argv: list[str]) -> int:
+    """Processes of the layout among a command's arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_settings_arguments(parser, Layout, "layout")
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    return settings_from_namespace(parser.parse_known_args(own)[0], Layout).num_processes
+
+
+if __name__ == "__main__":
+    main()

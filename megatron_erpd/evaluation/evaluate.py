@@ -1,0 +1,237 @@
+"""All figures of a policy: accuracy on held-out prompts, divergence from the base, entropy, lengths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.data.rollouts import Rollouts, read_rollouts
+from megatron_erpd.errors import StageError
+from megatron_erpd.evaluation.divergence import compare_policies
+from megatron_erpd.evaluation.metrics import PASS_REWARD, Evaluation, PolicyMetrics, read_metrics, saved_metrics
+from megatron_erpd.sampling.engine import TransformersEngine
+from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
+from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
+from megatron_erpd.sampling.sample import write_json
+from megatron_erpd.sampling.types import Sample
+from megatron_erpd.sampling.verifiers import Verifier, get_verifier
+from megatron_erpd.settings import EvaluateSettings
+
+__all__ = ["Evaluation", "PolicyMetrics", "evaluate_policies", "evaluate_policy", "read_metrics"]
+
+NUM_EXAMPLES = 8
+Status = Callable[[str, str, int, int], None]
+"""Called with (policy's name, what is being done, finished, total)."""
+
+
+def evaluate_policies(
+    policies: Mapping[str, str | Path],
+    base: str | Path,
+    prompts: Sequence[PromptRecord],
+    output_dir: str | Path,
+    settings: EvaluateSettings,
+    *,
+    verifier: str | None = None,
+    rollouts: Rollouts | str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    status: Status | None = None,
+) -> dict[str, PolicyMetrics]:
+    """Evaluates several policies against one base, which is loaded once.
+
+    Each policy's figures are saved as `NAME.json` in `output_dir` as soon as they are there. A file that was made from
+    the same policy, base, prompts, rollouts, settings and verifier is taken as it is; any other is made anew.
+
+    Args:
+        policies: names (they become file names) to Hugging Face folders; the base may be among them.
+        base: Hugging Face folder of pi_0.
+        prompts: held-out; the first `settings.num_prompts` are used.
+        output_dir: made if need be.
+        settings: what to measure.
+        verifier: as in `get_verifier`; None leaves the accuracies out.
+        rollouts: the fixed data for `forward_kl_data` and `reverse_kl_data`; `settings.num_rollouts` rows at equal
+            distances are used.
+        device, dtype: as in `load_policy`.
+        status: told what is going on.
+
+    Returns:
+        The figures by name, in the order given.
+
+    Raises:
+        StageError: the verifier failed on every response.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = read_rollouts(rollouts) if isinstance(rollouts, str | Path) else rollouts
+    common = {
+        "base": policy_fingerprint(base),
+        "prompts": prompts_digest(prompts[: settings.num_prompts]),
+        "rollouts": fixed.digest() if fixed is not None else None,
+        "settings": settings.model_dump(exclude={"batch_size"}),
+        "verifier": verifier,
+    }
+    judge: Verifier | None = None
+    base_policy: Policy | None = None
+    results: dict[str, PolicyMetrics] = {}
+    for name, path in policies.items():
+        identity = {"policy": policy_fingerprint(path), **common}
+        file = folder / f"{name}.json"
+        saved = saved_metrics(file, identity)
+        if saved is not None:
+            results[name] = saved
+            continue
+        started = time.monotonic()
+        base_policy = base_policy or load_policy(base, device, dtype)
+        judge = judge or (get_verifier(verifier) if verifier is not None else None)
+        policy = base_policy if identity["policy"] == common["base"] else load_policy(path, device, dtype)
+        told = None if status is None else partial(status, name)
+        evaluation = evaluate_policy(policy, base_policy, prompts, judge, fixed, settings, status=told)
+        facts = {"name": name, "identity": identity, "seconds": round(time.monotonic() - started, 3)}
+        write_json(file, {**facts, **asdict(evaluation)})
+        results[name] = evaluation.metrics
+    return results
+
+
+def evaluate_policy(
+    policy: Policy,
+    base: Policy,
+    prompts: Sequence[PromptRecord],
+    verifier: Verifier | None,
+    rollouts: Rollouts | None,
+    settings: EvaluateSettings,
+    *,
+    num_examples: int = NUM_EXAMPLES,
+    status: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates one policy; see `evaluate_policies` and `PolicyMetrics`.
+
+    Samples depend on `settings.seed` and a prompt's place alone, so two policies are compared under the same noise.
+    """
+    tell = status or (lambda what, done, total: None)
+    records = list(prompts[: settings.num_prompts])
+    ids = encode_prompts(policy.tokenizer, records, settings.chat_template)
+    groups, greedy = _respond(policy, ids, settings, tell)
+    texts = [_texts(policy, group) for group in groups]
+    greedy_texts = _texts(policy, greedy)
+    rewards = _rewards(verifier, records, texts)
+    greedy_rewards = _rewards(verifier, records, [[text] for text in greedy_texts])
+    sequences = [(prompt, s.response_token_ids) for prompt, group in zip(ids, groups, strict=True) for s in group]
+    own = compare_policies(policy, base, sequences, progress=partial(tell, "divergence"))
+    per_prompt_kl = own.reverse_kl.reshape(len(records), settings.num_samples).mean(axis=1)
+    samples = [sample for group in groups for sample in group]
+    metrics = PolicyMetrics(
+        num_prompts=len(records),
+        num_samples=settings.num_samples,
+        **_accuracies(rewards, greedy_rewards),
+        kl_per_sequence=float(own.reverse_kl.mean()),
+        kl_per_sequence_se=_standard_error(per_prompt_kl),
+        kl_per_token=own.per_token("reverse_kl"),
+        kl_per_sequence_sampled=float(own.log_ratio.mean()),
+        kl_per_token_sampled=own.per_token("log_ratio"),
+        entropy=own.per_token("entropy"),
+        mean_length=float(own.num_tokens.mean()),
+        mean_length_greedy=float(np.mean([len(s.response_token_ids) for s in greedy])),
+        truncated=float(np.mean([s.finish_reason == "length" for s in samples])),
+        **_data_divergence(policy, base, rollouts, settings.num_rollouts, tell),
+    )
+    examples = [
+        _example(records[i], greedy_texts[i], greedy_rewards[i, 0], texts[i], rewards[i])
+        for i in range(min(num_examples, len(records)))
+    ]
+    return Evaluation(metrics, examples)
+
+
+def _respond(
+    policy: Policy, prompt_token_ids: list[list[int]], settings: EvaluateSettings, tell: Callable[[str, int, int], None]
+) -> tuple[list[list[Sample]], list[Sample]]:
+    """G samples at temperature 1, and the greedy response, to every prompt."""
+    engine, longest, rows = TransformersEngine(policy), settings.max_new_tokens, settings.batch_size
+    groups = engine.sample(
+        prompt_token_ids,
+        num_samples=settings.num_samples,
+        max_new_tokens=longest,
+        seed=settings.seed,
+        batch_size=rows,
+        progress=partial(tell, "sampling"),
+    )
+    greedy = engine.greedy(prompt_token_ids, max_new_tokens=longest, batch_size=rows, progress=partial(tell, "greedy"))
+    return groups, greedy
+
+
+def _texts(policy: Policy, samples: Sequence[Sample]) -> list[str]:
+    return policy.tokenizer.batch_decode([s.response_token_ids for s in samples], skip_special_tokens=True)
+
+
+def _rewards(verifier: Verifier | None, records: Sequence[PromptRecord], texts: list[list[str]]) -> np.ndarray:
+    """float64 `[N, G]`, NaN for unverified."""
+    rewards = np.full((len(texts), len(texts[0])), np.nan)
+    if verifier is None:
+        return rewards
+    before = verifier.num_errors
+    for row, record, group in zip(rewards, records, texts, strict=True):
+        for column, text in enumerate(group):
+            reward = verifier(record, text)
+            row[column] = np.nan if reward is None else reward
+    if verifier.num_errors - before == rewards.size:
+        raise StageError(f"verifier {verifier.spec} failed on every response, first with: {verifier.first_error}")
+    return rewards
+
+
+def _accuracies(rewards: np.ndarray, greedy: np.ndarray) -> dict[str, Any]:
+    """Means over prompts of the verified samples' mean, so that a prompt counts once however many were verified."""
+    verified = ~np.isnan(rewards)
+    some = verified.any(axis=1)
+    means = np.nanmean(rewards[some], axis=1) if some.any() else np.empty(0)
+    best = np.nanmax(rewards[some], axis=1) if some.any() else np.empty(0)
+    first = greedy[~np.isnan(greedy)]
+    return {
+        "accuracy_sampled": _mean(means),
+        "accuracy_sampled_se": _standard_error(means),
+        "accuracy_greedy": _mean(first),
+        "accuracy_greedy_se": _standard_error(first),
+        "pass_at_g": _mean((best >= PASS_REWARD).astype(np.float64)),
+        "unverified": float(1 - verified.mean()),
+    }
+
+
+def _data_divergence(
+    policy: Policy, base: Policy, rollouts: Rollouts | None, num_rollouts: int, tell: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    if rollouts is None:
+        return {"forward_kl_data": None, "reverse_kl_data": None, "num_rollouts": 0}
+    # Rows of one prompt lie together: equal distances reach as many prompts as there can be.
+    rows = np.unique(np.linspace(0, len(rollouts) - 1, min(num_rollouts, len(rollouts))).round().astype(np.int64))
+    sequences = [(rollouts.prompt_tokens(int(i)), rollouts.response_tokens(int(i))) for i in rows]
+    data = compare_policies(policy, base, sequences, progress=partial(tell, "fixed data"))
+    return {
+        "forward_kl_data": data.per_token("forward_kl"),
+        "reverse_kl_data": data.per_token("reverse_kl"),
+        "num_rollouts": len(rows),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _example(record: PromptRecord, greedy: str, greedy_reward: float, texts: list[str], rewards: np.ndarray) -> dict:
+    def scored(text: str, reward: float) -> dict[str, Any]:
+        return {"response": text, "reward": None if np.isnan(reward) else float(reward)}
+
+    return {
+        "prompt": prompt_text(record),
+        "answer": record["answer"],
+        "greedy": scored(greedy, greedy_reward),
+        "samples": [scored(text, reward) for text, reward in zip(texts[:2], rewards[:2], strict=True)],
+    }

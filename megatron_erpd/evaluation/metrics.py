@@ -1,0 +1,88 @@
+"""The figures of a policy and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.errors import StageError
+
+PASS_REWARD = 1.0
+"""A response solves its prompt when its reward is at least this: scorers with partial credit give 1 when right."""
+
+
+@dataclass(frozen=True)
+class PolicyMetrics:
+    """One policy on N held-out prompts with G samples each, at temperature 1. Divergences in nats, lengths in tokens.
+
+    Attributes:
+        num_prompts, num_samples: N and G.
+        accuracy_sampled: mean reward of the samples (mean@G); None where nothing was verified, here and below.
+        accuracy_sampled_se: its standard error over prompts (a prompt's G samples are one observation).
+        accuracy_greedy, accuracy_greedy_se: the same of the most likely response.
+        pass_at_g: fraction of prompts with a sample whose reward is at least `PASS_REWARD`.
+        unverified: fraction of the samples without a verdict; they enter no accuracy.
+        kl_per_sequence: KL(policy || base), exact at every token of the policy's own samples, summed over a response,
+            mean over responses.
+        kl_per_sequence_se: its standard error over prompts.
+        kl_per_token: the same sum over all responses, divided by all their tokens.
+        kl_per_sequence_sampled, kl_per_token_sampled: the same from the log-ratios of the drawn tokens alone.
+        entropy: of the policy per token, mean over the tokens of its own samples.
+        mean_length: of the samples. mean_length_greedy: of the greedy responses.
+        truncated: fraction of the samples that met `max_new_tokens`.
+        forward_kl_data: KL(base || policy) per token, mean over the tokens of the fixed rollouts, exact; None
+            without rollouts. reverse_kl_data: KL(policy || base) on the same tokens.
+        num_rollouts: how many of the fixed rollouts that was.
+    """
+
+    num_prompts: int
+    num_samples: int
+    accuracy_sampled: float | None
+    accuracy_sampled_se: float | None
+    accuracy_greedy: float | None
+    accuracy_greedy_se: float | None
+    pass_at_g: float | None
+    unverified: float
+    kl_per_sequence: float
+    kl_per_sequence_se: float | None
+    kl_per_token: float
+    kl_per_sequence_sampled: float
+    kl_per_token_sampled: float
+    entropy: float
+    mean_length: float
+    mean_length_greedy: float
+    truncated: float
+    forward_kl_data: float | None
+    reverse_kl_data: float | None
+    num_rollouts: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics`, and a few prompts with their responses for people to read."""
+
+    metrics: PolicyMetrics
+    examples: list[dict[str, Any]]
+
+
+def read_metrics(file: str | Path) -> PolicyMetrics:
+    """The figures of a file that `evaluate_policies` wrote; `StageError` if it holds none."""
+    try:
+        return PolicyMetrics(**json.loads(Path(file).read_text(encoding="utf-8"))["metrics"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StageError(f"{file}: isn't an evaluation ({error}); run 'evaluate' again") from error
+
+
+def saved_metrics(file: Path, identity: dict[str, Any]) -> PolicyMetrics | None:
+    """The figures in `file` if they were made from the same things by a version that measured the same figures."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return None
+    same_identity = content.get("identity") == json.loads(json.dumps(identity))
+    same_figures = set(content.get("metrics", {})) == {field.name for field in fields(PolicyMetrics)}
+    return PolicyMetrics(**content["metrics"]) if same_identity and same_figures else None

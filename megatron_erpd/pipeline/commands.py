@@ -1,0 +1,298 @@
+"""The commands that run in one process: their flags, and what they write beside the artifact's content.
+
+Each takes the argument list without the program's name, as the training commands do. What is heavy is imported when it
+is needed, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.errors import ErpdError, RecipeError, StageError
+from megatron_erpd.manifest import MANIFEST, begin_artifact, finish_artifact, input_digest, verify_manifest
+from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request
+from megatron_erpd.settings import (
+    EvaluateSettings,
+    ImportSettings,
+    SampleSettings,
+    add_settings_arguments,
+    settings_from_namespace,
+)
+
+_PROMPTS_HELP = "JSON lines with prompt and answer, or reasoning-gym:TASK?size=100&seed=1"
+_VERIFIER_HELP = (
+    "math-verify, reasoning-gym:TASK, python:FILE.py:FUNCTION or python:MODULE:FUNCTION; without one nothing is scored"
+)
+_PROGRESS_SECONDS = 5.0
+
+
+def sample(argv: list[str]) -> None:
+    """Samples rollouts from a policy and scores them."""
+    parser = _parser(
+        "sample",
+        sample.__doc__,
+        "--model Qwen3-4B --prompts train.jsonl --verifier math-verify --num-rollouts 16 --output runs/mine/rollouts",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="the policy: a Hugging Face folder")
+    parser.add_argument("--prompts", required=True, help=_PROMPTS_HELP)
+    parser.add_argument("--verifier", help=_VERIFIER_HELP)
+    parser.add_argument("--num-prompts", type=_positive, help="use so many of the prompts (default: all)")
+    _add_output(parser)
+    add_settings_arguments(parser, SampleSettings, "sampling")
+    given = parser.parse_args(argv)
+    settings = settings_from_namespace(given, SampleSettings)
+    request = sample_request(settings, given.model, given.prompts, given.verifier, given.num_prompts)
+    _begin("sample", given.output, request)
+
+    from megatron_erpd.sampling.prompts import load_prompts
+    from megatron_erpd.sampling.sample import sample_rollouts
+
+    prompts = load_prompts(given.prompts, given.num_prompts)
+    report = sample_rollouts(
+        given.model, prompts, given.output, settings, verifier=given.verifier, progress=_progress("sampled")
+    )
+    finish_artifact(given.output, _figures(report))
+
+
+def import_rollouts(argv: list[str]) -> None:
+    """Turns rollouts that another program wrote into this project's format; every row that can't be used is named."""
+    parser = _parser(
+        "import-rollouts",
+        import_rollouts.__doc__,
+        "--source dump.jsonl --format verl --field reward=score --tokenizer Qwen3-4B --output runs/mine/rollouts",
+    )
+    parser.add_argument("--source", type=Path, required=True, help="JSON lines or Parquet: a file, or a folder of them")
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="read our field OURS from THEIRS, over the format's own; repeatable",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder; needed for sources without token ids")
+    _add_output(parser)
+    add_settings_arguments(parser, ImportSettings, "reading")
+    given = parser.parse_args(argv)
+    settings = settings_from_namespace(given, ImportSettings)
+    fields = _pairs(given.field, "--field")
+    _begin("import-rollouts", given.output, import_request(settings, given.source, fields, given.tokenizer))
+
+    from rich.console import Console
+
+    from megatron_erpd.data import import_report, importers
+
+    options = settings.model_dump(exclude={"format"})
+    report = importers.import_rollouts(
+        given.source,
+        given.output / "rollouts.parquet",
+        preset=settings.format,
+        field_map=fields,
+        tokenizer=_load_tokenizer(given.tokenizer),
+        **options,
+    )
+    (given.output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    Console().print(import_report.render(report))
+    finish_artifact(given.output, _figures(report.as_dict()))
+
+
+def evaluate(argv: list[str]) -> None:
+    """Measures policies on held-out prompts: accuracy, and how far they are from the base policy."""
+    parser = _parser(
+        "evaluate",
+        evaluate.__doc__,
+        "--model base=Qwen3-4B --exported runs/mine/round-01/export --prompts heldout.jsonl "
+        "--rollouts runs/mine/round-01/rollouts --verifier math-verify --output runs/mine/round-01/evaluation",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="NAME=HF",
+        help="a policy's name and Hugging Face folder; repeatable, `base` must be among them",
+    )
+    parser.add_argument("--exported", type=Path, help="evaluate every policy of this export too")
+    parser.add_argument("--prompts", required=True, help=f"held-out prompts: {_PROMPTS_HELP}")
+    parser.add_argument("--rollouts", type=Path, required=True, help="the fixed data, for the exact divergences")
+    parser.add_argument("--verifier", help=_VERIFIER_HELP)
+    _add_output(parser)
+    add_settings_arguments(parser, EvaluateSettings, "evaluation")
+    given = parser.parse_args(argv)
+    settings = settings_from_namespace(given, EvaluateSettings)
+    models = {name: Path(folder) for name, folder in _pairs(given.model, "--model").items()}
+    if "base" not in models:
+        raise RecipeError("--model: the base policy is missing, and divergences are measured from it; give base=HF")
+    request = evaluate_request(settings, models, given.exported, given.prompts, given.rollouts, given.verifier)
+    _begin("evaluate", given.output, request)
+
+    from megatron_erpd.evaluation.evaluate import evaluate_policies
+    from megatron_erpd.sampling.prompts import load_prompts
+
+    evaluate_policies(
+        models | _exported(given.exported, models),
+        models["base"],
+        load_prompts(given.prompts, settings.num_prompts),
+        given.output,
+        settings,
+        verifier=given.verifier,
+        rollouts=given.rollouts,
+        status=_status(),
+    )
+    finish_artifact(given.output)
+
+
+def report(argv: list[str]) -> None:
+    """Writes a run's report: one HTML page, its figures as JSON, and the picture of accuracy against divergence."""
+    parser = _parser("report", report.__doc__, "runs/quickstart")
+    parser.add_argument(
+        "run", type=Path, help="the run's folder; a run that is not finished is reported as far as it is"
+    )
+    given = parser.parse_args(argv)
+    from megatron_erpd.report.render import render_report
+
+    print(render_report(given.run))
+
+
+def verify(argv: list[str]) -> None:
+    """Checks that artifacts are whole: every file there, of the size and content that its manifest recorded."""
+    parser = _parser("verify", verify.__doc__, "runs/quickstart")
+    parser.add_argument("folder", type=Path, nargs="+", help="an artifact, or a folder that holds artifacts (a run)")
+    given = parser.parse_args(argv)
+    problems: list[str] = []
+    for folder in given.folder:
+        artifacts = sorted(path.parent for path in folder.rglob(MANIFEST))
+        if not artifacts:
+            problems.append(f"{folder}: holds no artifact; give a folder that a stage wrote")
+        for artifact in artifacts:
+            try:
+                manifest = verify_manifest(artifact)
+            except StageError as error:
+                problems.append(str(error))
+            else:
+                print(f"{artifact}: {manifest.stage}, {len(manifest.files)} files, whole")
+    if problems:
+        raise StageError("\n".join(problems))
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Runs a command as a program: an `ErpdError` becomes one message on stderr and exit code 2.
+
+    `--debug` among the arguments shows the traceback instead.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    debug = "--debug" in own
+    try:
+        command([word for word in own if word != "--debug"] + argv[len(own) :])
+    except ErpdError as error:
+        if debug:
+            raise
+        # Further lines are indented: whoever reads a log can tell where the message ends.
+        print("error: " + "\n".join(_indented(str(error))), file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _indented(message: str) -> list[str]:
+    first, *others = message.splitlines() or [""]
+    return [first, *(line if line.startswith("  ") else "  " + line for line in others)]
+
+
+def _parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-erpd {name}",
+        description=description,
+        epilog=f"example: megatron-erpd {name} {example}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+
+
+def _begin(stage: str, output: Path, request: Request) -> None:
+    digests = {name: input_digest(path) for name, path in request.inputs.items()}
+    begin_artifact(output, stage, request.settings, digests)
+
+
+def _pairs(values: list[str], flag: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise RecipeError(f"{flag} {text}: write NAME=VALUE")
+        if name in pairs:
+            raise RecipeError(f"{flag} {text}: {name} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def _exported(folder: Path | None, models: Mapping[str, Path]) -> dict[str, Path]:
+    """The policies of an export by their folders' names."""
+    if folder is None:
+        return {}
+    found = {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
+    if not found:
+        raise StageError(f"--exported {folder}: holds no Hugging Face folder; give what `megatron-erpd export` wrote")
+    twice = sorted(found.keys() & models.keys())
+    if twice:
+        raise RecipeError(f"--model {twice[0]}: {folder} holds a policy of this name too; name yours otherwise")
+    return found
+
+
+def _load_tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    from megatron_erpd.sampling.policy import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a report goes into the manifest's summary: its scalars, and the means of what it describes."""
+    figures: dict[str, Any] = {}
+    for key, value in report.items():
+        if isinstance(value, Mapping) and "mean" in value:
+            figures[f"{key}_mean"] = value["mean"]
+        elif isinstance(value, int | float):
+            figures[key] = value
+    return figures
+
+
+def _progress(word: str) -> Callable[[int, int], None]:
+    """Says how far it is, at most once in some seconds and at the end."""
+    said = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if done >= total or time.monotonic() - said >= _PROGRESS_SECONDS:
+            said = time.monotonic()
+            print(f"{word} {done} of {total}", flush=True)
+
+    return tell
+
+
+def _status() -> Callable[..., None]:
+    """The same for a command with several kinds of work."""
+    tellers: dict[str, Callable[[int, int], None]] = {}
+
+    def tell(*words: Any) -> None:
+        *what, done, total = words
+        name = " ".join(str(word) for word in what)
+        tellers.setdefault(name, _progress(name))(done, total)
+
+    return tell
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value

@@ -1,0 +1,151 @@
+"""Every stage gives the same result at every layout: losses, gradients and cache rows.
+
+The reference is one process with one micro-batch per step. Every other layout gets the reference's artifacts as inputs,
+so that each stage is compared by itself, and another micro-batch size.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_erpd.teacher_cache.reader import CacheReader
+from tests.distributed.harness import run_ranks
+from tests.integration.tiny import write_model, write_random_rollouts
+from tests.tolerances import LAYOUT
+
+LAYOUTS = {
+    "tp2": (2, ["--tensor-parallel", "2", "--micro-batch-size", "4"]),
+    "tp2-sequence-parallel": (2, ["--tensor-parallel", "2", "--sequence-parallel", "--micro-batch-size", "8"]),
+    "pp2": (2, ["--pipeline-parallel", "2", "--micro-batch-size", "4"]),
+    "dp2": (2, ["--data-parallel", "2", "--micro-batch-size", "4"]),
+    "tp2-pp2": (4, ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--micro-batch-size", "8"]),
+}
+COMMON = ["--global-batch-size", "16", "--learning-rate", "1e-3", "--epochs", "0.8"]
+
+
+def training_stages(reference: Path) -> dict[str, list[str]]:
+    """Name to arguments, without output and layout."""
+    data = ["--base", f"{reference}/base", "--rollouts", f"{reference}/rollouts.parquet", *COMMON]
+    scored = [*data, "--base-log-probs", f"{reference}/base-log-probs"]
+    live = ["--teacher", "live", "--policy", f"teacher={reference}/ce"]
+    cached = ["--cache", f"{reference}/cache"]
+    return {
+        "train:ce": [*scored, "--loss", "ce"],
+        "train:sapo": [*scored, "--loss", "sapo", "--kl-coefficient", "0.1"],
+        "train:sft": [*data, "--loss", "sft"],
+        "distill:reverse": [*scored, *cached],
+        "distill:forward": [*scored, *cached, "--divergence", "forward_kl"],
+        "distill:live": [*scored, *live, "--delta", "0.05"],
+        "distill:gathered": [*scored, *live, "--delta", "0.05", "--divergence", "js", "--gather-teacher"],
+        "distill:gradient": [*scored, *cached, "--form", "policy_gradient", "--kl-budget", "0.001"],
+    }
+
+
+def precompute_stages(reference: Path) -> dict[str, list[str]]:
+    data = ["--base", f"{reference}/base", "--rollouts", f"{reference}/rollouts.parquet"]
+    target = [*data, "--policy", f"teacher={reference}/ce", "--k", "8", "--delta", "0.002"]
+    return {
+        "base-log-probs": [*data, "--kind", "token"],
+        "cache": target,
+        "cache-global": [*target, "--projection", "global"],
+    }
+
+
+def run_stages(rank: int, world_size: int, stages: list[tuple[str, list[str]]]) -> None:
+    """Runs stages one after another in these ranks."""
+    from megatron_erpd import platform
+
+    platform.enable_cpu()
+    from megatron_erpd.training.convert import export_checkpoints, import_checkpoint
+    from megatron_erpd.training.precompute import precompute
+    from megatron_erpd.training.train import distill, train_teacher
+
+    commands = {
+        "import": import_checkpoint,
+        "export": export_checkpoints,
+        "precompute": precompute,
+        "train": train_teacher,
+        "distill": distill,
+    }
+    for name, argv in stages:
+        commands[name](argv)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All artifacts, made by one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_model(folder / "hf")
+    write_random_rollouts(folder / "rollouts.parquet")
+    stages = [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"])]
+    precomputed, trained = precompute_stages(folder), training_stages(folder)
+    layout = ["--micro-batch-size", "16"]
+
+    def precompute(name: str) -> None:
+        stages.append(("precompute", [*precomputed[name], "--output", f"{folder}/{name}", *layout]))
+
+    def train(name: str) -> None:
+        command, _, output = name.partition(":")
+        stages.append((command, [*trained[name], "--output", f"{folder}/{output}", *layout]))
+
+    precompute("base-log-probs")
+    train("train:ce")
+    precompute("cache")
+    precompute("cache-global")
+    for name in trained:
+        if name != "train:ce":
+            train(name)
+    run_ranks(run_stages, 1, stages, timeout=240)
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_result_of_one_process(layout: str, reference: Path, tmp_path: Path) -> None:
+    world_size, flags = LAYOUTS[layout]
+    stages = [("import", ["--hf", f"{reference}/hf", "--output", f"{tmp_path}/base", *flags])]
+    for name, argv in precompute_stages(reference).items():
+        stages.append(("precompute", [*argv, "--output", f"{tmp_path}/{name}", *flags]))
+    for name, argv in training_stages(reference).items():
+        command, _, output = name.partition(":")
+        stages.append((command, [*argv, "--output", f"{tmp_path}/{output}", *flags]))
+    stages.append(("export", ["--checkpoint", f"initial={tmp_path}/base", "--output", f"{tmp_path}/export", *flags]))
+    run_ranks(run_stages, world_size, stages, timeout=400)
+
+    for name in precompute_stages(reference):
+        assert_same_rows(CacheReader(tmp_path / name), CacheReader(reference / name))
+    for name in training_stages(reference):
+        output = name.partition(":")[2]
+        assert_same_training(metrics(tmp_path / output), metrics(reference / output), name)
+    source = (reference / "hf" / "model.safetensors").read_bytes()
+    assert (tmp_path / "export" / "initial" / "model.safetensors").read_bytes() == source
+
+
+def assert_same_training(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str) -> None:
+    assert len(ours) == len(theirs) == 2
+    assert ours[0].keys() == theirs[0].keys()
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        # The norm of the gradient stands for the gradient: a factor of TP in any shard would change it.
+        for key in ("stage1/loss", "stage2/loss", "grad-norm"):
+            if key in b:
+                what = f"{name}, step {step + 1}, {key}"
+                assert a[key] == pytest.approx(b[key], rel=LAYOUT.rtol * (1 + 9 * step), abs=1e-7), what
+
+
+def assert_same_rows(ours: CacheReader, theirs: CacheReader) -> None:
+    assert ours.meta.kind == theirs.meta.kind and len(ours) == len(theirs) == 40
+    for name in theirs._rows:
+        for policy in theirs.policies:
+            np.testing.assert_allclose(ours.token_row(policy, name), theirs.token_row(policy, name), atol=1e-5)
+        if theirs.meta.kind == "topk":
+            a, b = ours.topk_row(name), theirs.topk_row(name)
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+            np.testing.assert_allclose(ours.target_kl_row(name), theirs.target_kl_row(name), atol=1e-5)

@@ -1,0 +1,170 @@
+"""What `config.json` means, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags, read_model_shape
+from megatron_erpd.errors import CheckpointError, LayoutError
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_flags_of_a_llama(tmp_path: Path) -> None:
+    flags = model_flags(write(tmp_path, {**LLAMA, "rope_scaling": LLAMA3_SCALING}), 2, 3)
+    assert flags == {
+        "num_layers": 6,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "group_query_attention": True,
+        "num_query_groups": 4,
+        "kv_channels": 8,
+        "normalization": "RMSNorm",
+        "norm_epsilon": 1e-5,
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": True,
+        "max_position_embeddings": 131072,
+        "vocab_size": 131,
+        "make_vocab_size_divisible_by": 128,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "position_embedding_type": "rope",
+        "rotary_base": 500000,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": True,
+        "rope_scaling_factor": 32.0,
+    }
+
+
+def test_what_sets_the_families_apart(tmp_path: Path) -> None:
+    qwen2 = model_flags(write(tmp_path, {**QWEN2, "tie_word_embeddings": True}))
+    assert qwen2["add_qkv_bias"] and not qwen2["qk_layernorm"] and qwen2["kv_channels"] == 8
+    assert not qwen2["untie_embeddings_and_output_weights"]
+    qwen3 = model_flags(write(tmp_path, QWEN3))
+    assert qwen3["qk_layernorm"] and not qwen3["add_qkv_bias"] and qwen3["kv_channels"] == 32
+    assert read_model_shape(tmp_path).query_size == 256
+
+
+def test_rope_of_both_generations_of_config_files_reads_alike(tmp_path: Path) -> None:
+    old = model_flags(write(tmp_path, {**LLAMA, "rope_scaling": LLAMA3_SCALING}))
+    new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    parameters = {**LLAMA3_SCALING, "rope_theta": 500000.0}
+    assert model_flags(write(tmp_path, {**new, "rope_parameters": parameters})) == old
+
+
+def test_a_sliding_window_bounds_the_length(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**MISTRAL, "sliding_window": 4096})
+    assert model_flags(folder, max_length=4096)["max_position_embeddings"] == 4096
+    with pytest.raises(CheckpointError, match="sliding_window is 4096, but sequences have up to 4097 tokens"):
+        model_flags(folder, max_length=4097)
+    assert model_flags(write(tmp_path, {**MISTRAL, "sliding_window": None}))["max_position_embeddings"] == 131072
+
+
+def test_qwen2_slides_only_when_switched_on(tmp_path: Path) -> None:
+    switched_off = {**QWEN2, "sliding_window": 128, "use_sliding_window": False, "max_window_layers": 3}
+    assert model_flags(write(tmp_path, switched_off))["max_position_embeddings"] == 131072
+    assert model_flags(write(tmp_path, {**switched_off, "use_sliding_window": True}))["max_position_embeddings"] == 128
+    late = {**switched_off, "use_sliding_window": True, "max_window_layers": 6}
+    assert model_flags(write(tmp_path, late))["max_position_embeddings"] == 131072
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**LLAMA, "architectures": ["MixtralForCausalLM"]}, "supported: one of LlamaForCausalLM, Mistral"),
+        ({**LLAMA, "architectures": None}, "architectures is"),
+        ({**LLAMA, "model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({**LLAMA, "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({**LLAMA, "attention_bias": True}, "attention_bias is true"),
+        ({**QWEN3, "attention_bias": True}, "attention_bias is true"),
+        ({**LLAMA, "mlp_bias": True}, "mlp_bias is true"),
+        ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantization_config is set"),
+        ({**LLAMA, "auto_map": {"AutoModelForCausalLM": "own.Model"}}, "auto_map is set"),
+        ({**LLAMA, "rope_theta": 10000.5}, "rope_theta is 10000.5"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (
+            {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            "rope_type is 'yarn'",
+        ),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        (
+            {**LLAMA, "rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 2.0}},
+            "low_freq_factor is 2.0; .* fixed at 1",
+        ),
+        (
+            {**LLAMA, "rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": 4096}},
+            "original_max_position_embeddings is 4096",
+        ),
+        ({**LLAMA, "hidden_size": "64"}, "transformers does not accept it"),
+    ],
+)
+def test_what_megatron_can_not_express_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words) as caught:
+        model_flags(write(tmp_path, config))
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_missing_and_broken_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        model_flags(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        model_flags(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ')
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        model_flags(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "words"),
+    [
+        (8, 1, "size 8 does not divide the model's 4 key/value heads; use 1, 2 or 4"),
+        (3, 1, "size 3 does not divide"),
+        (0, 1, "size 0 does not divide"),
+        (1, 4, "size 4 does not divide the model's 6 layers; use 1, 2, 3 or 6"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused(tmp_path: Path, tensor: int, pipeline: int, words: str) -> None:
+    with pytest.raises(LayoutError, match=words):
+        model_flags(write(tmp_path, LLAMA), tensor, pipeline)
+
+
+def test_flags_to_argv() -> None:
+    flags = {"num_layers": 2, "swiglu": True, "bf16": False, "load": None, "norm_epsilon": 1e-6, "split": [99, 1]}
+    assert flags_to_argv(flags) == ["--num-layers", "2", "--swiglu", "--norm-epsilon", "1e-06", "--split", "99", "1"]

@@ -1,0 +1,53 @@
+"""What a run looks like."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from megatron_erpd.pipeline.display import Display, duration, summary_table
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59.4, 60, 3599, 3600 * 2 + 300)] == [
+        *("0 s", "59 s", "1 min 00 s", "59 min 59 s", "2 h 05 min"),
+    ]
+
+
+def test_lines_without_a_terminal():
+    out = io.StringIO()
+    with Display("title", ["a", "b"], Console(file=out, width=200)) as display:
+        display.update("a", "checking")
+        display.update("a", "running", note="log in a.log")
+        display.update("a", "running", 1.0, "iteration 1")  # too soon after the last line
+        display.update("a", "done", 75.0)
+        display.update("b", "kept", note="[red]run/b[/red]")
+    assert out.getvalue().splitlines() == [
+        "[a] running: log in a.log",
+        "[a] done 1 min 15 s",
+        "[b] kept: [red]run/b[/red]",
+    ]
+
+
+def test_a_table_on_a_terminal():
+    out = io.StringIO()
+    with Display("title", ["a"], Console(file=out, width=80, force_terminal=True)) as display:
+        display.update("a", "running", 3.0, "iteration 7, loss 0.5")
+        display.say("something that stays")
+    assert "something that stays" in out.getvalue() and "iteration 7, loss 0.5" in out.getvalue()
+
+
+def test_the_final_table(tmp_path):
+    summary = tmp_path / "summary.json"
+    policies = {
+        "base": {"accuracy_sampled": 0.41, "accuracy_greedy": 0.67, "kl_per_sequence": 0.0},
+        "student": {"accuracy_sampled": 0.79, "kl_per_sequence": 0.82, "kl_per_token": 0.1, "reverse_kl_data": None},
+    }
+    summary.write_text(json.dumps({"policies": policies}))
+    out = io.StringIO()
+    Console(file=out, width=200).print(summary_table(summary))
+    text = out.getvalue()
+    assert "0.410" in text and "0.670" in text and "0.820" in text and "0.1000" in text
+    assert text.count(" - ") >= 3

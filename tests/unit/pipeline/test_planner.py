@@ -1,0 +1,216 @@
+"""From recipes to stages: their order, commands and identities."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.pipeline import commands
+from megatron_erpd.pipeline.planner import plan
+from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.stages import TOOLS, Stage, dependencies, flags_of
+
+SECTIONS: dict[str, Any] = {
+    "name": "mine",
+    "output": "out",
+    "prepare": "python prepare.py --output {output}",
+    "model": "prepare/model",
+    "warm_up": {"rollouts": "prepare/demonstrations.parquet", "epochs": 2},
+    "rollouts": {"prompts": "prepare/prompts.jsonl", "verifier": "python:task.py:score", "num_prompts": 8},
+    "teacher": {"loss": "ce", "checkpoints": 2},
+    "unlearned": {"loss": "ce"},
+    "cache": {"signal": "unlearned", "k": 8},
+    "student": {},
+    "controls": {
+        "advantage": {"kind": "distill", "form": "policy_gradient", "signal_weight": 0, "advantage_weight": 1},
+        "live": {"kind": "distill", "teacher": "live", "signal": "strong"},
+        "sapo": {"kind": "replay", "loss": "sapo"},
+    },
+    "evaluation": {"prompts": "prepare/heldout.jsonl", "checkpoints": True},
+}
+
+
+def stages_of(**sections: Any) -> dict[str, Stage]:
+    return {stage.name: stage for stage in plan(Recipe(**{**SECTIONS, **sections}))}
+
+
+def test_the_stages_of_a_run():
+    stages = stages_of()
+    assert list(stages) == [
+        *("prepare", "initial", "warm-up", "base-hf", "rollouts", "base-log-probs", "teacher", "unlearned", "cache"),
+        *("student", "controls/advantage", "controls/live", "controls/sapo", "export", "evaluation", "report"),
+    ]
+    waits = {name: dependencies(stage, list(stages.values())) for name, stage in stages.items()}
+    assert waits["prepare"] == []
+    assert waits["initial"] == ["prepare"]
+    assert waits["rollouts"] == ["prepare", "base-hf"]
+    assert waits["teacher"] == waits["unlearned"] == ["warm-up", "rollouts", "base-log-probs"]
+    assert waits["cache"] == ["warm-up", "rollouts", "teacher", "unlearned"]
+    assert waits["student"] == ["warm-up", "rollouts", "base-log-probs", "cache"]
+    assert waits["controls/advantage"] == waits["teacher"]
+    assert waits["controls/live"] == [*waits["teacher"], "teacher"]
+    assert waits["export"] == [
+        "teacher",
+        "unlearned",
+        "student",
+        "controls/advantage",
+        "controls/live",
+        "controls/sapo",
+    ]
+    assert set(waits["report"]) == set(stages) - {"prepare", "report"}
+    order = list(stages)
+    assert all(order.index(needed) < order.index(name) for name, names in waits.items() for needed in names)
+
+
+def test_folders():
+    stages = stages_of()
+    folders = {name: str(stage.output) for name, stage in stages.items()}
+    assert folders["initial"] == "out/round-00/initial" and folders["warm-up"] == "out/round-00/warm-up"
+    assert folders["base-hf"] == "out/round-01/base-hf" and folders["controls/sapo"] == "out/round-01/controls/sapo"
+    assert folders["report"] == "out/report" and folders["prepare"] == "out/prepare"
+    assert str(stages_of(warm_up=None)["base"].output) == "out/round-01/base"
+
+
+def test_commands_are_what_a_person_would_type(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])
+    stages = stages_of(layout={"tensor_parallel": 2, "data_parallel": 2, "micro_batch_size": 8})
+    assert stages["prepare"].shown() == "python prepare.py --output out/prepare"
+    assert stages["teacher"].shown() == (
+        "torchrun --standalone --nproc-per-node 4 tools/train_teacher.py --base out/round-00/warm-up "
+        "--rollouts out/round-01/rollouts --base-log-probs out/round-01/base-log-probs --checkpoints 2 "
+        "--output out/round-01/teacher --tensor-parallel 2 --data-parallel 2 --micro-batch-size 8"
+    )
+    assert stages["initial"].shown() == (
+        "torchrun --standalone --nproc-per-node 2 tools/import_checkpoint.py --hf out/prepare/model "
+        "--output out/round-00/initial --tensor-parallel 2"
+    )
+    assert stages["rollouts"].shown() == (
+        "python tools/sample.py --model out/round-01/base-hf/base --prompts out/prepare/prompts.jsonl "
+        "--verifier python:task.py:score --num-prompts 8 --output out/round-01/rollouts"
+    )
+    assert "--policy teacher=out/round-01/teacher --policy unlearned=out/round-01/unlearned" in stages["cache"].shown()
+    assert "--policy teacher=out/round-01/teacher" in stages["controls/live"].shown()
+    assert "--cache" not in stages["controls/live"].shown() and "--cache" not in stages["controls/advantage"].shown()
+    for stage in stages.values():
+        assert stage.argv()[0] == sys.executable
+        assert shlex.split(stage.shown())[-2:] == stage.argv()[-2:]
+    assert all((Path("tools") / script).is_file() for script in TOOLS.values())
+
+
+def test_a_layout_is_no_part_of_the_identity():
+    plain, parallel = stages_of(), stages_of(layout={"tensor_parallel": 2, "micro_batch_size": 8})
+    assert {n: (s.settings, s.inputs) for n, s in plain.items()} == {
+        n: (s.settings, s.inputs) for n, s in parallel.items()
+    }
+
+
+def test_layouts_and_flags_of_one_stage():
+    stages = stages_of(
+        layout={"tensor_parallel": 2, "micro_batch_size": 8},
+        megatron={"lr_decay_style": "cosine", "log-progress": True},
+        stages={
+            "teacher": {"layout": {"pipeline_parallel": 2}, "megatron": {"log-progress": False}},
+            "base_log_probs": {"layout": {"tensor_parallel": 1}},
+            "controls/sapo": {"layout": {"data_parallel": 2}},
+        },
+    )
+    assert (stages["teacher"].layout.tensor_parallel, stages["teacher"].layout.pipeline_parallel) == (2, 2)
+    assert stages["teacher"].megatron == ("--lr-decay-style", "cosine")
+    assert stages["teacher"].argv()[-3:] == ["--", "--lr-decay-style", "cosine"]
+    assert stages["teacher"].settings["megatron"] == ["--lr-decay-style", "cosine"]
+    assert stages["student"].megatron == ("--lr-decay-style", "cosine", "--log-progress")
+    assert "megatron" not in stages["initial"].settings
+    assert stages["base-log-probs"].layout.num_processes == 1
+    assert stages["controls/sapo"].layout.num_processes == 4
+    assert stages["export"].layout.num_processes == 2 and stages["rollouts"].layout.num_processes == 1
+
+
+def test_later_rounds_start_from_the_student():
+    stages = stages_of(rounds=2, warm_up=None)
+    assert str(stages["round-02/teacher"].inputs["base"]) == "out/round-01/student"
+    assert str(stages["round-02/rollouts"].inputs["model"]) == "out/round-01/export/student"
+    assert (stages["rollouts"].settings["seed"], stages["round-02/rollouts"].settings["seed"]) == (1, 2)
+    assert stages["round-02/evaluation"].inputs["model-base"] == Path("out/round-01/export/student")
+    assert list(stages)[-1] == "report"
+
+
+def test_imported_rollouts_and_no_evaluation():
+    rollouts = {"file": "dump.jsonl", "format": "verl", "fields": {"reward": "score"}, "append_eos": False}
+    stages = stages_of(rollouts=rollouts, evaluation=None)
+    shown = stages["rollouts"].shown()
+    assert "--source dump.jsonl --tokenizer out/round-01/base-hf/base --format verl --no-append-eos" in shown
+    assert "--field reward=score" in shown
+    assert "evaluation" not in stages
+
+
+def test_no_cache_where_nothing_reads_one():
+    assert "cache" not in stages_of(student=None, controls={})
+    assert "cache" in stages_of(controls={})
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"stages": {"studnet": {}}}, "stages.studnet: this run has no such stage; its stages are base-hf"),
+        ({"stages": {"rollouts": {"megatron": {"lr": 1}}}}, "stages.rollouts.megatron: this stage trains no model"),
+        ({"unlearned": None}, "cache.signal: 'unlearned' needs the policy 'unlearned'; give the section unlearned"),
+        ({"cache": {"signal": "teacher/"}}, "cache.signal: "),
+        ({"cache": {"kind": "token"}}, "student: the projection reads top-k targets; set cache.kind to topk"),
+        ({"rollouts": {"file": "x.jsonl"}}, "evaluation.verifier: missing"),
+        (
+            {"student": {"form": "policy_gradient", "signal": "teacher/other"}},
+            "student.signal: .* needs the policy 'other'",
+        ),
+    ],
+)
+def test_what_can_not_be_planned(sections, expected):
+    with pytest.raises(RecipeError, match=expected):
+        stages_of(**sections)
+
+
+def test_megatron_flags():
+    flags = {
+        "recompute_granularity": "full",
+        "--log-progress": True,
+        "off": False,
+        "gone": None,
+        "mixture": ["a", "b"],
+        "n": 3,
+    }
+    assert flags_of(flags) == (
+        *("--recompute-granularity", "full", "--log-progress", "--mixture", "a", "b", "--n", "3"),
+    )
+
+
+class _Captured(ErpdError):
+    pass
+
+
+@pytest.mark.parametrize("name", ["rollouts", "imported", "evaluation"])
+def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
+    stages = stages_of()
+    rollouts = {"file": "dump.jsonl", "fields": {"reward": "score"}, "on_reject": "skip"}
+    evaluation = {"prompts": "reasoning-gym:chain_sum?size=9", "verifier": "math-verify", "num_samples": 2}
+    stages["imported"] = stages_of(rollouts=rollouts, evaluation=evaluation)["rollouts"]
+    assert_agrees(stages[name], monkeypatch)
+    if name == "evaluation":
+        assert_agrees(stages_of(rollouts=rollouts, evaluation=evaluation)[name], monkeypatch)
+
+
+def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def begin(command: str, output: Path, request: Any) -> None:
+        seen.extend([command, output, request.settings, request.inputs])
+        raise _Captured
+
+    monkeypatch.setattr(commands, "_begin", begin)
+    function = {"sample": commands.sample, "import-rollouts": commands.import_rollouts, "evaluate": commands.evaluate}
+    with pytest.raises(_Captured):
+        function[stage.command](stage.argv()[2:])
+    assert seen == [stage.command, stage.output, stage.settings, stage.inputs]

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, load_prompts, prompt_text, prompts_digest
+
+
+def test_lines_become_records(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    chat = [{"role": "user", "content": "1+1="}]
+    file.write_text(
+        json.dumps({"prompt": "1+1=", "answer": "2"})
+        + "\n\n"
+        + json.dumps({"prompt": chat, "answer": 2, "metadata": {"level": 1}})
+    )
+    records = load_prompts(file)
+    assert records == [
+        {"prompt": "1+1=", "answer": "2", "metadata": {}},
+        {"prompt": chat, "answer": 2, "metadata": {"level": 1}},
+    ]
+    assert load_prompts(file, limit=1) == records[:1]
+    assert prompt_text(records[1]) == "user: 1+1="
+    assert prompts_digest(records) != prompts_digest(records[:1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: isn't JSON"),
+        ('{"question": "1"}', "line 2: has no 'prompt'"),
+        ('{"prompt": "1", "gold": "2"}', "'gold' isn't one of"),
+        ('{"prompt": ""}', "not empty"),
+        ('{"prompt": []}', "not empty"),
+        ('{"prompt": [{"role": "user"}]}', "messages"),
+        ('{"prompt": "1", "metadata": [1]}', "metadata is a list"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "1"}\n' + line + "\n")
+    with pytest.raises(RecipeError, match=message):
+        load_prompts(file)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="no such file"):
+        load_prompts(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(RecipeError, match="holds no prompts"):
+        load_prompts(tmp_path / "empty.jsonl")
+
+
+def test_reasoning_gym_spec():
+    spec = "reasoning-gym:chain_sum?size=4&seed=3&min_terms=2&max_terms=2"
+    records = load_prompts(spec)
+    assert len(records) == 4 and records == load_prompts(spec)
+    assert all(len(record["metadata"]["expression"].split()) == 3 for record in records)
+    assert records != load_prompts(spec.replace("seed=3", "seed=4"))
+    # No seed means the same seed every time.
+    assert load_prompts("reasoning-gym:chain_sum?size=2") == load_prompts("reasoning-gym:chain_sum?size=2")
+
+
+@pytest.mark.parametrize("options", ["sizes=4", "size=0", "min_terms=9&max_terms=2"])
+def test_bad_reasoning_gym_options_are_refused(options):
+    with pytest.raises(RecipeError, match="refuses its options"):
+        load_prompts(f"reasoning-gym:chain_sum?{options}")
+
+
+def test_encoding(policy):
+    text = PromptRecord(prompt="1+1=", answer=None, metadata={})
+    chat = PromptRecord(prompt=[{"role": "user", "content": "1+1="}], answer=None, metadata={})
+    bos, tokenizer = policy.tokenizer.bos_token_id, policy.tokenizer
+    [ids] = encode_prompts(tokenizer, [text])
+    assert ids[0] == bos and tokenizer.decode(ids, skip_special_tokens=True) == "1+1="
+    assert encode_prompts(tokenizer, [text, chat], chat_template=True) == [ids, ids]
+    with pytest.raises(RecipeError, match="chat_template"):
+        encode_prompts(tokenizer, [chat])
+
+
+def test_a_missing_template_is_refused(policy):
+    import copy
+
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(RecipeError, match="no chat template"):
+        encode_prompts(tokenizer, [PromptRecord(prompt="1", answer=None, metadata={})], chat_template=True)

@@ -1,0 +1,168 @@
+"""`megatron-erpd`: help, dispatch, errors."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_erpd import __version__, cli
+from megatron_erpd.errors import StageError
+from megatron_erpd.manifest import write_manifest
+from megatron_erpd.pipeline import commands
+from megatron_erpd.pipeline.stages import TOOLS
+
+RECIPE = """
+name: mine
+model: model
+rollouts: {prompts: p.jsonl, verifier: math-verify}
+teacher: {loss: ce}
+"""
+
+
+def ended(capsys, *argv: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the program."""
+    code = 0
+    try:
+        cli.main(list(argv))
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command_with_an_example(capsys, argv):
+    code, out, _ = ended(capsys, *argv)
+    assert code == 0
+    for name, command in cli.COMMANDS.items():
+        assert f"\n  {name} " in out and f"megatron-erpd {command.example}" in out
+        assert command.example.split()[0] == name
+
+
+def test_version(capsys):
+    assert ended(capsys, "--version")[:2] == (0, f"{__version__}\n")
+
+
+@pytest.mark.parametrize("name", [n for n, c in cli.COMMANDS.items() if not c.launches])
+def test_each_command_explains_itself(capsys, name):
+    code, out, _ = ended(capsys, name, "--help")
+    assert code == 0 and f"megatron-erpd {name}" in out and "example:" in out
+
+
+def test_an_unknown_command(capsys):
+    code, _, err = ended(capsys, "trian")
+    assert code == 2 and err.startswith("error: trian is no command; the commands are run, status")
+
+
+def test_convert_is_another_name(capsys, monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "_dispatch", lambda name, argv: called.append((name, argv)))
+    cli.main(["convert", "export", "--output", "x"])
+    assert called == [("export", ["--output", "x"])]
+    assert ended(capsys, "convert", "--help")[0] == 0
+    assert ended(capsys, "convert", "both")[0] == 2
+
+
+def test_a_layout_of_several_processes_is_launched(monkeypatch):
+    calls = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append(argv))
+    monkeypatch.setattr(cli.Command, "load", lambda self: lambda argv: calls.append(argv))
+    argv = ["--base", "b", "--tensor-parallel", "2", "--pipeline-parallel=3", "--", "--tensor-parallel", "7"]
+    cli.main(["distill", *argv])
+    launched = calls[0]
+    assert launched[0] == sys.executable
+    assert launched[launched.index("--nproc-per-node") + 1] == "6"
+    assert launched[-len(argv) - 3 :] == ["-m", "megatron_erpd.cli", "distill", *argv]
+
+
+@pytest.mark.parametrize("argv", [["--base", "b"], ["--tensor-parallel", "2", "--help"]])
+def test_one_process_runs_here(monkeypatch, argv):
+    calls = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(os, "execv", lambda path, argv: pytest.fail("launched"))
+    monkeypatch.setattr(cli.Command, "load", lambda self: calls.append)
+    cli.main(["precompute", *argv])
+    assert calls == [argv]
+
+
+def test_under_a_launcher_nothing_is_launched_again(monkeypatch):
+    calls = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.Command, "load", lambda self: calls.append)
+    cli.main(["distill", "--tensor-parallel", "2"])
+    assert calls == [["--tensor-parallel", "2"]]
+
+
+def test_dry_run_prints_the_commands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    flags = ["--tensor-parallel", "2", "--set", "teacher.epochs=3", "--output", "there", "--dry-run"]
+    code, out, _ = ended(capsys, "run", "r.yaml", *flags)
+    assert code == 0
+    assert "# teacher\ntorchrun --standalone --nproc-per-node 2 " in out
+    assert "--epochs 3.0 --output there/round-01/teacher --tensor-parallel 2" in out
+    assert os.listdir(tmp_path) == ["r.yaml"]
+
+
+def test_a_run_that_can_not_start(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    code, _, err = ended(capsys, "run", "r.yaml")
+    assert code == 2
+    assert err.startswith("error: mine: the run can't start:\n  base: hf model: no such file or folder")
+    assert "Traceback" not in err
+
+
+def test_status(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    code, out, _ = ended(capsys, "status", "r.yaml")
+    assert code == 0
+    assert "waits for base, rollouts" in out and "p.jsonl: no such file" in out
+
+
+def test_verify(capsys, tmp_path):
+    folder = tmp_path / "run" / "teacher"
+    folder.mkdir(parents=True)
+    (folder / "data").write_text("x")
+    write_manifest(folder, "train-teacher", {}, {})
+    code, out, _ = ended(capsys, "verify", str(tmp_path / "run"))
+    assert code == 0 and f"{folder}: train-teacher, 1 files, whole" in out
+    (folder / "data").write_text("y")
+    code, _, err = ended(capsys, "verify", str(tmp_path / "run"), str(tmp_path / "nothing"))
+    assert code == 2 and "data: differs" in err and "nothing: holds no artifact" in err
+
+
+def test_errors_are_one_message_and_a_traceback_only_when_asked_for(capsys):
+    def fails(argv):
+        raise StageError(f"first\nsecond {argv}")
+
+    with pytest.raises(SystemExit) as caught:
+        commands.run_command(fails, ["a"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: first\n  second ['a']\n"
+    with pytest.raises(StageError, match=r"second \['a', '--', '--debug'\]"):
+        commands.run_command(fails, ["a", "--debug", "--", "--debug"])
+
+
+def test_bad_pairs(capsys):
+    flags = ["--prompts", "p", "--rollouts", "r", "--output", "o"]
+    assert "write NAME=VALUE" in ended(capsys, "evaluate", "--model", "base", *flags)[2]
+    assert "given twice" in ended(capsys, "evaluate", "--model", "base=a", "--model", "base=b", *flags)[2]
+    assert "the base policy is missing" in ended(capsys, "evaluate", "--model", "a=b", *flags)[2]
+
+
+@pytest.mark.parametrize("script", sorted(TOOLS.values()))
+def test_the_scripts_call_the_same_functions(script, monkeypatch):
+    called = []
+    monkeypatch.setattr(commands, "run_command", called.append)
+    runpy.run_path(str(Path(cli.__file__).parents[1] / "tools" / script), run_name="__main__")
+    name = next(command for command, file in TOOLS.items() if file == script)
+    assert called == [cli.COMMANDS[name].load()]

@@ -1,0 +1,83 @@
+"""The packages form a chain: a later one may import an earlier one, never the reverse. Read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
+
+ORDER = [
+    *("__init__", "errors", "settings", "manifest", "platform"),
+    *("objectives", "vocab_parallel", "data", "teacher_cache", "sampling", "checkpoint", "evaluation", "training"),
+    *("report", "pipeline", "cli"),
+]
+
+ONLY_IN = {
+    "megatron.training": {"training"},
+    "megatron": {"training", "checkpoint"},
+    "transformers": {"sampling", "evaluation", "checkpoint", "training", "report"},
+}
+"""Packages that may import a heavy library at all, at the top of a module or inside a function."""
+
+LIGHT = ["errors", "settings", "manifest", "cli", "pipeline/commands", "pipeline/recipe"]
+"""Modules that a command line loads before it knows what to do."""
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything that a module imports, also inside functions, but for typing alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: line {node.lineno}: imports are written with full names"
+            assert node.module
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_package_has_its_place():
+    assert {layer(path) for path in modules()} <= set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_to_earlier_packages(name):
+    for path in modules():
+        if layer(path) != name:
+            continue
+        for imported in imports(path):
+            parts = imported.split(".")
+            if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] in ORDER:
+                assert ORDER.index(parts[1]) <= ORDER.index(name), f"{path} imports {imported}"
+
+
+def test_heavy_libraries_stay_where_they_are_needed():
+    for path in modules():
+        for imported in imports(path):
+            for library, allowed in ONLY_IN.items():
+                if imported == library or imported.startswith(library + "."):
+                    assert layer(path) in allowed, f"{path} imports {imported}"
+
+
+def test_the_command_line_starts_light():
+    names = [f"megatron_erpd.{path.replace('/', '.')}" for path in LIGHT]
+    code = f"import sys, {', '.join(names)}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "transformers", "megatron"} & set(result.stdout.split())

@@ -1,0 +1,169 @@
+"""Artifacts: begun, finished, verified, compared."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_erpd.errors import StageError
+from megatron_erpd.manifest import (
+    MANIFEST,
+    REQUEST,
+    begin_artifact,
+    differences,
+    finish_artifact,
+    input_digest,
+    read_manifest,
+    read_request,
+    settings_identity,
+    verify_manifest,
+    write_manifest,
+)
+from megatron_erpd.settings import PrecomputeSettings
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    folder = tmp_path / "artifact"
+    begin_artifact(folder, "sample", {"seed": 1}, {"model": "abc"})
+    (folder / "sub/deep").mkdir(parents=True)
+    (folder / "rollouts.parquet").write_text("rows")
+    (folder / "sub/deep/model.bin").write_text("weights")
+    (folder / "logs").mkdir()
+    (folder / "logs/x.log").write_text("log")
+    finish_artifact(folder, {"rows": 3})
+    return folder
+
+
+def test_what_a_manifest_holds(artifact):
+    manifest = verify_manifest(artifact)
+    assert (manifest.stage, manifest.settings, manifest.inputs) == ("sample", {"seed": 1}, {"model": "abc"})
+    assert set(manifest.files) == {"rollouts.parquet", "sub/deep/model.bin"}
+    assert manifest.summary["rows"] == 3 and manifest.summary["seconds"] >= 0
+    assert not (artifact / REQUEST).exists()
+    assert not list(artifact.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "found_by_size"),
+    [
+        (lambda folder: (folder / "rollouts.parquet").unlink(), True),
+        (lambda folder: (folder / "rollouts.parquet").write_text("row"), True),
+        (lambda folder: (folder / "rollouts.parquet").write_text("ROWS"), False),
+    ],
+)
+def test_damage_is_found(artifact, change, found_by_size):
+    change(artifact)
+    with pytest.raises(StageError, match=r"rollouts\.parquet"):
+        verify_manifest(artifact)
+    if found_by_size:
+        with pytest.raises(StageError, match=r"rollouts\.parquet"):
+            verify_manifest(artifact, checksums=False)
+    else:
+        verify_manifest(artifact, checksums=False)
+
+
+def test_what_is_no_artifact(tmp_path):
+    with pytest.raises(StageError, match="no such folder"):
+        read_manifest(tmp_path / "nothing")
+    with pytest.raises(StageError, match="has not finished"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(StageError, match="not a manifest"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"schema": 0}')
+    with pytest.raises(StageError, match="another version"):
+        read_manifest(tmp_path)
+
+
+def test_beginning_again(tmp_path):
+    folder = tmp_path / "a"
+    assert not begin_artifact(folder, "sample", {"seed": 1}, {"model": "abc"})
+    assert begin_artifact(folder, "sample", {"seed": 1}, {"model": "abc"})
+    with pytest.raises(StageError, match="begun with other settings or inputs(.|\n)*seed: 1 -> 2"):
+        begin_artifact(folder, "sample", {"seed": 2}, {"model": "abc"})
+    with pytest.raises(StageError, match="input model changed"):
+        begin_artifact(folder, "sample", {"seed": 1}, {"model": "xyz"})
+    request = read_request(folder)
+    assert request is not None and request.settings == {"seed": 1}
+
+
+def test_a_finished_artifact_is_not_written_over(artifact):
+    with pytest.raises(StageError, match="already holds a finished artifact, the same one"):
+        begin_artifact(artifact, "sample", {"seed": 1}, {"model": "abc"})
+    with pytest.raises(StageError, match="another one:\n  stage: sample -> import\n  seed: 1 -> None"):
+        begin_artifact(artifact, "import", {}, {"model": "abc"})
+
+
+def test_foreign_files_are_not_written_over(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StageError, match="holds files that no stage left there"):
+        begin_artifact(tmp_path, "sample", {}, {})
+
+
+def test_finishing_what_was_not_begun(tmp_path):
+    with pytest.raises(StageError, match="no stage has begun it"):
+        finish_artifact(tmp_path)
+
+
+def test_a_request_that_can_not_be_read(tmp_path):
+    (tmp_path / REQUEST).write_text("[]")
+    with pytest.raises(StageError, match="not a request"):
+        read_request(tmp_path)
+
+
+def test_differences_are_named(artifact):
+    manifest = read_manifest(artifact)
+    assert differences(manifest, "sample", {"seed": 1}, {"model": "abc"}) == []
+    assert differences(manifest, "import", {"seed": 2, "top_p": 1}, {"prompts": "x"}) == [
+        "stage: sample -> import",
+        "seed: 1 -> 2",
+        "top_p: None -> 1",
+        "input model changed",
+        "input prompts changed",
+    ]
+
+
+def test_the_digest_depends_on_content_alone(tmp_path):
+    digests = []
+    for name in ("a", "b", "c"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "data").write_text("x" if name != "c" else "y")
+        digests.append(write_manifest(folder, "s", {"k": 1}, {}, {"made by": name}).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_inputs(artifact, tmp_path):
+    assert input_digest(artifact) == read_manifest(artifact).digest
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "model.bin").write_text("weights")
+    assert input_digest(plain) == input_digest(artifact / "sub/deep")  # content counts, not where it lies
+    assert input_digest(plain / "model.bin") == read_manifest(artifact).files["sub/deep/model.bin"]["sha256"]
+    with pytest.raises(StageError, match="no such file or folder"):
+        input_digest(tmp_path / "nothing")
+
+
+def test_inputs_inside_an_artifact_are_not_read_again(artifact):
+    before = input_digest(artifact / "sub"), input_digest(artifact / "rollouts.parquet")
+    (artifact / "sub/deep/model.bin").write_text("changed after the fact")
+    (artifact / "rollouts.parquet").write_text("too")
+    assert (input_digest(artifact / "sub"), input_digest(artifact / "rollouts.parquet")) == before
+
+
+def test_a_foreign_manifest_is_no_obstacle(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"name": "a web app"}')
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert len(input_digest(folder)) == 64
+
+
+def test_settings_identity():
+    settings = PrecomputeSettings(k=8)
+    assert settings_identity(settings) == settings.model_dump(mode="json")
+    identity = settings_identity(settings, ["--lr-decay-style", "cosine"], verifier=None)
+    assert identity["megatron"] == ["--lr-decay-style", "cosine"] and identity["verifier"] is None
+    assert settings_identity({"a": (1, 2)}) == {"a": [1, 2]} == json.loads(json.dumps({"a": [1, 2]}))

@@ -1,0 +1,127 @@
+"""Settings: flags and back, and what contradicts itself."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.settings import (
+    DistillSettings,
+    EvaluateSettings,
+    ImportSettings,
+    Layout,
+    PrecomputeSettings,
+    ReplaySettings,
+    SampleSettings,
+    Settings,
+    add_settings_arguments,
+    parse_settings,
+    settings_from_namespace,
+    settings_to_argv,
+)
+
+MODELS: list[type[Settings]] = [
+    *(Layout, ReplaySettings, SampleSettings, ImportSettings, PrecomputeSettings, DistillSettings, EvaluateSettings),
+]
+
+
+def from_argv(model: type[Settings], argv: list[str]) -> Settings:
+    parser = argparse.ArgumentParser()
+    add_settings_arguments(parser, model, "settings")
+    return settings_from_namespace(parser.parse_args(argv), model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_defaults_need_no_flags(model):
+    assert settings_to_argv(model()) == []
+    assert from_argv(model, []) == model()
+
+
+@pytest.mark.parametrize(
+    ("settings", "argv"),
+    [
+        (Layout(tensor_parallel=2, sequence_parallel=True), ["--tensor-parallel", "2", "--sequence-parallel"]),
+        (ReplaySettings(loss="sapo", learning_rate=1e-5), ["--learning-rate", "1e-05", "--loss", "sapo"]),
+        (ReplaySettings(loss="sft", sft_threshold=-1e-5), ["--loss", "sft", "--sft-threshold=-1e-05"]),
+        (ReplaySettings(min_learning_rate=0.0), ["--min-learning-rate", "0.0"]),
+        (PrecomputeSettings(signal="-0.5*contrast + strong"), ["--signal=-0.5*contrast + strong"]),
+        (ImportSettings(append_eos=False, user_message=False), ["--no-append-eos", "--no-user-message"]),
+        (DistillSettings(teacher="live", delta=0.1), ["--teacher", "live", "--delta", "0.1"]),
+    ],
+)
+def test_flags_and_back(settings, argv):
+    assert settings_to_argv(settings) == argv
+    assert from_argv(type(settings), argv) == settings
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_field_is_described_and_has_a_default(model):
+    for name, field in model.model_fields.items():
+        assert field.description, name
+        assert not field.is_required(), name
+
+
+def test_all_bad_flags_are_named_as_flags():
+    with pytest.raises(RecipeError, match=r"(?s)--learning-rate: Input should be.*--adam-beta1: Input should be"):
+        from_argv(ReplaySettings, ["--learning-rate", "-1", "--adam-beta1", "2"])
+
+
+def test_parse_settings_names_places():
+    with pytest.raises(RecipeError, match=r"(?s)invalid ReplaySettings:\n  epochs: .*\n  epoch: "):
+        parse_settings(ReplaySettings, {"epochs": 0, "epoch": 1})
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "expected"),
+    [
+        (ReplaySettings, {"learning_rate": 1e-4, "min_learning_rate": 1e-3}, "min_learning_rate 0.001 is above"),
+        (ReplaySettings, {"loss": "sapo", "beta": 0.5}, "beta 0.5 has no effect with loss: sapo"),
+        (ReplaySettings, {"loss": "ce", "clip_high": 9}, "clip_high 9.0 has no effect with loss: ce"),
+        (ReplaySettings, {"loss": "cispo", "clip_low": 0.9}, "clip_low 0.9 has no effect"),
+        (ReplaySettings, {"kl_estimator": "k1"}, "kl_estimator k1 has no effect with kl_coefficient: 0"),
+        (ReplaySettings, {"importance_cap": 5}, "importance_cap 5.0 has no effect with importance_correction: none"),
+        (PrecomputeSettings, {"kind": "token", "delta": 1}, "delta 1.0 has no effect with kind: token"),
+        (DistillSettings, {"kl_budget": 0.1}, "kl_budget 0.1 has no effect with form: projection"),
+        (DistillSettings, {"delta": 0.1}, "delta 0.1 has no effect with form: projection and teacher: cache"),
+        (DistillSettings, {"signal": "contrast"}, "signal contrast has no effect .*the cache's own settings count"),
+        (DistillSettings, {"form": "policy_gradient", "divergence": "js"}, "divergence js has no effect"),
+        (DistillSettings, {"form": "policy_gradient", "loss": "sapo", "clip_low": 0.5}, "clip_low 0.5 has no effect"),
+        (DistillSettings, {"form": "policy_gradient", "signal_weight": 0}, "nothing to learn from"),
+        (DistillSettings, {"form": "policy_gradient", "teacher": "live"}, "teacher: live is for the projection"),
+        (
+            DistillSettings,
+            {"form": "policy_gradient", "signal_weight": 0, "advantage_weight": 1, "sign_agreement": True},
+            "sign_agreement compares",
+        ),
+    ],
+)
+def test_contradictions(model: type[Settings], values: dict[str, Any], expected: str):
+    with pytest.raises(RecipeError, match=expected):
+        parse_settings(model, values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": "ppo", "clip_low": 0.9, "clip_high": 9, "dual_clip": 3},
+        {"loss": "mse", "beta": 0.3, "sequence_log_ratio": "mean", "kl_coefficient": 0.1, "kl_estimator": "k2"},
+        {"loss": "sapo", "tau_positive": 2, "importance_correction": "token", "importance_cap": 5, "unlearn": True},
+    ],
+)
+def test_what_belongs_together(values):
+    parse_settings(ReplaySettings, values)
+
+
+def test_which_distillations_read_what():
+    cached, live = DistillSettings(), DistillSettings(teacher="live", signal="contrast", delta=0.1)
+    control = DistillSettings(form="policy_gradient", signal_weight=0, advantage_weight=1)
+    assert [s.reads_cache for s in (cached, live, control)] == [True, False, False]
+    assert [s.reads_live_teacher for s in (cached, live, control)] == [False, True, False]
+    assert [s.needs_teacher for s in (cached, live, control)] == [True, True, False]
+
+
+def test_processes_of_a_layout():
+    assert Layout(tensor_parallel=2, pipeline_parallel=3, context_parallel=2, data_parallel=5).num_processes == 60

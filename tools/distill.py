@@ -1,0 +1,14 @@
+"""Stage 2, from the base policy to the student under a trust region.
+
+    torchrun --nproc-per-node 2 tools/distill.py --base runs/mine/base --rollouts runs/mine/rollouts \\
+        --base-log-probs runs/mine/base-log-probs --cache runs/mine/cache --output runs/mine/student \\
+        --tensor-parallel 2
+
+Megatron's own flags follow after `--`. `--help` tells all flags; `megatron-erpd distill` is the same command.
+"""
+
+from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.training.train import distill
+
+if __name__ == "__main__":
+    run_command(distill)

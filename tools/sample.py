@@ -1,0 +1,12 @@
+"""Sample rollouts from a policy and score them.
+
+    python tools/sample.py --model Qwen3-4B --prompts train.jsonl --verifier math-verify \\
+        --output runs/mine/rollouts
+
+`--help` tells all flags; `megatron-erpd sample` is the same command.
+"""
+
+from megatron_erpd.pipeline.commands import run_command, sample
+
+if __name__ == "__main__":
+    run_command(sample)
