@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_erpd import __version__
 from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.stages import launcher_flags
 from megatron_erpd.settings import Layout, add_settings_arguments, settings_from_namespace
 
 
@@ -211,10 +212,21 @@ def _dispatch(name: str, argv: list[str]) -> None:
     if command.launches and "RANK" not in os.environ and not asks_for_help:
         processes = _num_processes(argv)
         if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, *launcher, "-m", "megatron_erpd.cli", name, *argv])
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            _launch(launcher_flags(processes, ["-m", "megatron_erpd.cli", name, *argv]))
+            return
     command.load()(argv)
+
+
+def _launch(flags: list[str]) -> None:
+    """torchrun. A failed rank has said what is wrong on stderr; torchrun's own table and traceback add nothing."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        torchrun.main(flags)
+    except ChildFailedError as error:
+        sys.exit(max(failure.exitcode for failure in error.failures.values()))
 
 
 def _num_processes(argv: list[str]) -> int:

@@ -1,9 +1,10 @@
 """Stage 1, off-policy replay on fixed rollouts; also the unlearned policy and the warm-up.
 
-    torchrun --nproc-per-node 2 tools/train_teacher.py --base runs/mine/base --rollouts runs/mine/rollouts \\
+    torchrun --nproc-per-node 2 -- tools/train_teacher.py --base runs/mine/base --rollouts runs/mine/rollouts \\
         --base-log-probs runs/mine/base-log-probs --output runs/mine/teacher --loss ce --tensor-parallel 2
 
-Megatron's own flags follow after `--`. `--help` tells all flags; `megatron-erpd train-teacher` is the same command.
+Megatron's own flags follow after a second `--`. `--help` tells all flags;
+`megatron-erpd train-teacher` is the same command.
 """
 
 from megatron_erpd.pipeline.commands import run_command

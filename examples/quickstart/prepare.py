@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_erpd.data.rollouts import write_rollouts
-from megatron_erpd.sampling.policy import tokenizer_digest
+from megatron_erpd.data.tokenizers import tokenizer_digest
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
@@ -131,7 +131,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     write_rollouts(
         arguments.output / "demonstrations.parquet",
         demonstrations(demonstrated, tokenizer, arguments.carry_drop, rng),
-        {"tokenizer_digest": tokenizer_digest(arguments.output / "model"), "carry_drop": arguments.carry_drop},
+        {"tokenizer_digest": tokenizer_digest(tokenizer), "carry_drop": arguments.carry_drop},
     )
     print(
         f"wrote {arguments.output}: a model of {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -179,6 +180,10 @@ def verify(argv: list[str]) -> None:
         raise StageError("\n".join(problems))
 
 
+_OTHER_RANKS_WAIT = 3.0
+"""Seconds; after them an error of another rank than the first must be one of its own, and is shown."""
+
+
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command as a program: an `ErpdError` becomes one message on stderr and exit code 2.
 
@@ -192,6 +197,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except ErpdError as error:
         if debug:
             raise
+        if int(os.environ.get("RANK", "0")) > 0:
+            # All ranks find the same error in bad input; the first one's message is enough, and ends this rank.
+            time.sleep(_OTHER_RANKS_WAIT)
         # Further lines are indented: whoever reads a log can tell where the message ends.
         print("error: " + "\n".join(_indented(str(error))), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -102,10 +101,10 @@ def duration(seconds: float) -> str:
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("sampled", "accuracy_sampled", ".3f"),
     ("greedy", "accuracy_greedy", ".3f"),
-    ("KL /\nsequence", "kl_per_sequence", ".3f"),
-    ("KL /\ntoken", "kl_per_token", ".4f"),
-    ("reverse\nKL, data", "reverse_kl_data", ".4f"),
-    ("forward\nKL, data", "forward_kl_data", ".4f"),
+    ("KL per\nseq.", "kl_per_sequence", ".3f"),
+    ("KL per\ntoken", "kl_per_token", ".4f"),
+    ("rev.\nKL data", "reverse_kl_data", ".3f"),
+    ("fwd.\nKL data", "forward_kl_data", ".3f"),
     ("entropy", "entropy", ".3f"),
     ("length", "mean_length", ".1f"),
 )
@@ -115,9 +114,9 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 def summary_table(summary: Path) -> Table:
     """Policies and what was measured of them, from a run's `report/summary.json`. Divergences are in nats."""
     policies: dict[str, dict[str, Any]] = json.loads(summary.read_text())["policies"]
-    title = "accuracy on held-out prompts, and divergence from the base policy (reverse KL: policy || base)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("policy", overflow="fold")
+    title = "held-out accuracy and divergence from the base (reverse KL: policy || base)"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
     for heading, _, _ in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metrics in policies.items():

@@ -68,27 +68,23 @@ class Stage:
         if self.command == "prepare":
             words = shlex.split(self.arguments[0])
             return [sys.executable if words[0] in ("python", "python3") else words[0], *words[1:]]
-        return [sys.executable, *self._launcher(("-m", "torch.distributed.run")), *self._program(), *self._flags()]
+        launcher = ["-m", "torch.distributed.run"] if self.num_processes > 1 else []
+        return [sys.executable, *launcher, *self._program(), *self._flags()]
 
     def shown(self) -> str:
         """The command line as a person would type it."""
         if self.command == "prepare":
             return self.arguments[0]
-        launcher = self._launcher(("torchrun",)) or ["python"]
-        return shlex.join([*launcher, *self._program(), *self._flags()])
-
-    def _launcher(self, launcher: tuple[str, ...]) -> list[str]:
-        if self.num_processes == 1:
-            return []
-        # Standalone: a free port for every launch, so that stages can run side by side.
-        return [*launcher, "--standalone", "--nproc-per-node", str(self.num_processes)]
+        return shlex.join(["torchrun" if self.num_processes > 1 else "python", *self._program(), *self._flags()])
 
     def _program(self) -> list[str]:
-        script = PACKAGE_ROOT / "tools" / TOOLS[self.command]
-        if not script.is_file():  # installed without a checkout
-            return ["-m", "megatron_erpd.cli", self.command]
-        here = Path.cwd()
-        return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+        """What to run, with the launcher's own flags before it."""
+        script, here = PACKAGE_ROOT / "tools" / TOOLS[self.command], Path.cwd()
+        if script.is_file():
+            program = [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+        else:  # installed without a checkout
+            program = ["-m", "megatron_erpd.cli", self.command]
+        return launcher_flags(self.num_processes, program) if self.num_processes > 1 else program
 
     def _flags(self) -> list[str]:
         layout = settings_to_argv(self.layout) if self.command in USES_MEGATRON else []
@@ -99,6 +95,16 @@ def dependencies(stage: Stage, stages: list[Stage]) -> list[str]:
     """Names of the stages in whose artifacts the inputs of `stage` lie."""
     paths = stage.inputs.values()
     return [s.name for s in stages if s is not stage and any(path.is_relative_to(s.output) for path in paths)]
+
+
+def launcher_flags(num_processes: int, program: list[str]) -> list[str]:
+    """Flags of torchrun before a program (a script, or `-m` and a module) that it is to start so many times.
+
+    `--standalone` takes a free port for every launch, so that stages can run side by side. `--` keeps torchrun from
+    reading the program's flags as abbreviations of its own (`--signal` of `--signals-to-handle`).
+    """
+    module = ["-m"] if program[0] == "-m" else []
+    return ["--standalone", "--nproc-per-node", str(num_processes), *module, "--", *program[len(module) :]]
 
 
 def flags_of(megatron: MegatronFlags) -> tuple[str, ...]:

@@ -11,9 +11,6 @@ import torch
 
 from megatron_erpd.errors import CheckpointError
 
-# The files that decide which ids a text becomes, the first kind found being the one that transformers loads.
-_VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-
 _WHOLE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**16
 
@@ -90,26 +87,6 @@ def load_tokenizer(hf_path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: holds no tokenizer that can be loaded: {error}") from error
-
-
-def tokenizer_digest(hf_path: str | Path) -> str:
-    """SHA-256 of the files that decide which ids a text becomes; equal for every policy made from one base.
-
-    The files of one kind are taken: `tokenizer.json`, or `tokenizer.model`, or `vocab.json` with `merges.txt`.
-
-    Raises:
-        CheckpointError: the folder has none of them.
-    """
-    folder = _checked_folder(hf_path)
-    for names in _VOCABULARY_FILES:
-        if (folder / names[0]).is_file():
-            digest = hashlib.sha256()
-            for name in names:
-                if (folder / name).is_file():
-                    digest.update((folder / name).read_bytes())
-            return digest.hexdigest()
-    expected = ", ".join(names[0] for names in _VOCABULARY_FILES)
-    raise CheckpointError(f"{folder}: holds no tokenizer (looked for {expected}); copy the base model's files there")
 
 
 def policy_fingerprint(hf_path: str | Path) -> str:

@@ -16,9 +16,10 @@ import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import sample_id
+from megatron_erpd.data.tokenizers import tokenizer_digest
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.objectives.advantages import zero_variance_groups
-from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint, tokenizer_digest
+from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
 from megatron_erpd.sampling.verifiers import Verifier, get_verifier
@@ -74,7 +75,7 @@ def sample_rollouts(
         token_ids=encode_prompts(tokenizer, prompts, settings.chat_template),
         folder=folder,
         file_metadata={
-            "tokenizer_digest": tokenizer_digest(hf_path),
+            "tokenizer_digest": tokenizer_digest(tokenizer),
             "policy": policy_fingerprint(hf_path),
             "prompts": prompts_digest(prompts),
             "sampling": settings.model_dump(exclude={"batch_size"}),

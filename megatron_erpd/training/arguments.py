@@ -76,15 +76,6 @@ def parse_megatron_arguments(
         RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
         CheckpointError, LayoutError: from `model_flags`.
     """
-    platform.enable_cpu()
-    # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron.core.datasets import utils as dataset_utils
-    from megatron.training.arguments import parse_and_validate_args
-
-    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
-    dataset_utils.compile_helpers = lambda: None
-
     fixed = {
         **model_flags(
             hf_folder,
@@ -98,6 +89,15 @@ def parse_megatron_arguments(
         **run_flags,
     }
     _refuse_contradictions(fixed, pass_through)
+    platform.enable_cpu()
+    # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training.arguments import parse_and_validate_args
+
+    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
+    dataset_utils.compile_helpers = lambda: None
+
     argv = [*flags_to_argv(_platform_flags()), *flags_to_argv(fixed), *pass_through]
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_erpd.checkpoint import copy_sidecar, export_hf_weights, import_hf_weights
 from megatron_erpd.errors import CheckpointError, RecipeError
-from megatron_erpd.manifest import read_manifest
+from megatron_erpd.manifest import finish_artifact, read_manifest
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
-from megatron_erpd.training.runtime import finish_output, initialize, prepare_output, stage_process
+from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 
 _ANY_LENGTH = 2
 """Conversion runs no tokens through the model; Megatron still wants a sequence length."""
@@ -53,7 +53,7 @@ def import_checkpoint(argv: list[str]) -> None:
         save_checkpoint(0, [model], None, None, 0)
         if rank() == 0:
             copy_sidecar(namespace.hf, namespace.output / "hf")
-            finish_output(namespace.output)
+            finish_artifact(namespace.output)
         synchronize()
 
 
@@ -78,7 +78,8 @@ def export_checkpoints(argv: list[str]) -> None:
     layout = layout_from_namespace(namespace)
     named = [_parse_checkpoint(text) for text in namespace.checkpoint]
     inputs = {name: folder for name, folder, _ in named}
-    settings = {"iterations": {name: iteration for name, _, iteration in named}}
+    # A name that comes alone and with @all asks for all.
+    settings = {"iterations": {name: iteration for name, _, iteration in sorted(named, key=lambda n: n[2] or "")}}
     prepare_output(namespace.output, "export", settings, inputs)
     for folder in inputs.values():
         read_manifest(folder)
@@ -98,7 +99,7 @@ def export_checkpoints(argv: list[str]) -> None:
             export_hf_weights([model], folder / "hf", target)
             synchronize()
         if rank() == 0:
-            finish_output(namespace.output)
+            finish_artifact(namespace.output)
         synchronize()
 
 
@@ -110,9 +111,10 @@ def _parse_checkpoint(text: str) -> tuple[str, Path, str | None]:
 
 
 def _expand(named: list[tuple[str, Path, str | None]]) -> list[tuple[str, Path, int | None]]:
-    """`@all` as one export per kept iteration, checked to exist."""
+    """`@all` as one export per kept iteration; the last one is left out where the name is exported without a number."""
     from megatron_erpd.training.model import saved_iterations
 
+    plain = {(name, folder) for name, folder, iteration in named if iteration is None}
     expanded: list[tuple[str, Path, int | None]] = []
     for name, folder, iteration in named:
         if iteration != "all":
@@ -121,5 +123,6 @@ def _expand(named: list[tuple[str, Path, str | None]]) -> list[tuple[str, Path, 
         kept = saved_iterations(folder / "megatron")
         if not kept:
             raise CheckpointError(f"{folder}/megatron: holds no iteration to export; check the path")
+        kept = kept[:-1] if (name, folder) in plain else kept
         expanded += [(f"{name}@{i}", folder, i) for i in kept]
     return expanded

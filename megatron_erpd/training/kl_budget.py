@@ -17,7 +17,8 @@ class KlBudget:
 
     `measure` is called per micro-batch on last pipeline stages. With the step's last micro-batch the sums are added
     up over the data-parallel group (one all-reduce of two numbers, which every rank of the last stage joins), so all
-    ranks hold the same coefficient. Its state after every step goes to a JSON-lines file, from which a resumed run takes it.
+    ranks hold the same coefficient. Its state after every step goes to a JSON-lines file, from which a resumed run
+    takes it.
 
     Args:
         controller: where it starts.

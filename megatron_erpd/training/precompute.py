@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_erpd import platform
 from megatron_erpd.data.collate import Batch, gather_response_rows
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.manifest import input_digest, read_manifest
+from megatron_erpd.manifest import finish_artifact, input_digest, read_manifest, settings_identity
 from megatron_erpd.objectives.projection import eta_grid, solve_global_eta
 from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal, policies_of
 from megatron_erpd.settings import Layout, PrecomputeSettings, add_settings_arguments, settings_from_namespace
@@ -30,7 +30,7 @@ from megatron_erpd.training.arguments import add_layout_arguments, layout_from_n
 from megatron_erpd.training.batch import BatchSource
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
 from megatron_erpd.training.run import load_data, pad_multiple
-from megatron_erpd.training.runtime import finish_output, initialize, prepare_output, stage_process
+from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 from megatron_erpd.vocab_parallel import (
     Projection,
     VocabShard,
@@ -59,9 +59,7 @@ def precompute(argv: list[str]) -> None:
     )
     parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
     parser.add_argument("--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR")
-    parser.add_argument(
-        "--rollouts", type=Path, required=True, help="rollouts: an artifact, a folder or a Parquet file"
-    )
+    parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
     add_settings_arguments(parser, PrecomputeSettings, "cache")
     add_layout_arguments(parser)
@@ -76,9 +74,7 @@ def precompute(argv: list[str]) -> None:
         read_manifest(folder)
     rollouts = load_data(namespace.rollouts, namespace.base, scored=False)
 
-    identity: dict[str, Any] = settings.model_dump(mode="json")
-    if pass_through:
-        identity["megatron"] = pass_through
+    identity = settings_identity(settings, pass_through)
     inputs = {"rollouts": namespace.rollouts, "base": namespace.base}
     inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
     prepare_output(namespace.output, "precompute", identity, inputs)
@@ -119,7 +115,7 @@ def _compute(
     if rank() == 0:
         index = finalize(output, set(rollouts.sample_ids))
         summary |= {"num_rows": index.num_rows, "num_tokens": index.num_tokens, **index.statistics}
-        finish_output(output, summary)
+        finish_artifact(output, summary)
     synchronize()
 
 

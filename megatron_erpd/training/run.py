@@ -19,12 +19,12 @@ from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RolloutError, StageError
-from megatron_erpd.manifest import read_manifest
+from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
 from megatron_erpd.objectives.advantages import compute_advantages
 from megatron_erpd.settings import Layout, OptimizerSettings
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
-from megatron_erpd.training.runtime import common_flags, finish_output, prepare_output, stage_process
+from megatron_erpd.training.runtime import common_flags, prepare_output, stage_process
 
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
 
@@ -64,8 +64,7 @@ class TrainingRun:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest keeps them."""
-        identity = self.settings.model_dump(mode="json")
-        return {**identity, "megatron": self.pass_through} if self.pass_through else identity
+        return settings_identity(self.settings, self.pass_through)
 
     def execute(self) -> None:
         """Trains to the last iteration, resuming what an interrupted run left, and writes the artifact.
@@ -90,7 +89,7 @@ class TrainingRun:
             synchronize()
             if rank() == 0:
                 copy_sidecar(self.base / "hf", self.output / "hf")
-                finish_output(self.output, {"iterations": done})
+                finish_artifact(self.output, {"iterations": done})
             synchronize()
 
     def _pretrain(self, args: argparse.Namespace, store: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,57 +11,19 @@ from typing import Any
 import torch
 
 from megatron_erpd import platform
-from megatron_erpd.errors import StageError
-from megatron_erpd.manifest import MANIFEST, differences, input_digest, read_manifest, write_manifest
+from megatron_erpd.manifest import begin_artifact, input_digest
 from megatron_erpd.settings import Layout
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank, single_process_store
 
-REQUEST = "request.json"
 
-
-def prepare_output(output: Path, stage: str, settings: dict[str, Any], inputs: Mapping[str, Path]) -> None:
-    """Takes the output folder for a stage, or refuses it.
-
-    A finished artifact is never written over. An unfinished one is taken up again only by the same stage with the same
-    settings and inputs: what was asked for is kept in `request.json` from the start.
+def prepare_output(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
+    """Takes the output folder for a stage (`manifest.begin_artifact`), on the one rank that decides.
 
     Raises:
-        StageError: the folder holds a finished artifact, or an unfinished one of another request.
+        StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files.
     """
-    if rank() != 0:  # one rank decides; its error ends the others
-        return
-    wanted = {
-        "stage": stage,
-        "settings": json.loads(json.dumps(settings)),
-        "inputs": {name: input_digest(path) for name, path in inputs.items()},
-    }
-    if (output / MANIFEST).is_file():
-        lines = differences(read_manifest(output), stage, settings, wanted["inputs"])
-        what = "the same one" if not lines else "another one:\n  " + "\n  ".join(lines)
-        raise StageError(f"{output}: already holds a finished artifact, {what}; give another --output or delete it")
-    request = output / REQUEST
-    if request.is_file():
-        found = json.loads(request.read_text())
-        if found != wanted:
-            changed = [key for key in wanted if found.get(key) != wanted[key]]
-            raise StageError(
-                f"{output}: was begun with other {' and '.join(changed)} and can't be continued with these; "
-                "give another --output or delete it"
-            )
-        return
-    if output.is_dir() and any(p.name != "logs" for p in output.iterdir()):
-        raise StageError(f"{output}: holds files that no stage left there; give an empty or new folder as --output")
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = request.with_suffix(".tmp")
-    temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
-    temporary.replace(request)
-
-
-def finish_output(output: Path, summary: dict[str, Any] | None = None) -> None:
-    """Publishes the manifest of what `prepare_output` was asked for. One rank calls it, when all else is written."""
-    request = json.loads((output / REQUEST).read_text())
-    (output / REQUEST).unlink()
-    write_manifest(output, request["stage"], request["settings"], request["inputs"], summary)
+    if rank() == 0:  # its error ends the others
+        begin_artifact(output, stage, settings, {name: input_digest(path) for name, path in inputs.items()})
 
 
 def initialize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,21 +69,21 @@ def test_convert_is_another_name(capsys, monkeypatch):
 def test_a_layout_of_several_processes_is_launched(monkeypatch):
     calls = []
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append(argv))
+    monkeypatch.setattr(cli, "_launch", calls.append)
     monkeypatch.setattr(cli.Command, "load", lambda self: lambda argv: calls.append(argv))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     argv = ["--base", "b", "--tensor-parallel", "2", "--pipeline-parallel=3", "--", "--tensor-parallel", "7"]
     cli.main(["distill", *argv])
     launched = calls[0]
-    assert launched[0] == sys.executable
     assert launched[launched.index("--nproc-per-node") + 1] == "6"
-    assert launched[-len(argv) - 3 :] == ["-m", "megatron_erpd.cli", "distill", *argv]
+    assert launched[-len(argv) - 4 :] == ["-m", "--", "megatron_erpd.cli", "distill", *argv]
 
 
 @pytest.mark.parametrize("argv", [["--base", "b"], ["--tensor-parallel", "2", "--help"]])
 def test_one_process_runs_here(monkeypatch, argv):
     calls = []
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(os, "execv", lambda path, argv: pytest.fail("launched"))
+    monkeypatch.setattr(cli, "_launch", lambda flags: pytest.fail("launched"))
     monkeypatch.setattr(cli.Command, "load", lambda self: calls.append)
     cli.main(["precompute", *argv])
     assert calls == [argv]
@@ -104,7 +103,7 @@ def test_dry_run_prints_the_commands(capsys, tmp_path, monkeypatch):
     flags = ["--tensor-parallel", "2", "--set", "teacher.epochs=3", "--output", "there", "--dry-run"]
     code, out, _ = ended(capsys, "run", "r.yaml", *flags)
     assert code == 0
-    assert "# teacher\ntorchrun --standalone --nproc-per-node 2 " in out
+    assert "# teacher\ntorchrun --standalone --nproc-per-node 2 -- " in out
     assert "--epochs 3.0 --output there/round-01/teacher --tensor-parallel 2" in out
     assert os.listdir(tmp_path) == ["r.yaml"]
 

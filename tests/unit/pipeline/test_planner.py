@@ -81,12 +81,12 @@ def test_commands_are_what_a_person_would_type(monkeypatch):
     stages = stages_of(layout={"tensor_parallel": 2, "data_parallel": 2, "micro_batch_size": 8})
     assert stages["prepare"].shown() == "python prepare.py --output out/prepare"
     assert stages["teacher"].shown() == (
-        "torchrun --standalone --nproc-per-node 4 tools/train_teacher.py --base out/round-00/warm-up "
+        "torchrun --standalone --nproc-per-node 4 -- tools/train_teacher.py --base out/round-00/warm-up "
         "--rollouts out/round-01/rollouts --base-log-probs out/round-01/base-log-probs --checkpoints 2 "
         "--output out/round-01/teacher --tensor-parallel 2 --data-parallel 2 --micro-batch-size 8"
     )
     assert stages["initial"].shown() == (
-        "torchrun --standalone --nproc-per-node 2 tools/import_checkpoint.py --hf out/prepare/model "
+        "torchrun --standalone --nproc-per-node 2 -- tools/import_checkpoint.py --hf out/prepare/model "
         "--output out/round-00/initial --tensor-parallel 2"
     )
     assert stages["rollouts"].shown() == (
@@ -100,6 +100,18 @@ def test_commands_are_what_a_person_would_type(monkeypatch):
         assert stage.argv()[0] == sys.executable
         assert shlex.split(stage.shown())[-2:] == stage.argv()[-2:]
     assert all((Path("tools") / script).is_file() for script in TOOLS.values())
+
+
+def test_torchrun_takes_the_commands_as_they_are():
+    from torch.distributed.run import parse_args
+
+    megatron = {"log-interval": 1}
+    for stage in stages_of(layout={"tensor_parallel": 2}, megatron=megatron).values():
+        if stage.num_processes > 1:
+            words = shlex.split(stage.shown())
+            parsed = parse_args(words[1:])
+            assert parsed.nproc_per_node == "2"
+            assert [parsed.training_script, *parsed.training_script_args] == words[words.index("--") + 1 :]
 
 
 def test_a_layout_is_no_part_of_the_identity():

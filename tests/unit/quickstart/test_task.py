@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_erpd.data.rollouts import read_rollouts, validate_against_vocabulary
-from megatron_erpd.sampling.policy import load_policy, tokenizer_digest
+from megatron_erpd.data.tokenizers import tokenizer_digest
+from megatron_erpd.sampling.policy import load_policy
 from megatron_erpd.sampling.prompts import load_prompts
 from megatron_erpd.sampling.verifiers import get_verifier
 from tests.unit.sampling.tiny_model import QUICKSTART, quickstart_module
@@ -103,8 +104,8 @@ def test_demonstrations_are_rollouts_of_the_project(prepared):
     rollouts = read_rollouts(prepared[0] / "demonstrations.parquet")
     assert len(rollouts) == 300 and (rollouts.rewards == 1).all() and len(set(rollouts.group_ids)) == 300
     validate_against_vocabulary(rollouts, 17)
-    assert rollouts.tokenizer_digest == tokenizer_digest(prepared[0] / "model")
     tokenizer = AutoTokenizer.from_pretrained(prepared[0] / "model")
+    assert rollouts.tokenizer_digest == tokenizer_digest(tokenizer)
     for i in range(20):
         tokens = rollouts.response_tokens(i)
         assert tokens[-1] == prepare.EOS
