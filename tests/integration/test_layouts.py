@@ -15,6 +15,7 @@ import pytest
 
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import run_ranks
+from tests.integration.stages import Stages, run_stages
 from tests.integration.tiny import write_model, write_random_rollouts
 from tests.tolerances import LAYOUT
 
@@ -56,33 +57,13 @@ def precompute_stages(reference: Path) -> dict[str, list[str]]:
     }
 
 
-def run_stages(rank: int, world_size: int, stages: list[tuple[str, list[str]]]) -> None:
-    """Runs stages one after another in these ranks."""
-    from megatron_erpd import platform
-
-    platform.enable_cpu()
-    from megatron_erpd.training.convert import export_checkpoints, import_checkpoint
-    from megatron_erpd.training.precompute import precompute
-    from megatron_erpd.training.train import distill, train_teacher
-
-    commands = {
-        "import": import_checkpoint,
-        "export": export_checkpoints,
-        "precompute": precompute,
-        "train": train_teacher,
-        "distill": distill,
-    }
-    for name, argv in stages:
-        commands[name](argv)
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All artifacts, made by one process."""
     folder = tmp_path_factory.mktemp("reference")
     write_model(folder / "hf")
     write_random_rollouts(folder / "rollouts.parquet")
-    stages = [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"])]
+    stages: Stages = [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"])]
     precomputed, trained = precompute_stages(folder), training_stages(folder)
     layout = ["--micro-batch-size", "16"]
 
@@ -111,7 +92,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_gives_the_result_of_one_process(layout: str, reference: Path, tmp_path: Path) -> None:
     world_size, flags = LAYOUTS[layout]
-    stages = [("import", ["--hf", f"{reference}/hf", "--output", f"{tmp_path}/base", *flags])]
+    stages: Stages = [("import", ["--hf", f"{reference}/hf", "--output", f"{tmp_path}/base", *flags])]
     for name, argv in precompute_stages(reference).items():
         stages.append(("precompute", [*argv, "--output", f"{tmp_path}/{name}", *flags]))
     for name, argv in training_stages(reference).items():
