@@ -1,0 +1,213 @@
+"""Bad input ends a command before training with one message that names the culprit; nothing is written over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_erpd import cli
+from megatron_erpd.data.rollouts import write_rollouts
+from megatron_erpd.data.schema import Rollout
+from tests.distributed.harness import run_ranks
+from tests.integration.stages import make_round, run_stages
+from tests.integration.tiny import VOCAB_SIZE, write_model, write_random_rollouts
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A round, a second base, and a teacher cache made from the first base and `teacher`."""
+    folder = tmp_path_factory.mktemp("round")
+    make_round(folder)
+    write_model(folder / "other-hf", seed=5)
+    data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet"]
+    stages = [
+        ("import", ["--hf", f"{folder}/other-hf", "--output", f"{folder}/other"]),
+        ("precompute", [*data, "--policy", f"teacher={folder}/other", "--k", "4", "--output", f"{folder}/cache"]),
+    ]
+    run_ranks(run_stages, 1, stages)
+    return folder
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fails:
+    """Runs a command that must end with exit code 2, and returns its message; `out` may hold no work."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*argv: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(word) for word in argv])
+        assert caught.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and "Traceback" not in message
+        assert not any(p for p in (tmp_path / "out").rglob("*") if p.name != "request.json")
+        return message
+
+    return run
+
+
+def training(made: Path, out: Path, **changed: object) -> list[object]:
+    paths = {"base": made / "base", "rollouts": made / "rollouts.parquet", "base_log_probs": made / "base-log-probs"}
+    flags: list[object] = []
+    for name, value in {**paths, "output": out, **changed}.items():
+        if value is not None:
+            flags += ["--" + name.replace("_", "-"), value]
+    return flags
+
+
+def rollout_file(path: Path, **changed: object) -> Path:
+    rows = []
+    for i in range(4):
+        row = {"prompt_token_ids": np.array([1, 2]), "response_token_ids": np.array([3, 4 + i]), "group_id": 0}
+        rows.append(Rollout(**{**row, "reward": float(i % 2), **(changed if i == 2 else {})}))  # type: ignore[arg-type]
+    write_rollouts(path, rows)
+    return path
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of `VOCAB_SIZE` words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_missing_folder(fails: Fails, tmp_path: Path) -> None:
+    message = fails("import", "--hf", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert "nowhere" in message and "no such f" in message
+
+
+def test_unsupported_architecture(fails: Fails, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    message = fails("import", "--hf", tmp_path / "hf", "--output", tmp_path / "out")
+    assert "MambaForCausalLM" in message and "Qwen3ForCausalLM" in message
+
+
+def test_tensor_parallel_that_does_not_divide_the_heads(
+    fails: Fails, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = fails("import", "--hf", made / "hf", "--output", tmp_path / "out", "--tensor-parallel", 3)
+    assert "tensor parallel size 3" in message and "use 1 or 2" in message
+
+
+def test_layout_that_is_not_the_number_of_processes(
+    fails: Fails, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = fails("import", "--hf", made / "hf", "--output", tmp_path / "out", "--tensor-parallel", 2)
+    assert "needs 2 processes, 3 were started" in message
+
+
+def test_finished_artifact_is_not_written_over(fails: Fails, made: Path) -> None:
+    before = (made / "base" / "manifest.json").read_bytes()
+    message = fails("import", "--hf", made / "hf", "--output", made / "base")
+    assert "already holds a finished artifact" in message
+    assert (made / "base" / "manifest.json").read_bytes() == before
+
+
+def test_wrong_base(fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("train-teacher", *training(made, tmp_path / "out", base=tmp_path / "bass"))
+    assert "bass" in message and "no such folder" in message
+
+
+def test_megatrons_own_load_path_is_refused(fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("train-teacher", *training(made, tmp_path / "out"), "--", "--load", "/nowhere")
+    assert message.startswith("error: --load")
+
+
+def test_flag_that_contradicts_the_checkpoint(fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("train-teacher", *training(made, tmp_path / "out"), "--", "--num-layers", 4)
+    assert "--num-layers" in message and "checkpoint" in message
+
+
+def test_vocabulary_that_does_not_match(fails: Fails, made: Path, tmp_path: Path) -> None:
+    file = rollout_file(tmp_path / "r.parquet", response_token_ids=np.array([3, VOCAB_SIZE]))
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file))
+    assert "r.parquet" in message and str(VOCAB_SIZE) in message and "row 2" in message
+
+
+def test_rollout_longer_than_the_model(fails: Fails, made: Path, tmp_path: Path) -> None:
+    file = rollout_file(tmp_path / "r.parquet", response_token_ids=np.full(80, 3))
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file))
+    assert "row 2" in message and "64 positions" in message
+
+
+def test_rewards_that_are_no_probabilities(fails: Fails, made: Path, tmp_path: Path) -> None:
+    file = rollout_file(tmp_path / "r.parquet", reward=3.0)
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file), "--loss", "ce")
+    assert "reward 3.0" in message and "[0, 1]" in message
+
+
+def test_log_probs_that_are_missing(fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("train-teacher", *training(made, tmp_path / "out", base_log_probs=None))
+    assert "--base-log-probs" in message and "precompute --kind token" in message
+
+
+def test_log_probs_of_other_rollouts(fails: Fails, made: Path, tmp_path: Path) -> None:
+    file = write_random_rollouts(tmp_path / "other.parquet", seed=9)
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file))
+    assert "has no row for sample" in message and "precompute the cache again" in message
+
+
+def test_log_probs_of_another_base(fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("train-teacher", *training(made, tmp_path / "out", base=made / "other"))
+    assert "another teacher" in message and "base" in message
+
+
+def test_cache_of_another_teacher(fails: Fails, made: Path, tmp_path: Path) -> None:
+    flags = [*training(made, tmp_path / "out", cache=made / "cache"), "--policy", f"teacher={made}/base"]
+    message = fails("distill", *flags)
+    assert "made from another teacher" in message and "'teacher'" in message
+
+
+def test_token_cache_for_the_projection(fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("distill", *training(made, tmp_path / "out", cache=made / "base-log-probs"))
+    assert "--kind topk" in message
+
+
+def test_signal_without_its_policy(fails: Fails, made: Path, tmp_path: Path) -> None:
+    flags = training(made, tmp_path / "out", base_log_probs=None)
+    message = fails("precompute", *flags, "--signal", "unlearned", "--policy", f"teacher={made}/other")
+    assert "--policy unlearned=DIR" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt_token_ids": [1], "response_token_ids": [2]}, "reward"),
+        ({"prompt_token_ids": [1], "response_token_ids": [2], "reward": float("nan")}, "reward"),
+        ({"prompt_token_ids": [1], "response_token_ids": [], "reward": 1}, "response"),
+        ({"prompt_token_ids": [1], "response_token_ids": [99], "reward": 1}, "99"),
+    ],
+)
+def test_import_of_a_bad_row(fails: Fails, made: Path, tmp_path: Path, row: dict[str, object], expected: str) -> None:
+    good = {"prompt_token_ids": [1], "response_token_ids": [2], "reward": 1}
+    source = tmp_path / "source.jsonl"
+    source.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    flags = ["--source", source, "--tokenizer", write_tokenizer(tmp_path / "hf"), "--output", tmp_path / "out"]
+    message = fails("import-rollouts", *flags)
+    assert "source.jsonl:2" in message and expected in message
+
+
+def test_typo_in_the_recipe(fails: Fails, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nmodel: m\nrollouts: {file: r.parquet}\nteacher: {lose: ce, epochs: -1}\n")
+    message = fails("run", recipe)
+    assert "teacher.lose" in message and "teacher.epochs" in message
