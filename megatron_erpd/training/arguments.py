@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -110,15 +111,20 @@ def parse_megatron_arguments(
 
 
 def _platform_flags() -> dict[str, object]:
+    """What this machine can run: Transformer Engine's layers and fused kernels where they are installed."""
     if platform.is_cpu():
         return dict(platform.CPU_MEGATRON_FLAGS)
     flags: dict[str, object] = {"distributed_backend": "nccl"}
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
-        local = {k: v for k, v in platform.CPU_MEGATRON_FLAGS.items() if k != "use_cpu_initialization"}
-        return {**local, **flags}
-    return {**flags, "transformer_impl": "transformer_engine"}
+    if not _installed("fused_weight_gradient_mlp_cuda"):  # built with Apex; Megatron's output layer asks for it
+        flags["no_gradient_accumulation_fusion"] = True
+    if _installed("transformer_engine"):
+        return {**flags, "transformer_impl": "transformer_engine"}
+    local = {name: value for name, value in platform.CPU_MEGATRON_FLAGS.items() if name != "use_cpu_initialization"}
+    return {**local, **flags}
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _layout_flags(layout: Layout, max_length: int) -> dict[str, object]:

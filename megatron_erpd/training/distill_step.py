@@ -18,6 +18,7 @@ from megatron_erpd.objectives.off_policy import kl_penalty
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.signals import SignalTerm, combine
 from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
 from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import Logits, forward_stage, join
@@ -69,8 +70,9 @@ class DistillStep:
             self._head = policy_head(model, self.vocab_size, self._divergence)
         models = [model, *self.frozen]
         processors = [self._head, *(Logits() for _ in self.frozen)]
-        outputs = forward_stage(models, batch, processors, {"batch": batch})
-        return join(outputs, model), partial(self.loss_and_metrics, batch)
+        local = slice_batch(batch, *context_parallel_rank())
+        outputs = forward_stage(models, local, processors, {"batch": local})
+        return join(outputs, model), partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
 
     def _divergence(self, logits: Tensor, batch: Batch, context: Any) -> Tensor:
         assert self._head is not None

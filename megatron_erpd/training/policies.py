@@ -29,7 +29,7 @@ def forward_stage(models: Sequence[Any], batch: Batch, processors: Sequence[Any]
 
     Args:
         models: the policies, the trained one (if any) first. Those after the first run without gradients.
-        batch: tokens and positions `[b, s]`.
+        batch: tokens and positions `[b, s]`, this context-parallel rank's slice.
         processors: one output processor per model. A processor after the first is run first, so that the first
             one's can use what the others gave (as `context["outputs"]`).
         context: handed to the first model's processor.

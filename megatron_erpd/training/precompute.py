@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_erpd import platform
 from megatron_erpd.data.collate import Batch, gather_response_rows
 from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.errors import LayoutError
 from megatron_erpd.manifest import finish_artifact, input_digest, read_manifest, settings_identity
 from megatron_erpd.objectives.projection import eta_grid, solve_global_eta
 from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal, policies_of
@@ -67,6 +68,8 @@ def precompute(argv: list[str]) -> None:
     namespace = parser.parse_args(own)
     settings = settings_from_namespace(namespace, PrecomputeSettings)
     layout = layout_from_namespace(namespace)
+    if layout.context_parallel > 1:
+        raise LayoutError("--context-parallel: precompute keeps no activations and needs none; set it to 1")
     policies = {"base": namespace.base, **parse_policies(namespace.policy)}
     if settings.kind == "topk":
         check_policies(policies_of(parse_signal(settings.signal)), policies)

@@ -19,6 +19,7 @@ from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.signals import SignalTerm, combine, token_advantages
 from megatron_erpd.objectives.types import Aggregation, KlEstimator, LossOutput, ReplayInputs
 from megatron_erpd.settings import DistillSettings, ReplaySettings
+from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
 from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.training.metrics import report, token_mean
@@ -70,8 +71,9 @@ class ReplayStep:
         batch = next(data_iterator)
         if self._head is None:
             self._head = policy_head(model, self.vocab_size)
-        output = forward_stage([model], batch, [self._head], {"batch": batch})[0]
-        return output, partial(self.loss_and_metrics, batch)
+        local = slice_batch(batch, *context_parallel_rank())
+        output = forward_stage([model], local, [self._head], {"batch": local})[0]
+        return output, partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]})."""

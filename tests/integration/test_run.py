@@ -20,7 +20,10 @@ prepare: python examples/quickstart/prepare.py --output {output} --num-demonstra
 model: prepare/model
 warm_up: {rollouts: prepare/demonstrations.parquet, loss: sft, epochs: 1, global_batch_size: 32, learning_rate: 1e-3}
 rollouts:
-  {prompts: prepare/prompts.jsonl, verifier: "python:tests/integration/test_run.py:score", num_rollouts: 8, max_new_tokens: 6}
+  prompts: prepare/prompts.jsonl
+  verifier: python:tests/integration/test_run.py:score
+  num_rollouts: 8
+  max_new_tokens: 6
 teacher: {loss: mse, epochs: 2, global_batch_size: 16, checkpoints: 2}
 unlearned: {loss: ce, epochs: 1, global_batch_size: 16}
 cache: {signal: "0.5*teacher/base + 0.5*base/unlearned", k: 4}
