@@ -23,7 +23,8 @@ class Settings(BaseModel):
 
 
 class Layout(Settings):
-    """How a stage is spread over processes. It changes speed and memory, never the result."""
+    """How a stage is spread over processes: speed and memory. Only `precision` changes the result, and it counts as a
+    setting does."""
 
     tensor_parallel: int = Field(default=1, ge=1, description="shards of every layer (TP)")
     pipeline_parallel: int = Field(default=1, ge=1, description="stages of layers (PP)")

@@ -211,6 +211,9 @@ class _Planner:
         key = re.sub(r"^round-\d+/", "", name)
         self.used.add(key)
         override = self.overrides.get(key, StageOverrides())
+        layout = self._layout(command, override)
+        # The one part of a layout that changes the result.
+        precision = {"precision": layout.precision} if command in USES_MEGATRON else {}
         megatron = flags_of({**self.recipe.megatron, **override.megatron}) if command in RUNS_MODEL else ()
         if override.megatron and command not in RUNS_MODEL:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
@@ -225,8 +228,8 @@ class _Planner:
                 arguments=tuple(arguments),
                 inputs=dict(inputs),
                 output=output,
-                settings=settings_identity(settings, megatron),
-                layout=self._layout(command, override),
+                settings=settings_identity(settings, megatron, **precision),
+                layout=layout,
                 megatron=megatron,
             )
         )

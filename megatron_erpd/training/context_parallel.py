@@ -2,7 +2,8 @@
 
 Megatron gives each rank two of 2 * CP equal pieces of a sequence, one from the front and one from the back, so that
 causal attention costs all ranks the same. The per-token results (log-probs, entropy, divergence; a few numbers per
-token) are gathered, and every rank computes the whole loss from them. Sequence-level losses need no other code that way.
+token) are gathered, and every rank computes the whole loss from them. Sequence-level losses need no other code that
+way.
 """
 
 from __future__ import annotations

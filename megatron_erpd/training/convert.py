@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_erpd.checkpoint import copy_sidecar, export_hf_weights, import_hf_weights
 from megatron_erpd.errors import CheckpointError, RecipeError
-from megatron_erpd.manifest import finish_artifact, read_manifest
+from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
 from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 
@@ -33,7 +33,8 @@ def import_checkpoint(argv: list[str]) -> None:
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     layout = layout_from_namespace(namespace)
-    prepare_output(namespace.output, "import", {}, {"hf": namespace.hf})
+    identity = settings_identity({}, precision=layout.precision)
+    prepare_output(namespace.output, "import", identity, {"hf": namespace.hf})
 
     run_flags = {
         "save": str(namespace.output / "megatron"),
@@ -80,7 +81,7 @@ def export_checkpoints(argv: list[str]) -> None:
     inputs = {name: folder for name, folder, _ in named}
     # A name that comes alone and with @all asks for all.
     settings = {"iterations": {name: iteration for name, _, iteration in sorted(named, key=lambda n: n[2] or "")}}
-    prepare_output(namespace.output, "export", settings, inputs)
+    prepare_output(namespace.output, "export", settings_identity(settings, precision=layout.precision), inputs)
     for folder in inputs.values():
         read_manifest(folder)
 

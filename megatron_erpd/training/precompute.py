@@ -77,7 +77,7 @@ def precompute(argv: list[str]) -> None:
         read_manifest(folder)
     rollouts = load_data(namespace.rollouts, namespace.base, scored=False)
 
-    identity = settings_identity(settings, pass_through)
+    identity = settings_identity(settings, pass_through, precision=layout.precision)
     inputs = {"rollouts": namespace.rollouts, "base": namespace.base}
     inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
     prepare_output(namespace.output, "precompute", identity, inputs)

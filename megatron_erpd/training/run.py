@@ -64,7 +64,7 @@ class TrainingRun:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest keeps them."""
-        return settings_identity(self.settings, self.pass_through)
+        return settings_identity(self.settings, self.pass_through, precision=self.layout.precision)
 
     def execute(self) -> None:
         """Trains to the last iteration, resuming what an interrupted run left, and writes the artifact.

@@ -1,0 +1,72 @@
+"""What needs a CUDA device: the same results as on a CPU, and a stage on NCCL. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_erpd.vocab_parallel import LiveTarget, VocabShard, divergence, token_log_probs_and_entropy
+from tests.tolerances import BF16, FP32
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+TOKENS, VOCAB = 64, 5003
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
+def test_log_probs_and_gradient_are_those_of_the_cpu(dtype: torch.dtype, tolerance: object) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(TOKENS, VOCAB)).to(dtype)
+    labels = torch.randint(VOCAB, (TOKENS,))
+    results = []
+    for device in ("cpu", "cuda"):
+        x = logits.to(device).requires_grad_()
+        log_probs, entropy = token_log_probs_and_entropy(x, labels.to(device), VocabShard.dense(VOCAB))
+        (log_probs.sum() + 0.1 * entropy.sum()).backward()
+        assert x.grad is not None
+        results.append((log_probs.detach().cpu(), entropy.detach().cpu(), x.grad.float().cpu()))
+    for ours, reference in zip(results[1], results[0], strict=True):
+        tolerance.assert_close(ours, reference)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js"])
+def test_divergence_and_gradient_are_those_of_the_cpu(kind: str) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(TOKENS, VOCAB)
+    target = torch.randn(TOKENS, VOCAB).log_softmax(-1)
+    results = []
+    for device in ("cpu", "cuda"):
+        x = logits.to(device).requires_grad_()
+        value = divergence(kind, x, LiveTarget(target.to(device)), VocabShard.dense(VOCAB))  # type: ignore[arg-type]
+        value.sum().backward()
+        assert x.grad is not None
+        results.append((value.detach().cpu(), x.grad.cpu()))
+    for ours, reference in zip(results[1], results[0], strict=True):
+        FP32.assert_close(ours, reference)
+
+
+def test_a_round_on_nccl(tmp_path: Path) -> None:
+    """Import, log-probs, replay and projection on one device; a stage each, as a user would call them."""
+    from megatron_erpd.training.convert import import_checkpoint
+    from megatron_erpd.training.precompute import precompute
+    from megatron_erpd.training.train import distill, train_teacher
+    from tests.integration.tiny import write_model, write_random_rollouts
+
+    write_model(tmp_path / "hf")
+    rollouts = write_random_rollouts(tmp_path / "rollouts.parquet")
+    import_checkpoint(["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"])
+    data = ["--base", f"{tmp_path}/base", "--rollouts", str(rollouts)]
+    precompute([*data, "--kind", "token", "--output", f"{tmp_path}/log-probs"])
+    train = [*data, "--base-log-probs", f"{tmp_path}/log-probs", "--global-batch-size", "16", "--micro-batch-size", "8"]
+    train_teacher([*train, "--loss", "ce", "--epochs", "4", "--output", f"{tmp_path}/teacher"])
+    teacher = ["--policy", f"teacher={tmp_path}/teacher"]
+    precompute([*data, *teacher, "--k", "8", "--delta", "0.01", "--output", f"{tmp_path}/cache"])
+    distill([*train, "--cache", f"{tmp_path}/cache", "--epochs", "8", "--output", f"{tmp_path}/student"])
+    rows = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["stage2/reverse_kl"] < rows[0]["stage2/reverse_kl"]
