@@ -169,9 +169,14 @@ def test_stopping_reaches_workers_in_sessions_of_their_own(make_stage, run_stage
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_stages(stages)
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(stages)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 5
     while _runs(int(pid_file.read_text())) and time.monotonic() < deadline:
         time.sleep(0.02)
