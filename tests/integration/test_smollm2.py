@@ -34,14 +34,18 @@ needs_packages = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def get_model() -> ModuleType:
-    """The example's script."""
-    spec = importlib.util.spec_from_file_location("smollm2_get_model", REPOSITORY / "examples/smollm2/get_model.py")
+def example(name: str) -> ModuleType:
+    """`examples/smollm2/NAME.py`, under a name of its own: another example has a file of the same name."""
+    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", REPOSITORY / f"examples/smollm2/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def get_model() -> ModuleType:
+    return example("get_model")
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,20 @@ def test_missing_packages_are_named(get_model: ModuleType, monkeypatch: pytest.M
 def test_an_existing_folder_is_never_written_over(get_model: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="never written over"):
         get_model.write_model(tmp_path)
+
+
+def test_problems_are_distinct_and_answered() -> None:
+    task = example("task")
+    problems = list(task.problems(seed=3))
+    assert len(problems) == len({record["prompt"] for record in problems}) == task.NUM_PROBLEMS
+    for record in problems:
+        a, sign, b = record["prompt"].splitlines()[-1].removesuffix(" =").split(" ")
+        assert int(record["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    assert list(task.problems(seed=4)) != problems
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"), [(" 15\n", 1), (" 15, or", 1), ("15", 1), (" 1", 0), (" 150", 0), (" -15", 0), ("", 0)]
+)
+def test_the_first_number_counts(response: str, reward: float) -> None:
+    assert example("task").score({"answer": "15"}, response) == reward
