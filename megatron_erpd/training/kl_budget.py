@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_erpd.errors import StageError
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.training.metrics import keep_before, read_json_lines
 
@@ -51,11 +52,16 @@ class KlBudget:
         """Takes up the state after `iteration` steps; 0 starts afresh.
 
         Raises:
-            KeyError: the history lacks that iteration.
+            StageError: the history lacks that iteration.
         """
         self.iteration = iteration
         if iteration:
             states = {row["iteration"]: row for row in read_json_lines(self.history)}
+            if iteration not in states:
+                raise StageError(
+                    f"{self.history}: has no state of the KL controller after iteration {iteration}, so the run can't be "
+                    "continued as it was; delete the stage's folder to start it anew"
+                )
             self.controller.load_state_dict(states[iteration]["state"])
         if self.writes:
             keep_before(self.history, iteration + 1)
