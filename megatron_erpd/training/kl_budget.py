@@ -59,8 +59,8 @@ class KlBudget:
             states = {row["iteration"]: row for row in read_json_lines(self.history)}
             if iteration not in states:
                 raise StageError(
-                    f"{self.history}: has no state of the KL controller after iteration {iteration}, so the run can't be "
-                    "continued as it was; delete the stage's folder to start it anew"
+                    f"{self.history}: has no state of the KL controller after iteration {iteration}, so the run "
+                    "can't be continued as it was; delete the stage's folder to start it anew"
                 )
             self.controller.load_state_dict(states[iteration]["state"])
         if self.writes:
