@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_erpd import __version__
 from megatron_erpd.pipeline.commands import run_command
 from megatron_erpd.pipeline.stages import launcher_flags
-from megatron_erpd.settings import Layout, add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings import Layout
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 
 
 @dataclass(frozen=True)

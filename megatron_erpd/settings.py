@@ -1,15 +1,13 @@
 """What each stage can be told: one validated model per stage, the single source of recipe keys and flags.
 
-A recipe's sections are these models; the tools' command lines are generated from them (`add_settings_arguments`,
-`settings_from_namespace`, `settings_to_argv`), so a key, its default, its check and its help text have one home.
+A recipe's sections are these models; the tools' command lines are generated from them (`settings_arguments`), so a
+key, its default, its check and its help text have one home.
 `Layout` says how a stage runs and never changes its result; everything else is part of an artifact's identity.
 """
 
 from __future__ import annotations
 
-import argparse
-import types
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -300,35 +298,6 @@ def _refuse_unread(settings: Settings, choice: str, names: tuple[str, ...], read
             raise ValueError(f"{name} {value} has no effect with {choice}; remove it or change the choice")
 
 
-def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings], title: str) -> None:
-    """Adds one flag per field of `model` to `parser`, with the field's default, choices and description."""
-    group = parser.add_argument_group(title, model.__doc__)
-    for name, field in model.model_fields.items():
-        kind = _plain_type(field.annotation)
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
-        flag = "--" + name.replace("_", "-")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif get_origin(kind) is Literal:
-            group.add_argument(flag, choices=get_args(kind), default=None, help=text)
-        else:
-            group.add_argument(flag, type=kind, default=None, metavar=name.upper(), help=text)
-
-
-def settings_from_namespace[S: Settings](namespace: argparse.Namespace, model: type[S]) -> S:
-    """The settings that flags gave; a flag that was not given takes the field's default.
-
-    Raises:
-        RecipeError: a value is out of range; the message names the flag.
-    """
-    given = {n: getattr(namespace, n) for n in model.model_fields if getattr(namespace, n, None) is not None}
-    try:
-        return model(**given)
-    except ValidationError as error:
-        lines = [f"--{where.replace('_', '-')}: {what}" if where else what for where, what in error_lines(error)]
-        raise RecipeError("\n  ".join(lines)) from None
-
-
 def parse_settings[S: Settings](model: type[S], values: dict[str, Any]) -> S:
     """Validates `values`; all that is wrong is told at once, each with its place.
 
@@ -345,27 +314,3 @@ def parse_settings[S: Settings](model: type[S], values: dict[str, Any]) -> S:
 def error_lines(error: ValidationError) -> list[tuple[str, str]]:
     """The place (`student.epochs`) and the reason of everything that a validation found wrong."""
     return [(".".join(str(part) for part in e["loc"]), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-
-
-def settings_to_argv(settings: Settings) -> list[str]:
-    """The flags that give these settings back; fields at their defaults are left out."""
-    argv: list[str] = []
-    for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        if value == field.default:
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
-        elif str(value).startswith("-"):
-            argv.append(f"--{flag}={value}")  # argparse would take a lone -1e-05 for a flag
-        else:
-            argv += [f"--{flag}", str(value)]
-    return argv
-
-
-def _plain_type(annotation: Any) -> Any:
-    """`float | None` to `float`: None is 'not given' on a command line."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(a for a in get_args(annotation) if a is not type(None))
-    return annotation

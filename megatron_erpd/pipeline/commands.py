@@ -18,13 +18,8 @@ from typing import Any
 from megatron_erpd.errors import ErpdError, RecipeError, StageError
 from megatron_erpd.manifest import MANIFEST, begin_artifact, finish_artifact, input_digest, verify_manifest
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request
-from megatron_erpd.settings import (
-    EvaluateSettings,
-    ImportSettings,
-    SampleSettings,
-    add_settings_arguments,
-    settings_from_namespace,
-)
+from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 
 _PROMPTS_HELP = "JSON lines with prompt and answer, or reasoning-gym:TASK?size=100&seed=1"
 _VERIFIER_HELP = (

@@ -28,8 +28,8 @@ from megatron_erpd.settings import (
     ReplaySettings,
     SampleSettings,
     Settings,
-    settings_to_argv,
 )
+from megatron_erpd.settings_arguments import settings_to_argv
 
 
 def plan(recipe: Recipe) -> list[Stage]:

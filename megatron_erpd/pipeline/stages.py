@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.pipeline.recipe import MegatronFlags
-from megatron_erpd.settings import Layout, settings_to_argv
+from megatron_erpd.settings import Layout
+from megatron_erpd.settings_arguments import settings_to_argv
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds the package, and in a checkout `tools/` beside it."""

@@ -14,7 +14,8 @@ import torch
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags
 from megatron_erpd.errors import LayoutError, RecipeError
-from megatron_erpd.settings import Layout, add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings import Layout
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 
 
 def split_pass_through(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -24,7 +24,8 @@ from megatron_erpd.errors import LayoutError
 from megatron_erpd.manifest import finish_artifact, input_digest, read_manifest, settings_identity
 from megatron_erpd.objectives.projection import eta_grid, solve_global_eta
 from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal, policies_of
-from megatron_erpd.settings import Layout, PrecomputeSettings, add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings import Layout, PrecomputeSettings
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import CacheWriter, finalize, prepare_cache
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through

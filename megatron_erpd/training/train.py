@@ -13,12 +13,8 @@ from megatron_erpd.errors import RecipeError, RolloutError
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.objectives.signals import parse_signal, policies_of
-from megatron_erpd.settings import (
-    DistillSettings,
-    ReplaySettings,
-    add_settings_arguments,
-    settings_from_namespace,
-)
+from megatron_erpd.settings import DistillSettings, ReplaySettings
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
 from megatron_erpd.training.batch import TokenRow

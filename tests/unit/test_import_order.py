@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
 
 ORDER = [
-    *("__init__", "errors", "settings", "manifest", "platform"),
+    *("__init__", "errors", "settings", "settings_arguments", "manifest", "platform"),
     *("objectives", "vocab_parallel", "data", "teacher_cache", "sampling", "checkpoint", "evaluation", "training"),
     *("report", "pipeline", "cli"),
 ]
@@ -24,7 +24,7 @@ ONLY_IN = {
 }
 """Packages that may import a heavy library at all, at the top of a module or inside a function."""
 
-LIGHT = ["errors", "settings", "manifest", "cli", "pipeline/commands", "pipeline/recipe"]
+LIGHT = ["errors", "settings", "settings_arguments", "manifest", "cli", "pipeline/commands", "pipeline/recipe"]
 """Modules that a command line loads before it knows what to do."""
 
 

@@ -17,11 +17,9 @@ from megatron_erpd.settings import (
     ReplaySettings,
     SampleSettings,
     Settings,
-    add_settings_arguments,
     parse_settings,
-    settings_from_namespace,
-    settings_to_argv,
 )
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace, settings_to_argv
 
 MODELS: list[type[Settings]] = [
     *(Layout, ReplaySettings, SampleSettings, ImportSettings, PrecomputeSettings, DistillSettings, EvaluateSettings),
