@@ -179,7 +179,7 @@ class PrecomputeSettings(Settings):
 
 _POLICY_GRADIENT_FIELDS = (
     *("loss", "clip_low", "clip_high", "tau_positive", "tau_negative"),
-    *("signal_weight", "signal_scale", "signal_clip", "advantage_weight", "sign_agreement"),
+    *("signal_weight", "signal_scale", "signal_clip", "shuffle_signal", "advantage_weight", "sign_agreement"),
     *("kl_budget", "kl_coefficient", "kl_control_rate"),
 )
 
@@ -217,6 +217,10 @@ class DistillSettings(OptimizerSettings):
     )
     signal_scale: float = Field(default=1.0, gt=0, description="policy_gradient: the signal is divided by this")
     signal_clip: float = Field(default=5.0, gt=0, description="policy_gradient: and clipped to +- this")
+    shuffle_signal: bool = Field(
+        default=False,
+        description="policy_gradient: a control: the signal permuted over all response tokens, by the seed",
+    )
     advantage_weight: float = Field(
         default=0.0, ge=0, description="policy_gradient: alpha, weight of the rollout's advantage"
     )
@@ -255,6 +259,8 @@ class DistillSettings(OptimizerSettings):
             raise ValueError("signal_weight and advantage_weight are both 0: nothing to learn from; set one of them")
         if self.signal_weight == 0 and self.sign_agreement:
             raise ValueError("sign_agreement compares the signal with the advantage, and signal_weight is 0; unset one")
+        if self.signal_weight == 0 and self.shuffle_signal:
+            raise ValueError("shuffle_signal permutes the signal, and signal_weight is 0; unset one")
         if self.teacher == "live":
             raise ValueError(
                 "teacher: live is for the projection; the policy gradient reads the teacher's log-probs of fixed "

@@ -52,7 +52,8 @@ def parse_signal(text: str) -> tuple[SignalTerm, ...]:
     digits, `_` and `.`; the shorthands are those of `SIGNAL_SHORTHANDS`.
 
     Raises:
-        RecipeError: text that isn't of this form (naming the place), a policy over itself, a weight of 0.
+        RecipeError: text that isn't of this form (naming the place), a policy over itself, a weight of 0, or terms that
+            cancel: a signal that is 0 whatever the policies say.
     """
     terms: list[SignalTerm] = []
     position = 0
@@ -68,7 +69,23 @@ def parse_signal(text: str) -> tuple[SignalTerm, ...]:
         position = match.end()
     if not terms:
         raise RecipeError(f"signal is empty; write for example strong, or one of {', '.join(SIGNAL_SHORTHANDS)}")
+    _refuse_zero(terms, text)
     return tuple(terms)
+
+
+def _refuse_zero(terms: list[SignalTerm], text: str) -> None:
+    """A signal is 0 where each policy's weights, + as a teacher and - as a reference, add up to 0."""
+    weights = dict.fromkeys(sorted(policies_of(terms)), 0.0)
+    for term in terms:
+        weights[term.teacher] += term.weight
+        weights[term.reference] -= term.weight
+    # Relative to the size of the terms: 0.1 + 0.2 - 0.3 isn't 0 in floating point.
+    limit = 1e-9 * sum(abs(term.weight) for term in terms)
+    if all(abs(weight) <= limit for weight in weights.values()):
+        raise RecipeError(
+            f"signal {text!r}: the weights of {', '.join(weights)} each add up to 0, so the signal is 0 everywhere; "
+            "change a weight or leave a term out"
+        )
 
 
 def _term(match: re.Match[str], text: str) -> SignalTerm:

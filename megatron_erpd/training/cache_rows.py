@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError
 from megatron_erpd.manifest import input_digest, read_manifest
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.batch import TokenRow
+
+_SHUFFLE = 1
+"""Keeps the noise of a permutation apart from other uses of the seed."""
 
 
 def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path]) -> CacheReader:
@@ -35,6 +40,27 @@ def token_row(cache: CacheReader, policy: str, rollouts: Rollouts) -> TokenRow:
         )
     ids = rollouts.sample_ids
     return lambda i: cache.token_row(policy, ids[i])
+
+
+def shuffled_rows(rows: Mapping[str, TokenRow], rollouts: Rollouts, seed: int) -> dict[str, TokenRow]:
+    """The same values at other tokens: one permutation of all response tokens of the data, the same for all `rows`.
+
+    So what is computed of the rows token by token (a signal) is permuted as a whole: its values stay, what they say
+    about a token is lost. The permutation follows from the seed and the rollouts alone.
+
+    Args:
+        rows: name to a rollout's response-aligned float values, `[R]`. All are read, at once.
+    """
+    ends = np.cumsum(rollouts.response_lengths)
+    # As for the order of the data: numpy promises these bits for ever.
+    keys = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_SHUFFLE,))).random_raw(int(ends[-1]))
+    order = np.argsort(keys, kind="stable")
+
+    def shuffled(row: TokenRow) -> TokenRow:
+        values = np.concatenate([row(i) for i in range(len(rollouts))])[order]
+        return lambda i: values[ends[i] - rollouts.response_lengths[i] : ends[i]]
+
+    return {name: shuffled(row) for name, row in rows.items()}
 
 
 def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:

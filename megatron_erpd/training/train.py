@@ -18,7 +18,14 @@ from megatron_erpd.settings_arguments import add_settings_arguments, settings_fr
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
 from megatron_erpd.training.batch import TokenRow
-from megatron_erpd.training.cache_rows import check_policies, open_cache, parse_policies, token_row, topk_rows
+from megatron_erpd.training.cache_rows import (
+    check_policies,
+    open_cache,
+    parse_policies,
+    shuffled_rows,
+    token_row,
+    topk_rows,
+)
 from megatron_erpd.training.run import ForwardStep, TrainingRun, advantages_of, load_data
 
 
@@ -159,7 +166,8 @@ def _cached_rows(settings: DistillSettings, cache: CacheReader, rollouts: Rollou
     if settings.form == "projection":
         return topk_rows(cache, rollouts)
     names = policies_of(parse_signal(settings.signal))
-    return {name: token_row(cache, name, rollouts) for name in sorted(names)}
+    rows = {name: token_row(cache, name, rollouts) for name in sorted(names)}
+    return shuffled_rows(rows, rollouts, settings.seed) if settings.shuffle_signal else rows
 
 
 def _check_probabilities(rollouts: Rollouts, path: Path) -> None:

@@ -35,6 +35,7 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
     scored = [*data, "--base-log-probs", f"{reference}/base-log-probs"]
     live = ["--teacher", "live", "--policy", f"teacher={reference}/ce"]
     cached = ["--cache", f"{reference}/cache"]
+    gradient = ["--form", "policy_gradient", "--kl-budget", "0.001"]
     return {
         "train:ce": [*scored, "--loss", "ce"],
         "train:sapo": [*scored, "--loss", "sapo", "--kl-coefficient", "0.1"],
@@ -43,7 +44,8 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
         "distill:forward": [*scored, *cached, "--divergence", "forward_kl"],
         "distill:live": [*scored, *live, "--delta", "0.05"],
         "distill:gathered": [*scored, *live, "--delta", "0.05", "--divergence", "js", "--gather-teacher"],
-        "distill:gradient": [*scored, *cached, "--form", "policy_gradient", "--kl-budget", "0.001"],
+        "distill:gradient": [*scored, *cached, *gradient],
+        "distill:shuffled": [*scored, *cached, *gradient, "--shuffle-signal"],
     }
 
 

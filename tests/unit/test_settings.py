@@ -94,6 +94,12 @@ def test_parse_settings_names_places():
             {"form": "policy_gradient", "signal_weight": 0, "advantage_weight": 1, "sign_agreement": True},
             "sign_agreement compares",
         ),
+        (DistillSettings, {"shuffle_signal": True}, "shuffle_signal True has no effect with form: projection"),
+        (
+            DistillSettings,
+            {"form": "policy_gradient", "signal_weight": 0, "advantage_weight": 1, "shuffle_signal": True},
+            "shuffle_signal permutes the signal, and signal_weight is 0",
+        ),
     ],
 )
 def test_contradictions(model: type[Settings], values: dict[str, Any], expected: str):

@@ -32,6 +32,7 @@ INF = math.inf
         ("strong - .5 * contrast", [(1.0, "teacher", "base"), (-0.5, "base", "unlearned")]),
         ("-2*teacher_2/base+1e-1*strong", [(-2.0, "teacher_2", "base"), (0.1, "teacher", "base")]),
         ("3.*a.b/c", [(3.0, "a.b", "c")]),
+        ("strong - 1e-6*contrast", [(1.0, "teacher", "base"), (-1e-6, "base", "unlearned")]),
     ],
 )
 def test_parse(text: str, expected: list[tuple[float, str, str]]) -> None:
@@ -52,6 +53,9 @@ def test_parse(text: str, expected: list[tuple[float, str, str]]) -> None:
         ("teacher/base)", "column 13"),
         ("base/base", "with itself"),
         ("0*strong", "weight of teacher/base is 0"),
+        ("teacher/base - teacher/base", "weights of base, teacher each add up to 0"),
+        ("0.1*strong + 0.2*strong - 0.3*strong", "0 everywhere"),
+        ("strong - unlearned - unlearned/base", "0 everywhere"),
     ],
 )
 def test_parse_errors_name_the_place(text: str, message: str) -> None:
