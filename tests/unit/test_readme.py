@@ -12,7 +12,7 @@ from megatron_erpd.data.field_map import PRESETS
 from megatron_erpd.pipeline.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 RECIPES = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -24,14 +24,19 @@ def test_recipes_are_valid(text: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page: str) -> None:
     path = ROOT / page
-    headings = {
-        re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", path.read_text(), re.M)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif not target.startswith("https://"):
-            assert (path.parent / target).exists(), target
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    for target in (link for link in links if not link.startswith("https://")):
+        file, _, heading = target.partition("#")
+        leads_to = path.parent / file if file else path
+        assert leads_to.exists(), target
+        assert not heading or heading in headings(leads_to), target
+
+
+def headings(page: Path) -> set[str]:
+    """As GitHub makes them into anchors."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_readme_lists_every_import_format() -> None:
