@@ -103,7 +103,14 @@ class ReplaySettings(OptimizerSettings):
     sequence_log_ratio: Literal["sum", "mean"] = Field(default="sum", description="ce, mse: aggregate of the log-ratio")
     sft_threshold: float = Field(default=0.5, description="sft: train on rollouts with a reward above this")
     kl_coefficient: float = Field(default=0.0, ge=0, description="weight of the KL estimate to the base policy")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL")
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = Field(
+        default="k3", description="estimator of that KL from the sampled tokens; or exact, over the vocabulary"
+    )
+    kl_topk: int = Field(
+        default=64,
+        ge=1,
+        description="exact: entries of the base's rows, the rest is one tail mass: a lower bound below the vocabulary",
+    )
     importance_correction: Literal["none", "token", "sequence"] = Field(
         default="none", description="truncated weights for rollouts sampled by another engine"
     )
@@ -119,8 +126,14 @@ class ReplaySettings(OptimizerSettings):
         _refuse_unread(self, choice, ("beta", "sequence_log_ratio"), loss in ("ce", "mse"))
         _refuse_unread(self, choice, ("sft_threshold",), loss == "sft")
         _refuse_unread(self, "kl_coefficient: 0", ("kl_estimator",), self.kl_coefficient > 0)
+        _refuse_unread(self, f"kl_estimator: {self.kl_estimator}", ("kl_topk",), self.has_exact_kl)
         _refuse_unread(self, "importance_correction: none", ("importance_cap",), self.importance_correction != "none")
         return self
+
+    @property
+    def has_exact_kl(self) -> bool:
+        """Whether the base's top-k rows are read."""
+        return self.kl_estimator == "exact"
 
 
 class SampleSettings(Settings):
@@ -155,6 +168,10 @@ class ImportSettings(Settings):
     )
 
 
+NO_SIGNAL = "none"
+"""The signal of a top-k cache whose q is the base policy itself."""
+
+
 class PrecomputeSettings(Settings):
     """The teacher cache: which policies' rows, and for `topk` which target distribution."""
 
@@ -162,7 +179,8 @@ class PrecomputeSettings(Settings):
         default="topk", description="token: log-probs of the response tokens; topk: the target q"
     )
     signal: str = Field(
-        default="strong", description="strong, unlearned, contrast, or e.g. '0.7*teacher/base + 0.3*base/unlearned'"
+        default="strong",
+        description="strong, unlearned, contrast, e.g. '0.7*teacher/base + 0.3*base/unlearned', or none: q is the base",
     )
     projection: Literal["per_token", "global"] = Field(
         default="per_token", description="one eta per token, or one for all"
@@ -174,7 +192,13 @@ class PrecomputeSettings(Settings):
     @model_validator(mode="after")
     def _is_read(self) -> Self:
         _refuse_unread(self, "kind: token", ("projection", "delta", "eta_max", "k"), self.kind == "topk")
+        _refuse_unread(self, "signal: none", ("projection", "delta", "eta_max"), self.signal != NO_SIGNAL)
         return self
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether q is a projection along a signal, for which the signal's policies are needed."""
+        return self.kind == "topk" and self.signal != NO_SIGNAL
 
 
 _POLICY_GRADIENT_FIELDS = (

@@ -20,6 +20,7 @@ from megatron_erpd.pipeline.identity import (
 from megatron_erpd.pipeline.recipe import Imported, Recipe, ReplayControl, Sampled, StageOverrides
 from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of
 from megatron_erpd.settings import (
+    NO_SIGNAL,
     DistillSettings,
     EvaluateSettings,
     ImportSettings,
@@ -89,7 +90,7 @@ class _Planner:
         prefix = "" if number == 1 else f"round-{number:02d}/"
         rollouts = self._rollouts(f"{prefix}rollouts", number, hf, folder / "rollouts")
         data = {"base": base, "rollouts": rollouts}
-        output, kind = folder / "base-log-probs", PrecomputeSettings(kind="token")
+        output, kind = folder / "base-log-probs", self._base_log_probs()
         log_probs = self._add(f"{prefix}base-log-probs", "precompute", settings_to_argv(kind), data, output, kind)
         data["base-log-probs"] = log_probs
         policies = {"base": base}
@@ -111,6 +112,18 @@ class _Planner:
         export = self._export(f"{prefix}export", trained, folder / "export")
         self._evaluation(f"{prefix}evaluation", hf, export, rollouts, folder / "evaluation")
         return policies.get("student", base), export / "student"
+
+    def _base_log_probs(self) -> PrecomputeSettings:
+        """The base policy's log-probs; with its top-k rows when a section's exact KL reads them."""
+        sections = {"teacher": self.recipe.teacher, "unlearned": self.recipe.unlearned}
+        sections |= {f"controls.{n}": c for n, c in self.recipe.controls.items() if isinstance(c, ReplayControl)}
+        wanted = {where: s.kl_topk for where, s in sections.items() if s and s.has_exact_kl}
+        if not wanted:
+            return PrecomputeSettings(kind="token")
+        if len(set(wanted.values())) > 1:
+            listed = ", ".join(f"{where}.kl_topk: {k}" for where, k in wanted.items())
+            raise RecipeError(f"{listed}: the base's rows are made once for all; give all of them the same kl_topk")
+        return PrecomputeSettings(signal=NO_SIGNAL, k=next(iter(wanted.values())))
 
     def _rollouts(self, name: str, number: int, hf: Path, output: Path) -> Path:
         section = self.recipe.rollouts

@@ -12,6 +12,7 @@ import torch
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.objectives.signals import SIGNAL_SHORTHANDS, SignalTerm, combine, parse_signal, policies_of
+from megatron_erpd.settings import NO_SIGNAL
 from megatron_erpd.teacher_cache.format import CACHE_FILE, log_probs_column
 from megatron_erpd.teacher_cache.reader import CacheReader
 
@@ -68,7 +69,7 @@ def read_signal(
         CacheReader(folder) for path in cache_paths for folder in (path, *sorted(path.glob("*"))) if _is_cache(folder)
     ]
     rows = {policy: cache for cache in reversed(caches) for policy in _scored_policies(cache)}
-    terms = _terms([c.meta.signal for c in caches if c.meta.signal], set(rows))
+    terms = _terms([c.meta.signal for c in caches if c.meta.signal not in (None, NO_SIGNAL)], set(rows))
     if terms is None:
         return None
     rollouts = read_rollouts(rollouts_path)

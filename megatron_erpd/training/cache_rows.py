@@ -10,6 +10,7 @@ import numpy as np
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError
 from megatron_erpd.manifest import input_digest, read_manifest
+from megatron_erpd.settings import NO_SIGNAL
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.batch import TokenRow
 
@@ -73,6 +74,26 @@ def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
         "topk_log_probs": lambda i: cache.topk_row(ids[i])[1],
         "tail_log_prob": lambda i: cache.topk_row(ids[i])[2],
     }
+
+
+def base_topk_rows(cache: CacheReader, rollouts: Rollouts, k: int) -> dict[str, TokenRow]:
+    """The base policy's own rows, for a KL over the vocabulary: as `topk_rows`.
+
+    Raises:
+        RecipeError: the cache holds no such rows, or another number of entries; names the flags.
+    """
+    meta = cache.meta
+    if meta.kind != "topk" or meta.signal != NO_SIGNAL:
+        raise RecipeError(
+            f"--kl-estimator exact: --base-log-probs {cache.folder} holds no top-k rows of the base policy; make it "
+            f"with `megatron-erpd precompute --signal none --k {k}`"
+        )
+    if meta.k != min(k, meta.vocab_size):
+        raise RecipeError(
+            f"--kl-topk {k}: --base-log-probs {cache.folder} holds {meta.k} entries per token; give --kl-topk {meta.k} "
+            f"or precompute with --k {k}"
+        )
+    return topk_rows(cache, rollouts)
 
 
 def parse_policies(items: Iterable[str]) -> dict[str, Path]:

@@ -33,6 +33,8 @@ from megatron_erpd.vocab_parallel import (
 )
 
 Target = LiveTarget | TopKTarget
+TargetOf = Callable[[Batch, Sequence[Tensor], VocabShard], Target]
+"""Given a batch, the frozen policies' logits `[s, b, v/tp]` and the vocabulary shard: a distribution per token."""
 
 
 class DistillStep:
@@ -44,7 +46,7 @@ class DistillStep:
     Args:
         kind: `forward_kl` KL(q || student), `reverse_kl` KL(student || q) or `js`.
         frozen: policies that run beside the student, in the order of the context's outputs; empty for a cache.
-        target: given the batch, the frozen policies' logits `[s, b, v/tp]` and the vocabulary shard: q.
+        target: gives q.
         vocab_size: true size of the vocabulary, without padding.
         gather: compare against q gathered over the tensor-parallel shards (live targets only).
     """
@@ -53,7 +55,7 @@ class DistillStep:
         self,
         kind: DivergenceKind,
         frozen: Sequence[Any],
-        target: Callable[[Batch, Sequence[Tensor], VocabShard], Target],
+        target: TargetOf,
         vocab_size: int,
         gather: bool = False,
     ) -> None:

@@ -41,6 +41,7 @@ from megatron_erpd.vocab_parallel import (
     partition_table,
     project_shard,
     token_log_probs,
+    vocab_parallel_log_softmax,
     vocab_parallel_topk,
 )
 
@@ -51,7 +52,8 @@ Consumer = Callable[[Batch, Sequence[Tensor]], None]
 def precompute(argv: list[str]) -> None:
     """Writes a teacher cache: log-probs of the rollouts' tokens and, for --kind topk, the target distribution.
 
-    With --kind token and no --policy it holds the base policy's log-probs, which every training stage needs.
+    With --kind token and no --policy it holds the base policy's log-probs, which every training stage needs; with
+    --signal none the base policy's top-k rows besides, which an exact KL penalty needs.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-erpd precompute",
@@ -72,7 +74,7 @@ def precompute(argv: list[str]) -> None:
     if layout.context_parallel > 1:
         raise LayoutError("--context-parallel: precompute keeps no activations and needs none; set it to 1")
     policies = {"base": namespace.base, **parse_policies(namespace.policy)}
-    if settings.kind == "topk":
+    if settings.has_signal:
         check_policies(policies_of(parse_signal(settings.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
@@ -138,7 +140,7 @@ class Scores:
 
         self.settings = settings
         self.names = names
-        self.terms: tuple[SignalTerm, ...] = parse_signal(settings.signal)
+        self.terms: tuple[SignalTerm, ...] = parse_signal(settings.signal) if settings.has_signal else ()
         self.eta: float | None = None
         self.k = min(settings.k, vocab_size)
         self._shard = vocab_shard(model, vocab_size) if unwrap(model).post_process else None
@@ -164,6 +166,8 @@ class Scores:
 
     def target(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, list[np.ndarray]]:
         """q of every response token as rows per rollout: top-k and tail, eta, and KL(q || pi_0)."""
+        if not self.settings.has_signal:
+            return self.base_rows(batch, logits)
         base, signal = self.base_and_signal(batch, logits)
         if self.eta is None:
             projection = project_shard(base, signal, self.shard, self.settings.delta, self.settings.eta_max)
@@ -180,6 +184,15 @@ class Scores:
             "eta": eta,
             "target_kl": kl,
         }
+        return {name: _unflatten(values, batch) for name, values in flat.items()}
+
+    def base_rows(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, list[np.ndarray]]:
+        """The base policy itself as the target: its top-k entries and exact tail, at eta 0."""
+        trained = batch.loss_mask.transpose(0, 1) > 0
+        base = vocab_parallel_log_softmax(logits[self.names.index("base")][trained], self.shard)
+        top = vocab_parallel_topk(base, self.k, self.shard)
+        flat = {"topk_indices": top.indices, "topk_log_probs": top.log_probs, "tail_log_prob": top.tail_log_prob}
+        flat |= dict.fromkeys(("eta", "target_kl"), torch.zeros_like(top.tail_log_prob))
         return {name: _unflatten(values, batch) for name, values in flat.items()}
 
 
@@ -210,7 +223,7 @@ def _cache_meta(
         vocab_size=vocab_size,
         tokenizer_digest=rollouts.tokenizer_digest,
         signal=settings.signal if topk else None,
-        projection=projection if topk else None,
+        projection=projection if settings.has_signal else None,
         k=min(settings.k, vocab_size) if topk else None,
         rollouts_digest=rollouts.digest(),
     )

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.objectives.off_policy import importance_correction, kl_penalty
+from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.signals import SignalTerm, combine, token_advantages
 from megatron_erpd.objectives.types import Aggregation, KlEstimator, LossOutput, ReplayInputs
 from megatron_erpd.settings import DistillSettings, ReplaySettings
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
+from megatron_erpd.training.distill_step import TargetOf
 from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import forward_stage
+from megatron_erpd.vocab_parallel import divergence
 
 LossFunction = Callable[[ReplayInputs], LossOutput]
 Advantages = Callable[[Batch], Tensor]
@@ -41,8 +44,12 @@ class ReplayStep:
         aggregation: how the KL term is aggregated; the loss's own.
         advantages: what the loss gets, `[b]` or `[b, s]`.
         kl_coefficient: fixed weight of the KL term, or the controller that moves it.
-        kl_estimator: `k1`, `k2` or `k3`.
+        kl_estimator: `k1`, `k2` or `k3`; not used with a `kl_target`.
         vocab_size: true size of the vocabulary, without padding.
+        kl_target: the base policy's rows, for the exact KL(policy || base) over the vocabulary in place of an estimate;
+            given the batch, the frozen policies' logits and the vocabulary shard. A `TopKTarget` coarse-grains both
+            policies to its K tokens and one for all others: the value is then a lower bound (see
+            `vocab_parallel.divergence`), exact where K is the vocabulary or the base's tail has no mass to move.
         correction: given a batch with behaviour log-probs, the importance weights; None for none.
     """
 
@@ -55,6 +62,7 @@ class ReplayStep:
         kl_coefficient: float | KlBudget,
         kl_estimator: KlEstimator,
         vocab_size: int,
+        kl_target: TargetOf | None = None,
         correction: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.prefix = prefix
@@ -64,16 +72,24 @@ class ReplayStep:
         self.kl_coefficient = kl_coefficient
         self.kl_estimator = kl_estimator
         self.vocab_size = vocab_size
+        self.kl_target = kl_target
         self.correction = correction
         self._head: PolicyHead | None = None
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
         if self._head is None:
-            self._head = policy_head(model, self.vocab_size)
+            self._head = policy_head(model, self.vocab_size, None if self.kl_target is None else self._base_kl)
         local = slice_batch(batch, *context_parallel_rank())
         output = forward_stage([model], local, [self._head], {"batch": local})[0]
         return output, partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
+
+    def _base_kl(self, logits: Tensor, batch: Batch, context: Any) -> Tensor:
+        """KL(policy || base) over the vocabulary per token, `[b, s]`."""
+        assert self._head is not None and self.kl_target is not None
+        with torch.no_grad():
+            target = self.kl_target(batch, context["outputs"], self._head.shard)
+        return divergence("reverse_kl", logits, target, self._head.shard)
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]})."""
@@ -93,14 +109,14 @@ class ReplayStep:
         loss_sum = result.loss_sum
         if old_log_probs is not None:
             metrics.update(result.metrics)
-            loss_sum = loss_sum + self._kl_term(inputs, batch, metrics)
+            exact = None if self.kl_target is None else output[2]
+            loss_sum = loss_sum + self._kl_term(inputs, exact, metrics)
         return loss_sum, result.count.to(torch.int32), report(self.prefix, metrics)
 
-    def _kl_term(self, inputs: ReplayInputs, batch: Batch, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _kl_term(self, inputs: ReplayInputs, exact: Tensor | None, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The weighted KL to the base policy, and its measurement per token."""
-        per_token = kl_penalty(
-            inputs.policy_log_probs.detach(), inputs.old_log_probs, batch.loss_mask, "k3", "token_mean"
-        )
+        mask = inputs.loss_mask
+        per_token = kl_penalty(inputs.policy_log_probs.detach(), inputs.old_log_probs, mask, "k3", "token_mean")
         metrics["policy_base_kl"] = per_token
         one = torch.ones((), device=per_token[0].device)
         if isinstance(self.kl_coefficient, KlBudget):
@@ -111,8 +127,11 @@ class ReplayStep:
             coefficient = self.kl_coefficient
         if coefficient == 0:
             return 0 * one
+        if exact is not None:
+            metrics["policy_base_kl_exact"] = token_mean(exact.detach(), mask)
+            return coefficient * aggregate(exact, mask, self.aggregation)[0]
         penalty, _ = kl_penalty(
-            inputs.policy_log_probs, inputs.old_log_probs, batch.loss_mask, self.kl_estimator, self.aggregation
+            inputs.policy_log_probs, inputs.old_log_probs, mask, self.kl_estimator, self.aggregation
         )
         return coefficient * penalty
 

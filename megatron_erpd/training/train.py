@@ -19,6 +19,7 @@ from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
 from megatron_erpd.training.batch import TokenRow
 from megatron_erpd.training.cache_rows import (
+    base_topk_rows,
     check_policies,
     open_cache,
     parse_policies,
@@ -61,6 +62,8 @@ def train_teacher(argv: list[str]) -> None:
         inputs["base-log-probs"] = namespace.base_log_probs
         cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
         rows["old_log_probs"] = token_row(cache, "base", rollouts)
+        if settings.has_exact_kl:
+            rows |= base_topk_rows(cache, rollouts, settings.kl_topk)
     if settings.importance_correction != "none":
         rows["behavior_log_probs"] = _behavior_row(rollouts, namespace.rollouts)
     TrainingRun(
@@ -191,6 +194,7 @@ def _behavior_row(rollouts: Rollouts, path: Path) -> TokenRow:
 
 
 def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> ForwardStep:
+    from megatron_erpd.training.distill_step import cached_target
     from megatron_erpd.training.replay_step import ReplayStep, behavior_correction, replay_loss, sequence_advantages
 
     loss, aggregation = replay_loss(settings)
@@ -201,8 +205,9 @@ def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Name
         aggregation=aggregation,
         advantages=sequence_advantages,
         kl_coefficient=settings.kl_coefficient,
-        kl_estimator=settings.kl_estimator,
+        kl_estimator="k3" if settings.kl_estimator == "exact" else settings.kl_estimator,
         vocab_size=args.vocab_size,
+        kl_target=cached_target if settings.has_exact_kl else None,
         correction=partial(behavior_correction, settings) if corrected else None,
     )
 

@@ -30,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages = [
         ("import", ["--hf", f"{folder}/other-hf", "--output", f"{folder}/other"]),
         ("precompute", [*data, "--policy", f"teacher={folder}/other", "--k", "4", "--output", f"{folder}/cache"]),
+        ("precompute", [*data, "--signal", "none", "--k", "4", "--output", f"{folder}/rows"]),
     ]
     run_ranks(run_stages, 1, stages)
     return folder
@@ -169,6 +170,16 @@ def test_log_probs_of_other_rollouts(fails: Fails, made: Path, tmp_path: Path) -
 def test_log_probs_of_another_base(fails: Fails, made: Path, tmp_path: Path) -> None:
     message = fails("train-teacher", *training(made, tmp_path / "out", base=made / "other"))
     assert "another teacher" in message and "base" in message
+
+
+def test_exact_kl_without_the_bases_rows(fails: Fails, made: Path, tmp_path: Path) -> None:
+    exact = ["--kl-coefficient", 1, "--kl-estimator", "exact"]
+    message = fails("train-teacher", *training(made, tmp_path / "out"), *exact)
+    assert "--kl-estimator exact" in message and "precompute --signal none --k 64" in message
+    message = fails("train-teacher", *training(made, tmp_path / "out", base_log_probs=made / "cache"), *exact)
+    assert "holds no top-k rows of the base policy" in message  # of q, which isn't the base
+    message = fails("train-teacher", *training(made, tmp_path / "out", base_log_probs=made / "rows"), *exact)
+    assert "--kl-topk 64" in message and "give --kl-topk 4" in message
 
 
 def test_cache_of_another_teacher(fails: Fails, made: Path, tmp_path: Path) -> None:

@@ -35,10 +35,13 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
     scored = [*data, "--base-log-probs", f"{reference}/base-log-probs"]
     live = ["--teacher", "live", "--policy", f"teacher={reference}/ce"]
     cached = ["--cache", f"{reference}/cache"]
+    exact = ["--base-log-probs", f"{reference}/base-rows", "--kl-estimator", "exact"]
     gradient = ["--form", "policy_gradient", "--kl-budget", "0.001"]
     return {
         "train:ce": [*scored, "--loss", "ce"],
         "train:sapo": [*scored, "--loss", "sapo", "--kl-coefficient", "0.1"],
+        # At the first step the policy is the base and the KL 0: a weight that the second step can't overlook.
+        "train:exact": [*data, *exact, "--loss", "sapo", "--kl-coefficient", "5", "--kl-topk", "8"],
         "train:sft": [*data, "--loss", "sft"],
         "distill:reverse": [*scored, *cached],
         "distill:forward": [*scored, *cached, "--divergence", "forward_kl"],
@@ -54,6 +57,7 @@ def precompute_stages(reference: Path) -> dict[str, list[str]]:
     target = [*data, "--policy", f"teacher={reference}/ce", "--k", "8", "--delta", "0.002"]
     return {
         "base-log-probs": [*data, "--kind", "token"],
+        "base-rows": [*data, "--signal", "none", "--k", "8"],
         "cache": target,
         "cache-global": [*target, "--projection", "global"],
     }
@@ -77,6 +81,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stages.append((command, [*trained[name], "--output", f"{folder}/{output}", *layout]))
 
     precompute("base-log-probs")
+    precompute("base-rows")
     train("train:ce")
     precompute("cache")
     precompute("cache-global")

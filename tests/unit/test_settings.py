@@ -81,6 +81,12 @@ def test_parse_settings_names_places():
         (ReplaySettings, {"loss": "cispo", "clip_low": 0.9}, "clip_low 0.9 has no effect"),
         (ReplaySettings, {"kl_estimator": "k1"}, "kl_estimator k1 has no effect with kl_coefficient: 0"),
         (ReplaySettings, {"importance_cap": 5}, "importance_cap 5.0 has no effect with importance_correction: none"),
+        (
+            ReplaySettings,
+            {"kl_coefficient": 1, "kl_topk": 8},
+            "kl_topk 8 has no effect with kl_estimator: k3",
+        ),
+        (PrecomputeSettings, {"signal": "none", "delta": 1}, "delta 1.0 has no effect with signal: none"),
         (PrecomputeSettings, {"kind": "token", "delta": 1}, "delta 1.0 has no effect with kind: token"),
         (DistillSettings, {"kl_budget": 0.1}, "kl_budget 0.1 has no effect with form: projection"),
         (DistillSettings, {"delta": 0.1}, "delta 0.1 has no effect with form: projection and teacher: cache"),

@@ -185,6 +185,15 @@ def test_what_can_not_be_planned(sections, expected):
         stages_of(**sections)
 
 
+def test_an_exact_kl_gets_the_bases_rows():
+    exact = {"loss": "sapo", "kl_coefficient": 0.1, "kl_estimator": "exact", "kl_topk": 16}
+    assert "--kind token" in stages_of()["base-log-probs"].shown()
+    assert "--signal none --k 16" in stages_of(teacher=exact)["base-log-probs"].shown()
+    assert "--signal none --k 16" in stages_of(controls={"x": {"kind": "replay", **exact}})["base-log-probs"].shown()
+    with pytest.raises(RecipeError, match=r"teacher.kl_topk: 16, unlearned.kl_topk: 8: the base's rows"):
+        stages_of(teacher=exact, unlearned={**exact, "kl_topk": 8})
+
+
 def test_megatron_flags():
     flags = {
         "recompute_granularity": "full",
