@@ -94,9 +94,9 @@ class _Planner:
         log_probs = self._add(f"{prefix}base-log-probs", "precompute", settings_to_argv(kind), data, output, kind)
         data["base-log-probs"] = log_probs
         policies = {"base": base}
-        for name, section in (("teacher", recipe.teacher), ("unlearned", recipe.unlearned)):
-            if section:
-                policies[name] = self._replay(prefix + name, section, data, folder / name)
+        for name, section in recipe.stage1().items():
+            stage = f"teachers/{name}" if name in recipe.teachers else name
+            policies[name] = self._replay(prefix + stage, section, data, folder / stage)
         cache = self._cache(f"{prefix}cache", policies, data, folder / "cache")
         if recipe.student:
             policies["student"] = self._distill(
@@ -115,9 +115,9 @@ class _Planner:
 
     def _base_log_probs(self) -> PrecomputeSettings:
         """The base policy's log-probs; with its top-k rows when a section's exact KL reads them."""
-        sections = {"teacher": self.recipe.teacher, "unlearned": self.recipe.unlearned}
+        sections = {f"teachers.{n}" if n in self.recipe.teachers else n: s for n, s in self.recipe.stage1().items()}
         sections |= {f"controls.{n}": c for n, c in self.recipe.controls.items() if isinstance(c, ReplayControl)}
-        wanted = {where: s.kl_topk for where, s in sections.items() if s and s.has_exact_kl}
+        wanted = {where: s.kl_topk for where, s in sections.items() if s.has_exact_kl}
         if not wanted:
             return PrecomputeSettings(kind="token")
         if len(set(wanted.values())) > 1:
@@ -187,9 +187,11 @@ class _Planner:
         for policy, folder in checkpoints.items():
             argv += ["--checkpoint", f"{policy}={folder}"]
         evaluation = self.recipe.evaluation
-        if evaluation and evaluation.checkpoints and "teacher" in checkpoints:
-            argv += ["--checkpoint", f"teacher={checkpoints['teacher']}@all"]
-            iterations["teacher"] = "all"
+        if evaluation and evaluation.checkpoints:
+            for teacher in ("teacher", *self.recipe.teachers):
+                if teacher in checkpoints:
+                    argv += ["--checkpoint", f"{teacher}={checkpoints[teacher]}@all"]
+                    iterations[teacher] = "all"
         return self._add(name, "export", argv, dict(checkpoints), output, {"iterations": iterations})
 
     def _evaluation(self, name: str, hf: Path, export: Path, rollouts: Path, output: Path) -> None:
@@ -288,8 +290,9 @@ def _policies(signal: str, where: str, trained: Mapping[str, Path]) -> set[str]:
         raise RecipeError(f"{where}: {error}") from None
     for name in sorted(names):
         if name not in trained:
+            section = name if name in ("teacher", "unlearned") else f"teachers.{name}"
             raise RecipeError(
-                f"{where}: {signal!r} needs the policy {name!r}; give the section {name} or another signal"
+                f"{where}: {signal!r} needs the policy {name!r}; give the section {section} or another signal"
             )
     return names
 
@@ -300,5 +303,5 @@ def _as[S: Settings](model: type[S], section: Settings) -> S:
 
 
 def _stage_key(name: str) -> str:
-    """Stages may be written with underscores, as sections are; a control's name is kept as it is."""
-    return name if name.startswith("controls/") else name.replace("_", "-")
+    """Stages may be written with underscores, as sections are; names of the user's own are kept as they are."""
+    return name if name.startswith(("controls/", "teachers/")) else name.replace("_", "-")

@@ -99,7 +99,11 @@ Rollouts = Annotated[
 ]
 Control = Annotated[ReplayControl | DistillControl, Field(discriminator="kind")]
 
-_RESERVED = ("base", "teacher", "unlearned", "student")
+_RESERVED = ("base", "teacher", "unlearned", "student", "manifest", "request")
+"""Names of the round's own policies, and of files that lie beside those of the policies."""
+_SIGNAL_WORDS = ("strong", "contrast", "none", "auto")
+_TEACHER_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
+"""As a signal can write it."""
 _CONTROL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
@@ -115,6 +119,7 @@ class Recipe(Settings):
     rollouts: Rollouts
     teacher: ReplaySettings | None = None
     unlearned: Unlearned | None = None
+    teachers: dict[str, ReplaySettings] = {}
     cache: PrecomputeSettings = PrecomputeSettings()
     student: DistillSettings | None = None
     controls: dict[str, Control] = {}
@@ -141,14 +146,21 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:
+        for name in self.teachers:
+            taken = (*_RESERVED, *_SIGNAL_WORDS, *self.controls)
+            if not re.fullmatch(_TEACHER_NAME, name) or name in taken:
+                raise ValueError(
+                    f"teachers.{name}: a teacher's name is made of letters, digits, '_' and '.' (signals are written "
+                    f"with it), and is none of {', '.join(taken)}; rename it"
+                )
         for name in self.controls:
             if not re.fullmatch(_CONTROL_NAME, name) or name in _RESERVED:
                 raise ValueError(
                     f"controls.{name}: a control's name is made of letters, digits, '_', '.' and '-', and is none of "
                     f"{', '.join(_RESERVED)}; rename it"
                 )
-        if not (self.teacher or self.unlearned or self.student or self.controls):
-            raise ValueError("nothing to train; give at least one of teacher, unlearned, student, controls")
+        if not (self.teacher or self.unlearned or self.teachers or self.student or self.controls):
+            raise ValueError("nothing to train; give at least one of teacher, unlearned, teachers, student, controls")
         if self.rounds > 1 and self.student is None:
             raise ValueError("rounds: the next round starts from the student, and there is none; give student")
         return self
@@ -157,6 +169,11 @@ class Recipe(Settings):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.output or f"runs/{self.name}")
+
+    def stage1(self) -> dict[str, ReplaySettings]:
+        """The policies that signals can name besides the base, by their names."""
+        sections = {"teacher": self.teacher, "unlearned": self.unlearned, **self.teachers}
+        return {name: section for name, section in sections.items() if section}
 
     def distillations(self) -> dict[str, DistillSettings]:
         """The student and the distilled controls by their place in the recipe."""
@@ -272,6 +289,7 @@ def _known_keys(section: list[str]) -> list[str]:
         "rollouts": (Sampled, Imported),
         "teacher": (ReplaySettings,),
         "unlearned": (Unlearned,),
+        "teachers": (ReplaySettings,),
         "cache": (PrecomputeSettings,),
         "student": (DistillSettings,),
         "controls": (ReplayControl, DistillControl),

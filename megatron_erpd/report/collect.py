@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import MANIFEST, REQUEST, Manifest, read_manifest
 
 ROLES = ("base", "teacher", "unlearned", "student", "control")
-"""What a policy is in a round. A name that is none of the first four is a control's."""
+"""What a policy is in a round. A name that is none of the first four is a further teacher's or a control's."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Policy:
     """The numbers of its evaluation, with `reward_gained` and `kl_efficiency` where they are defined."""
     examples: list[dict[str, Any]] = field(default_factory=list)
     """Prompts with `greedy` and `samples`: a response and its reward each."""
+    is_further_teacher: bool = False
+    """Whether it is one of the recipe's `teachers`, under a name of the user's own."""
 
     @property
     def family(self) -> str:
@@ -38,6 +40,8 @@ class Policy:
 
     @property
     def role(self) -> str:
+        if self.is_further_teacher:
+            return "teacher"
         return self.family if self.family in ROLES else "control"
 
     @property
@@ -193,11 +197,13 @@ def write_text(path: Path, text: str) -> None:
 
 def _collect_round(folder: Path) -> Round:
     evaluations = sorted((folder / "evaluation").glob("*.json"))
-    policies = [_read_policy(path) for path in evaluations if path.name not in (MANIFEST, REQUEST)]
+    teachers = {path.name for path in folder.glob("teachers/*")}
+    policies = [_read_policy(path, teachers) for path in evaluations if path.name not in (MANIFEST, REQUEST)]
     base = next((p for p in policies if p.name == "base"), None)
     policies = [_with_efficiency(policy, base) for policy in policies]
     policies.sort(key=lambda p: (ROLES.index(p.role), p.family, math.inf if p.iteration is None else p.iteration))
-    artifacts = [*sorted(p for p in folder.iterdir() if p.is_dir()), *sorted(folder.glob("controls/*"))]
+    named = [*sorted(folder.glob("teachers/*")), *sorted(folder.glob("controls/*"))]
+    artifacts = [*sorted(p for p in folder.iterdir() if p.is_dir()), *named]
     stages = [StageRecord(f"{folder.name}/{p.relative_to(folder)}", read_manifest(p)) for p in _finished(artifacts)]
     curves = [Curve(p.name, _read_lines(p / "metrics.jsonl")) for p in artifacts if (p / "metrics.jsonl").is_file()]
     return Round(folder.name, folder, policies, [c for c in curves if c.rows], stages, _target(folder / "cache"))
@@ -217,7 +223,7 @@ def _finished(folders: list[Path]) -> Iterator[Path]:
     return (folder for folder in folders if (folder / MANIFEST).is_file())
 
 
-def _read_policy(path: Path) -> Policy:
+def _read_policy(path: Path, teachers: set[str]) -> Policy:
     try:
         record = json.loads(path.read_text())
         # What wasn't measured (accuracy without a verifier, say) is null.
@@ -225,7 +231,8 @@ def _read_policy(path: Path) -> Policy:
         examples = list(record["examples"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StageError(f"{path}: not an evaluation ({error}); delete the folder and run 'evaluate' again") from None
-    return Policy(path.stem, {k: v for k, v in numbers.items() if math.isfinite(v)}, examples)
+    metrics = {k: v for k, v in numbers.items() if math.isfinite(v)}
+    return Policy(path.stem, metrics, examples, is_further_teacher=path.stem.split("@")[0] in teachers)
 
 
 def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
@@ -238,7 +245,7 @@ def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
     # A KL that the estimate can't tell from 0 gives no ratio worth printing.
     if nats > 2 * policy.metrics.get("kl_per_sequence_se", 0.0) and nats > 1e-3:
         derived["kl_efficiency"] = gained / nats
-    return Policy(policy.name, policy.metrics | derived, policy.examples)
+    return replace(policy, metrics=policy.metrics | derived)
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:

@@ -31,6 +31,7 @@ from megatron_erpd.teacher_cache.writer import CacheWriter, finalize, prepare_ca
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
 from megatron_erpd.training.batch import BatchSource
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
+from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.run import load_data, pad_multiple
 from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 from megatron_erpd.vocab_parallel import (
@@ -78,6 +79,7 @@ def precompute(argv: list[str]) -> None:
         check_policies(policies_of(parse_signal(settings.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
+    check_compatible(policies)
     rollouts = load_data(namespace.rollouts, namespace.base, scored=False)
 
     identity = settings_identity(settings, pass_through, precision=layout.precision)

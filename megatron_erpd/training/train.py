@@ -27,6 +27,7 @@ from megatron_erpd.training.cache_rows import (
     token_row,
     topk_rows,
 )
+from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.run import ForwardStep, TrainingRun, advantages_of, load_data
 
 
@@ -162,6 +163,7 @@ def _check_teacher_flags(settings: DistillSettings, namespace: argparse.Namespac
     check_policies(policies_of(parse_signal(settings.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
+    check_compatible(policies)
 
 
 def _cached_rows(settings: DistillSettings, cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:

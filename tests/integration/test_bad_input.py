@@ -199,6 +199,19 @@ def test_signal_without_its_policy(fails: Fails, made: Path, tmp_path: Path) -> 
     assert "--policy unlearned=DIR" in message
 
 
+def test_teacher_with_another_vocabulary(fails: Fails, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "other", tmp_path / "larger")
+    config = json.loads((tmp_path / "larger" / "hf" / "config.json").read_text())
+    (tmp_path / "larger" / "hf" / "config.json").write_text(json.dumps({**config, "vocab_size": 40}))
+    policy = ["--policy", f"teacher={tmp_path}/larger"]
+    for command, flags in {
+        "precompute": training(made, tmp_path / "out", base_log_probs=None),
+        "distill": [*training(made, tmp_path / "out"), "--teacher", "live"],
+    }.items():
+        message = fails(command, *flags, *policy)
+        assert "vocab_size 40" in message and str(tmp_path / "larger") in message and str(made / "base") in message
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -172,17 +172,37 @@ def test_no_cache_where_nothing_reads_one():
         ({"stages": {"rollouts": {"megatron": {"lr": 1}}}}, "stages.rollouts.megatron: this stage trains no model"),
         ({"unlearned": None}, "cache.signal: 'unlearned' needs the policy 'unlearned'; give the section unlearned"),
         ({"cache": {"signal": "teacher/"}}, "cache.signal: "),
+        ({"cache": {"signal": "strong - teacher/base"}}, "cache.signal: .*the signal is 0 everywhere"),
         ({"cache": {"kind": "token"}}, "student: the projection reads top-k targets; set cache.kind to topk"),
         ({"rollouts": {"file": "x.jsonl"}}, "evaluation.verifier: missing"),
         (
             {"student": {"form": "policy_gradient", "signal": "teacher/other"}},
-            "student.signal: .* needs the policy 'other'",
+            "student.signal: .* needs the policy 'other'; give the section teachers.other",
         ),
     ],
 )
 def test_what_can_not_be_planned(sections, expected):
     with pytest.raises(RecipeError, match=expected):
         stages_of(**sections)
+
+
+def test_further_teachers():
+    stages = stages_of(
+        teachers={"other": {"loss": "sapo"}, "third": {"loss": "mse", "checkpoints": 2}},
+        cache={"signal": "0.5*teacher/base + 0.5*other/third", "k": 8},
+        student={"form": "policy_gradient", "signal": "other/unlearned"},
+        controls={"live": {"kind": "distill", "teacher": "live", "signal": "third/base"}},
+        stages={"teachers/other": {"layout": {"tensor_parallel": 2}}},
+    )
+    order = list(stages)
+    assert order.index("unlearned") + 1 == order.index("teachers/other") < order.index("cache")
+    assert str(stages["teachers/other"].output) == "out/round-01/teachers/other"
+    assert stages["teachers/other"].layout.tensor_parallel == 2
+    given = [name for name in stages["cache"].inputs if name.startswith("policy-")]
+    assert given == ["policy-other", "policy-teacher", "policy-third", "policy-unlearned"]
+    assert "--policy third=out/round-01/teachers/third" in stages["controls/live"].shown()
+    assert "other=out/round-01/teachers/other" in stages["export"].shown()
+    assert "third=out/round-01/teachers/third@all" in stages["export"].shown()
 
 
 def test_an_exact_kl_gets_the_bases_rows():

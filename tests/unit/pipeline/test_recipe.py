@@ -155,6 +155,11 @@ def test_a_reader_of_the_signal_inherits_the_caches(read):
         (["rounds=2"], "rounds: the next round starts from the student"),
         (["controls.student={kind: replay}"], "controls.student: a control's name"),
         (["controls={'a/b': {kind: replay}}"], "controls.a/b: a control's name"),
+        (["teachers.student={}"], "teachers.student: a teacher's name"),
+        (["teachers.strong={}"], "teachers.strong: a teacher's name"),
+        (["teachers={a-b: {}}"], "teachers.a-b: a teacher's name"),
+        (["teachers.x={}", "controls.x={kind: replay}"], "teachers.x: a teacher's name"),
+        (["teachers.x={epoch: 3}"], "teachers.x.epoch: unknown key; did you mean epochs?"),
     ],
 )
 def test_contradictions(read, overrides, expected):

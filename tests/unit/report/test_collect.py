@@ -60,6 +60,23 @@ def test_names_say_what_a_policy_is(name: str, role: str, family: str, iteration
     assert (policy.role, policy.family, policy.iteration) == (role, family, iteration)
 
 
+def test_further_teachers_are_teachers(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    round_ = folder / "round-01"
+    (round_ / "teachers").mkdir()
+    shutil.move(round_ / "controls" / "direct", round_ / "teachers" / "direct")
+    for name in ("direct@8", "sequence-advantage"):
+        shutil.copy(round_ / "evaluation" / "direct.json", round_ / "evaluation" / f"{name}.json")
+    collected = collect_run(folder).rounds[0]
+    roles = {p.name: p.role for p in collected.policies}
+    assert roles["direct"] == roles["direct@8"] == "teacher" and roles["sequence-advantage"] == "control"
+    # The derived figures and the stage's own record are there too.
+    direct = collected.policy("direct")
+    assert direct and "reward_gained" in direct.metrics
+    assert "round-01/teachers/direct" in {s.name for s in collected.stages}
+    assert "direct" in {c.name for c in collected.curves}
+
+
 def test_a_step_cut_short_at_the_end_is_left_out_but_not_one_in_the_middle(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     teacher = next(c for c in collect_run(folder).rounds[0].curves if c.name == "teacher")
