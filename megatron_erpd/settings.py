@@ -57,6 +57,12 @@ class OptimizerSettings(Settings):
     checkpoints: int = Field(
         default=1, ge=1, description="checkpoints kept over the run, at equal distances; the last is the result"
     )
+    save_interval: int | None = Field(
+        default=None,
+        ge=1,
+        description="save at least every so many steps, in case of a crash; what lies between the kept checkpoints is "
+        "removed; default: only the kept ones are saved",
+    )
 
     @model_validator(mode="after")
     def _learning_rate_falls(self) -> Self:
@@ -115,6 +121,12 @@ class ReplaySettings(OptimizerSettings):
         default="none", description="truncated weights for rollouts sampled by another engine"
     )
     importance_cap: float = Field(default=2.0, gt=0, description="truncation of those weights")
+    max_kl: float | None = Field(
+        default=None, gt=0, description="end after the step whose KL(policy || base) per token is above this, in nats"
+    )
+    min_entropy: float | None = Field(
+        default=None, gt=0, description="end after the step whose entropy per token is below this, in nats"
+    )
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:

@@ -39,6 +39,12 @@ class WarmUp(ReplaySettings):
     loss: ReplayLoss = Field(default="sft", description="the replay loss")
     rollouts: str = Field(description="demonstrations, in the rollout format")
 
+    @model_validator(mode="after")
+    def _has_no_base(self) -> Self:
+        if self.max_kl is not None:
+            raise ValueError("max_kl: the warm-up has no base policy to measure a KL from; use min_entropy or epochs")
+        return self
+
 
 class Sampled(SampleSettings):
     """Rollouts sampled from the base policy and scored."""

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megatron_erpd.checkpoint import copy_sidecar, export_hf_weights, import_hf_weights
+from megatron_erpd.checkpoint.iterations import saved_iterations
 from megatron_erpd.errors import CheckpointError, RecipeError
 from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
@@ -113,8 +114,6 @@ def _parse_checkpoint(text: str) -> tuple[str, Path, str | None]:
 
 def _expand(named: list[tuple[str, Path, str | None]]) -> list[tuple[str, Path, int | None]]:
     """`@all` as one export per kept iteration; the last one is left out where the name is exported without a number."""
-    from megatron_erpd.training.model import saved_iterations
-
     plain = {(name, folder) for name, folder, iteration in named if iteration is None}
     expanded: list[tuple[str, Path, int | None]] = []
     for name, folder, iteration in named:

@@ -13,11 +13,10 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_erpd import platform
+from megatron_erpd.checkpoint.iterations import iteration_folder, latest_iteration, saved_iterations
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.training.layer_spec import local_block_spec
 from megatron_erpd.vocab_parallel import VocabShard
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
@@ -60,28 +59,6 @@ def vocab_shard(model: Any, vocab_size: int) -> VocabShard:
     return VocabShard(start, start + width, vocab_size, mpu.get_tensor_model_parallel_group())
 
 
-def latest_iteration(checkpoint: Path) -> int:
-    """The iteration that a Megatron checkpoint folder's tracker names.
-
-    Raises:
-        CheckpointError: there is no tracker, or it holds no iteration whose folder exists.
-    """
-    tracker = checkpoint / TRACKER
-    if not tracker.is_file():
-        raise CheckpointError(f"{checkpoint}: no {TRACKER} in it, so it is no Megatron checkpoint; check the path")
-    text = tracker.read_text().strip()
-    if not text.isdigit() or not iteration_folder(checkpoint, int(text)).is_dir():
-        raise CheckpointError(
-            f"{tracker}: holds {text!r}, which names no folder beside it; write the number of an iter_ folder into it"
-        )
-    return int(text)
-
-
-def iteration_folder(checkpoint: Path, iteration: int) -> Path:
-    """Where Megatron keeps an iteration."""
-    return checkpoint / f"iter_{iteration:07d}"
-
-
 def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> int:
     """Loads the weights of an artifact's Megatron checkpoint into a model of any layout; returns the iteration.
 
@@ -98,11 +75,6 @@ def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> in
     loaded = dist_checkpointing.load({"model": core.sharded_state_dict()}, str(folder))
     core.load_state_dict(loaded["model"], strict=True)
     return iteration
-
-
-def saved_iterations(checkpoint: Path) -> list[int]:
-    """All iterations kept in a checkpoint folder, in order."""
-    return sorted(int(p.name[5:]) for p in checkpoint.glob("iter_*") if p.name[5:].isdigit())
 
 
 def synchronize() -> None:

@@ -22,6 +22,7 @@ from megatron_erpd.objectives.types import Aggregation, KlEstimator, LossOutput,
 from megatron_erpd.settings import DistillSettings, ReplaySettings
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
 from megatron_erpd.training.distill_step import TargetOf
+from megatron_erpd.training.early_stop import EarlyStop
 from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.training.metrics import report, token_mean
@@ -51,6 +52,7 @@ class ReplayStep:
             policies to its K tokens and one for all others: the value is then a lower bound (see
             `vocab_parallel.divergence`), exact where K is the vocabulary or the base's tail has no mass to move.
         correction: given a batch with behaviour log-probs, the importance weights; None for none.
+        early_stop: watches KL and entropy; None where nothing ends the training early.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ReplayStep:
         vocab_size: int,
         kl_target: TargetOf | None = None,
         correction: Callable[[Batch], Tensor] | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
         self.prefix = prefix
         self.loss = loss
@@ -74,6 +77,7 @@ class ReplayStep:
         self.vocab_size = vocab_size
         self.kl_target = kl_target
         self.correction = correction
+        self.early_stop = early_stop
         self._head: PolicyHead | None = None
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -111,6 +115,8 @@ class ReplayStep:
             metrics.update(result.metrics)
             exact = None if self.kl_target is None else output[2]
             loss_sum = loss_sum + self._kl_term(inputs, exact, metrics)
+        if self.early_stop is not None:
+            self.early_stop.measure(metrics.get("policy_base_kl"), metrics["entropy"])
         return loss_sum, result.count.to(torch.int32), report(self.prefix, metrics)
 
     def _kl_term(self, inputs: ReplayInputs, exact: Tensor | None, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import copy_sidecar
 from megatron_erpd.checkpoint.hf_config import model_flags
+from megatron_erpd.checkpoint.iterations import TRACKER, SaveIntervals, latest_iteration, prune, save_intervals
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
@@ -24,6 +25,7 @@ from megatron_erpd.objectives.advantages import compute_advantages
 from megatron_erpd.settings import Layout, OptimizerSettings
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
+from megatron_erpd.training.early_stop import Stop, read_stop
 from megatron_erpd.training.runtime import common_flags, prepare_output, stage_process
 
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
@@ -66,8 +68,14 @@ class TrainingRun:
         """The settings as the manifest keeps them."""
         return settings_identity(self.settings, self.pass_through, precision=self.layout.precision)
 
+    @property
+    def save_intervals(self) -> SaveIntervals:
+        """When checkpoints are saved, and which of them stay."""
+        settings = self.settings
+        return save_intervals(self.num_iterations, settings.checkpoints, settings.save_interval)
+
     def execute(self) -> None:
-        """Trains to the last iteration, resuming what an interrupted run left, and writes the artifact.
+        """Trains to the last iteration or an early stop, resuming what an interrupted run left; writes the artifact.
 
         Raises:
             StageError: the run was stopped before its end; its last checkpoint is kept and the same command continues.
@@ -77,20 +85,38 @@ class TrainingRun:
         with stage_process() as store:
             flags = self._megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, length)
-            stopped = self._pretrain(args, store)
-            from megatron_erpd.training.model import latest_iteration, synchronize
+            exited = self._train(args, store)
+            from megatron_erpd.training.model import synchronize
 
-            done = latest_iteration(self.output / "megatron")
-            if stopped or done != self.num_iterations:
+            stop, done = self._early_stop(), latest_iteration(self.output / "megatron")
+            if stop is None and (exited or done != self.num_iterations):
                 raise StageError(
                     f"{self.output}: stopped at iteration {done} of {self.num_iterations}; the checkpoint is kept, run "
                     "the same command again to continue"
                 )
             synchronize()
             if rank() == 0:
+                prune(self.output / "megatron", self.save_intervals.retain)
                 copy_sidecar(self.base / "hf", self.output / "hf")
-                finish_artifact(self.output, {"iterations": done})
+                finish_artifact(self.output, {"iterations": done, **({"stopped": str(stop)} if stop else {})})
             synchronize()
+
+    def _early_stop(self) -> Stop | None:
+        """The early stop that the latest checkpoint was saved at, if it was."""
+        stop = read_stop(self.output)
+        if stop is None or not (self.output / "megatron" / TRACKER).is_file():
+            return None
+        return stop if latest_iteration(self.output / "megatron") == stop.iteration else None
+
+    def _train(self, args: argparse.Namespace, store: Any) -> bool:
+        """Trains what is left to train; returns whether Megatron's loop was left early."""
+        if self._early_stop() is None:
+            return self._pretrain(args, store)
+        # Killed after its early stop, before its manifest.
+        from megatron.training.initialize import initialize_megatron
+
+        initialize_megatron(allow_no_cuda=platform.is_cpu(), store=store)
+        return False
 
     def _pretrain(self, args: argparse.Namespace, store: Any) -> bool:
         """Runs Megatron's training loop; returns whether it exited early (on a signal, say)."""
@@ -167,7 +193,8 @@ class TrainingRun:
             "pretrained_checkpoint": str(self.base / "megatron"),
             "load": str(self.output / "megatron"),
             "save": str(self.output / "megatron"),
-            "save_interval": max(1, math.ceil(total / settings.checkpoints)),
+            "save_interval": self.save_intervals.save,
+            "save_retain_interval": self.save_intervals.retain,
             "dist_ckpt_optim_fully_reshardable": True,
             "exit_signal_handler": True,
             "eval_interval": total + 1,

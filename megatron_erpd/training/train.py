@@ -28,7 +28,9 @@ from megatron_erpd.training.cache_rows import (
     topk_rows,
 )
 from megatron_erpd.training.compatible import check_compatible
+from megatron_erpd.training.early_stop import EarlyStop
 from megatron_erpd.training.run import ForwardStep, TrainingRun, advantages_of, load_data
+from megatron_erpd.training.step_means import StepMeans
 
 
 def train_teacher(argv: list[str]) -> None:
@@ -55,6 +57,11 @@ def train_teacher(argv: list[str]) -> None:
             "`megatron-erpd precompute --kind token` and give the folder"
         )
     rollouts = load_data(namespace.rollouts, namespace.base)
+    if namespace.base_log_probs is None and settings.max_kl is not None:
+        raise RecipeError(
+            "--max-kl: the KL to the base policy is measured from its log-probs; make them with `megatron-erpd "
+            "precompute --kind token` and give the folder as --base-log-probs"
+        )
     if settings.loss == "ce":
         _check_probabilities(rollouts, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts}
@@ -211,26 +218,52 @@ def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Name
         vocab_size=args.vocab_size,
         kl_target=cached_target if settings.has_exact_kl else None,
         correction=partial(behavior_correction, settings) if corrected else None,
+        early_stop=_early_stop(settings, run, args),
     )
+
+
+def _early_stop(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> EarlyStop | None:
+    if settings.max_kl is None and settings.min_entropy is None:
+        return None
+    return EarlyStop(
+        settings.max_kl,
+        settings.min_entropy,
+        means=_step_means(),
+        output=run.output,
+        iteration=args.iteration,
+        decides=_decides(),
+        exit_signal=args.exit_signal,
+    )
+
+
+def _step_means() -> StepMeans:
+    from megatron.core import mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return StepMeans(get_num_microbatches(), mpu.get_data_parallel_group(with_context_parallel=True))
+
+
+def _decides() -> bool:
+    """Whether this is the one rank that writes down what is measured on the last pipeline stage."""
+    from megatron.core import mpu
+
+    first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    return mpu.is_pipeline_last_stage() and first
 
 
 def _policy_gradient_step(
     settings: DistillSettings, policies: dict[str, Path], run: TrainingRun, args: argparse.Namespace
 ) -> ForwardStep:
     from megatron.core import mpu
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     from megatron_erpd.training.kl_budget import KlBudget
     from megatron_erpd.training.replay_step import ReplayStep, signal_advantages, surrogate_loss
 
     budget = KlBudget(
         KlController(settings.kl_budget, settings.kl_coefficient, settings.kl_control_rate),
-        num_micro_batches=get_num_microbatches(),
-        group=mpu.get_data_parallel_group(with_context_parallel=True),
+        means=_step_means(),
         history=run.output / "kl_control.jsonl",
-        writes=mpu.is_pipeline_last_stage()
-        and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
-        and mpu.get_tensor_model_parallel_rank() == 0,
+        writes=_decides(),
     )
     if mpu.is_pipeline_last_stage():
         budget.resume(args.iteration)

@@ -161,6 +161,18 @@ def test_log_probs_that_are_missing(fails: Fails, made: Path, tmp_path: Path) ->
     assert "--base-log-probs" in message and "precompute --kind token" in message
 
 
+def test_kl_ceiling_without_log_probs(fails: Fails, made: Path, tmp_path: Path) -> None:
+    flags = [*training(made, tmp_path / "out", base_log_probs=None), "--loss", "sft", "--max-kl", 0.1]
+    message = fails("train-teacher", *flags)
+    assert "--max-kl" in message and "--base-log-probs" in message
+
+
+@pytest.mark.parametrize("flag", ["--max-kl", "--min-entropy", "--save-interval"])
+def test_bounds_that_are_not_above_zero(flag: str, fails: Fails, made: Path, tmp_path: Path) -> None:
+    message = fails("train-teacher", *training(made, tmp_path / "out"), flag, 0)
+    assert flag in message and "greater than" in message
+
+
 def test_log_probs_of_other_rollouts(fails: Fails, made: Path, tmp_path: Path) -> None:
     file = write_random_rollouts(tmp_path / "other.parquet", seed=9)
     message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file))
