@@ -199,12 +199,16 @@ class PrecomputeSettings(Settings):
     )
     delta: float = Field(default=0.5, gt=0, description="KL budget per response token, in nats")
     eta_max: float = Field(default=1.0, gt=0, description="largest step along the signal")
+    projection_clip: float | None = Field(
+        default=None, gt=0, description="clip the signal to +- this many nats before the projection; default: no clip"
+    )
     k: int = Field(default=64, ge=1, description="topk: entries kept per token; the rest is one exact tail mass")
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:
-        _refuse_unread(self, "kind: token", ("projection", "delta", "eta_max", "k"), self.kind == "topk")
-        _refuse_unread(self, "signal: none", ("projection", "delta", "eta_max"), self.signal != NO_SIGNAL)
+        projection = ("projection", "delta", "eta_max", "projection_clip")
+        _refuse_unread(self, "kind: token", (*projection, "k"), self.kind == "topk")
+        _refuse_unread(self, "signal: none", projection, self.signal != NO_SIGNAL)
         return self
 
     @property
@@ -239,6 +243,9 @@ class DistillSettings(OptimizerSettings):
     signal: str = Field(default="strong", description="as in precompute; used by policy_gradient and by a live teacher")
     delta: float = Field(default=0.5, gt=0, description="projection, live: KL budget per token")
     eta_max: float = Field(default=1.0, gt=0, description="projection, live: largest step along the signal")
+    projection_clip: float | None = Field(
+        default=None, gt=0, description="projection, live: clip the signal to +- this many nats; default: no clip"
+    )
     loss: Literal["ppo", "sapo"] = Field(default="ppo", description="policy_gradient: the surrogate")
     clip_low: float = Field(default=0.9, gt=0, le=1, description="policy_gradient, ppo: lower clip distance from 1")
     clip_high: float = Field(default=9.0, gt=0, description="policy_gradient, ppo: upper clip distance from 1")
@@ -278,7 +285,7 @@ class DistillSettings(OptimizerSettings):
         form = f"form: {self.form}"
         source = form if gradient else f"{form} and teacher: {self.teacher} (the cache's own settings count)"
         _refuse_unread(self, form, ("divergence",), not gradient)
-        _refuse_unread(self, source, ("gather_teacher", "delta", "eta_max"), live)
+        _refuse_unread(self, source, ("gather_teacher", "delta", "eta_max", "projection_clip"), live)
         _refuse_unread(self, source, ("signal",), gradient or live)
         _refuse_unread(self, form, _POLICY_GRADIENT_FIELDS, gradient)
         if gradient:

@@ -267,7 +267,8 @@ def _inherited(section: Any, cache: Mapping[str, Any]) -> Any:
         return section
     live = section.get("teacher") == "live"
     gradient = section.get("form") == "policy_gradient"
-    wanted = ("signal", "delta", "eta_max") if live and not gradient else ("signal",) if gradient else ()
+    projection = ("signal", "delta", "eta_max", "projection_clip")
+    wanted = ("signal",) if gradient else projection if live else ()
     return {**{key: cache[key] for key in wanted if key in cache}, **section}
 
 

@@ -6,7 +6,7 @@ teachers, the base policy and the signal between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from megatron_erpd.vocab_parallel import (
     divergence,
     gathered_divergence,
     project_shard,
+    token_chunks,
     vocab_parallel_log_softmax,
 )
 
@@ -112,6 +113,7 @@ def live_target(
     terms: tuple[SignalTerm, ...],
     delta: float,
     eta_max: float,
+    clip: float | None,
     batch: Batch,
     outputs: Sequence[Tensor],
     shard: VocabShard,
@@ -120,17 +122,46 @@ def live_target(
 
     Args:
         names: the frozen policies' names, `base` among them, in the order of `outputs`.
+        clip: bound of the signal, see `base_and_signal`.
         outputs: their logits `[s, b, v/tp]`.
+
+    Returns:
+        log q `[b, s, v/tp]`, fp32: all that is kept, log-probs and signal are made for a chunk of tokens at a time.
     """
-    log_probs = policy_log_softmax(names, outputs, shard)
-    base = log_probs["base"]
-    _, log_q, _ = project_shard(base, combine(terms, log_probs), shard, delta=delta, eta_max=eta_max)
-    return LiveTarget(log_q)
+    rows = [x.flatten(0, 1) for x in outputs]
+    log_q = rows[0].new_empty(rows[0].shape, dtype=torch.float32)
+
+    def fill(part: slice) -> None:
+        base, signal = base_and_signal(names, terms, clip, [x[part] for x in rows], shard)
+        log_q[part] = project_shard(base, signal, shard, delta=delta, eta_max=eta_max).log_probs
+
+    for part in token_chunks(len(log_q), signal_bytes(len(names), shard)):
+        fill(part)
+    return LiveTarget(log_q.unflatten(0, outputs[0].shape[:2]).transpose(0, 1))
 
 
-def policy_log_softmax(names: Sequence[str], outputs: Sequence[Tensor], shard: VocabShard) -> Mapping[str, Tensor]:
-    """Each policy's log-probs `[b, s, v/tp]` from its logits `[s, b, v/tp]`, fp32, -inf in padding columns."""
-    return {
-        name: vocab_parallel_log_softmax(logits.transpose(0, 1), shard)
-        for name, logits in zip(names, outputs, strict=True)
+def base_and_signal(
+    names: Sequence[str],
+    terms: tuple[SignalTerm, ...],
+    clip: float | None,
+    logits: Sequence[Tensor],
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """Shards of log pi_0 and of the signal, `[n, v/tp]` fp32, from each policy's logits `[n, v/tp]`.
+
+    Args:
+        names: the policies in the order of `logits`, `base` among them.
+        clip: bound of the combined signal in nats, +-, or None.
+
+    Collectives: one MAX and one SUM of `[n]` per policy.
+    """
+    log_probs = {
+        name: vocab_parallel_log_softmax(rows, shard).float() for name, rows in zip(names, logits, strict=True)
     }
+    signal = combine(terms, log_probs)
+    return log_probs["base"], signal if clip is None else signal.clamp_(-clip, clip)
+
+
+def signal_bytes(num_policies: int, shard: VocabShard) -> int:
+    """Bytes per token of a chunk: fp32 rows of each policy, the signal in the making (3) and log q."""
+    return 4 * shard.width * (num_policies + 4)

@@ -22,8 +22,8 @@ from megatron_erpd.data.collate import Batch, gather_response_rows
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.manifest import finish_artifact, input_digest, read_manifest, settings_identity
-from megatron_erpd.objectives.projection import eta_grid, solve_global_eta
-from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal, policies_of
+from megatron_erpd.objectives.global_eta import eta_grid, kl_curve, solve_global_eta
+from megatron_erpd.objectives.signals import SignalTerm, parse_signal, policies_of
 from megatron_erpd.settings import Layout, PrecomputeSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.format import CacheMeta
@@ -32,6 +32,7 @@ from megatron_erpd.training.arguments import add_layout_arguments, layout_from_n
 from megatron_erpd.training.batch import BatchSource
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
 from megatron_erpd.training.compatible import check_compatible
+from megatron_erpd.training.distill_step import base_and_signal, signal_bytes
 from megatron_erpd.training.run import load_data, pad_multiple
 from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 from megatron_erpd.vocab_parallel import (
@@ -39,8 +40,9 @@ from megatron_erpd.vocab_parallel import (
     VocabShard,
     apply_eta,
     kl_from_base,
-    partition_table,
     project_shard,
+    signal_law,
+    token_chunks,
     token_log_probs,
     vocab_parallel_log_softmax,
     vocab_parallel_topk,
@@ -154,48 +156,54 @@ class Scores:
 
     def log_probs(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, Tensor]:
         """Each policy's log-probs of the labels, `[b, s]`."""
+        labels = batch.labels.transpose(0, 1)
         pairs = zip(self.names, logits, strict=True)
-        return {name: token_log_probs(x.transpose(0, 1), batch.labels, self.shard) for name, x in pairs}
+        return {name: self._token_log_probs(x, labels).transpose(0, 1) for name, x in pairs}
 
-    def base_and_signal(self, batch: Batch, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Shards of log pi_0 and the signal on the response tokens, `[n, v/tp]`."""
-        from megatron_erpd.training.distill_step import policy_log_softmax
+    def _token_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
+        rows, tokens = logits.flatten(0, 1), labels.flatten()
+        # In the making: shifted logits and their exponentials.
+        parts = token_chunks(len(rows), 2 * 4 * self.shard.width)
+        return torch.cat([token_log_probs(rows[x], tokens[x], self.shard) for x in parts]).unflatten(0, labels.shape)
 
-        trained = batch.loss_mask.transpose(0, 1) > 0
-        chosen = [x[trained].unsqueeze(1) for x in logits]
-        rows = {n: x.squeeze(0) for n, x in policy_log_softmax(self.names, chosen, self.shard).items()}
-        return rows["base"], combine(self.terms, rows)
+    def chunks(self, batch: Batch, logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Each policy's logits of the response tokens, `[n, v/tp]`, a chunk at a time, in the order `[s, b]`."""
+        positions = (batch.loss_mask.transpose(0, 1) > 0).flatten().nonzero().squeeze(-1)
+        rows = [x.flatten(0, 1) for x in logits]
+        for part in token_chunks(len(positions), signal_bytes(len(rows), self.shard)):
+            yield [x[positions[part]] for x in rows]
+
+    def base_and_signal(self, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shards of log pi_0 and the signal on a chunk, `[n, v/tp]`."""
+        return base_and_signal(self.names, self.terms, self.settings.projection_clip, chunk, self.shard)
 
     def target(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, list[np.ndarray]]:
         """q of every response token as rows per rollout: top-k and tail, eta, and KL(q || pi_0)."""
-        if not self.settings.has_signal:
-            return self.base_rows(batch, logits)
-        base, signal = self.base_and_signal(batch, logits)
-        if self.eta is None:
-            projection = project_shard(base, signal, self.shard, self.settings.delta, self.settings.eta_max)
-        else:
-            log_q = apply_eta(base, signal, self.eta, self.shard)
-            eta = torch.full(log_q.shape[:1], self.eta, device=log_q.device)
-            projection = Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
-        eta, log_q, kl = projection
+        parts = [self._target(chunk) for chunk in self.chunks(batch, logits)]
+        return {name: _unflatten(torch.cat([part[name] for part in parts]), batch) for name in parts[0]}
+
+    def _target(self, chunk: Sequence[Tensor]) -> dict[str, Tensor]:
+        eta, log_q, kl = self._projection(chunk)
         top = vocab_parallel_topk(log_q, self.k, self.shard)
-        flat = {
+        return {
             "topk_indices": top.indices,
             "topk_log_probs": top.log_probs,
             "tail_log_prob": top.tail_log_prob,
             "eta": eta,
             "target_kl": kl,
         }
-        return {name: _unflatten(values, batch) for name, values in flat.items()}
 
-    def base_rows(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, list[np.ndarray]]:
-        """The base policy itself as the target: its top-k entries and exact tail, at eta 0."""
-        trained = batch.loss_mask.transpose(0, 1) > 0
-        base = vocab_parallel_log_softmax(logits[self.names.index("base")][trained], self.shard)
-        top = vocab_parallel_topk(base, self.k, self.shard)
-        flat = {"topk_indices": top.indices, "topk_log_probs": top.log_probs, "tail_log_prob": top.tail_log_prob}
-        flat |= dict.fromkeys(("eta", "target_kl"), torch.zeros_like(top.tail_log_prob))
-        return {name: _unflatten(values, batch) for name, values in flat.items()}
+    def _projection(self, chunk: Sequence[Tensor]) -> Projection:
+        """q on a chunk; without a signal the base policy itself, at eta 0."""
+        if not self.settings.has_signal:
+            base = vocab_parallel_log_softmax(chunk[self.names.index("base")], self.shard)
+            return Projection(base.new_zeros(len(base)), base, base.new_zeros(len(base)))
+        base, signal = self.base_and_signal(chunk)
+        if self.eta is None:
+            return project_shard(base, signal, self.shard, self.settings.delta, self.settings.eta_max)
+        log_q = apply_eta(base, signal, self.eta, self.shard)
+        eta = log_q.new_full(log_q.shape[:1], self.eta)
+        return Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
 
 
 def _unflatten(values: Tensor, batch: Batch) -> list[np.ndarray]:
@@ -217,7 +225,8 @@ def _cache_meta(
     settings: PrecomputeSettings, policies: dict[str, Path], rollouts: Rollouts, vocab_size: int
 ) -> CacheMeta:
     topk = settings.kind == "topk"
-    projection = {"mode": settings.projection, "delta": settings.delta, "eta_max": settings.eta_max}
+    projection: dict[str, Any] = {"mode": settings.projection, "delta": settings.delta, "eta_max": settings.eta_max}
+    projection["clip"] = settings.projection_clip
     return CacheMeta(
         kind=settings.kind,
         policies=tuple(policies),
@@ -269,24 +278,24 @@ def _global_eta(settings: PrecomputeSettings, score: Scores, scan: Callable[[Con
     from megatron.core import mpu
 
     etas = eta_grid(settings.eta_max)
-    # Rows: sum of K, sum of K', number of tokens, at every eta.
-    sums = torch.zeros(3, len(etas), dtype=torch.float64, device=platform.device())
+    # Rows: the three of `kl_curve`, and the number of tokens.
+    sums = torch.zeros(4, len(etas), dtype=torch.float64, device=platform.device())
 
     def add(batch: Batch, logits: Sequence[Tensor]) -> None:
-        base, signal = score.base_and_signal(batch, logits)
-        values, means = partition_table(base, signal, etas, score.shard)
-        sums[0] += (values - values[:, :1]).double().sum(dim=0)
-        sums[1] += means.double().sum(dim=0)
-        sums[2] += len(values)
+        for chunk in score.chunks(batch, logits):
+            add_chunk(chunk)
+
+    def add_chunk(chunk: Sequence[Tensor]) -> None:
+        law = signal_law(*score.base_and_signal(chunk), score.shard, settings.eta_max)
+        sums[:3] += kl_curve(*law, etas)
+        sums[3] += len(law.log_masses)
 
     scan(add)
     if mpu.is_pipeline_last_stage():
         torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group())
     last = mpu.get_pipeline_model_parallel_last_rank()
     torch.distributed.broadcast(sums, last, mpu.get_pipeline_model_parallel_group())
-    sums = sums.cpu()
-    mean_kl = (etas * sums[1] - sums[0]) / sums[2]
-    return solve_global_eta(etas, mean_kl.clamp(min=0), settings.delta, settings.eta_max)
+    return solve_global_eta(etas, sums[:3] / sums[3], settings.delta, settings.eta_max)
 
 
 def _write(output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consumer], None], rollouts: Rollouts) -> None:

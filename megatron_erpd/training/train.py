@@ -292,5 +292,5 @@ def _projection_step(
     for name in names:
         frozen.append(build_frozen_model(model_config(args)))
         load_weights(frozen[-1], policies[name])
-    target = partial(live_target, names, terms, settings.delta, settings.eta_max)
+    target = partial(live_target, names, terms, settings.delta, settings.eta_max, settings.projection_clip)
     return DistillStep(settings.divergence, frozen, target, args.vocab_size, gather=settings.gather_teacher)

@@ -5,6 +5,7 @@ holds the other ranges (none for one process). Results per token are the same on
 logits is its slice of the dense gradient (see `shard`).
 """
 
+from megatron_erpd.vocab_parallel.chunks import token_chunks
 from megatron_erpd.vocab_parallel.divergences import LiveTarget, divergence, gathered_divergence
 from megatron_erpd.vocab_parallel.log_probs import (
     IGNORED_TOKEN,
@@ -18,8 +19,8 @@ from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,
     kl_from_base,
-    partition_table,
     project_shard,
+    signal_law,
 )
 from megatron_erpd.vocab_parallel.shard import VocabShard
 from megatron_erpd.vocab_parallel.topk import NO_TOKEN, TopKTarget, vocab_parallel_topk
@@ -37,8 +38,9 @@ __all__ = [
     "gather_log_probs",
     "gathered_divergence",
     "kl_from_base",
-    "partition_table",
     "project_shard",
+    "signal_law",
+    "token_chunks",
     "token_log_probs",
     "token_log_probs_and_entropy",
     "vocab_parallel_log_softmax",

@@ -2,65 +2,49 @@
 
 The mathematics, and what the names mean, are those of `megatron_erpd.objectives.projection`: per token the base pi_0 is
 tilted, q(v) ~ pi_0(v) exp(eta s(v)), as far as KL(q || pi_0) <= delta and eta <= eta_max allow. Finding that eta takes
-many evaluations of K(eta) = log E_{pi_0}[exp(eta s)], and over a split vocabulary each would cost collectives. Here K
-and K' are tabulated at a grid of eta in one pass and two collectives of a few numbers per token; the root of the
-interpolated table is found without any, identically on every rank, and a fixed number of exact Newton steps polishes
-it.
+many evaluations of K(eta) = log E_{pi_0}[exp(eta s)], and over a split vocabulary each would cost collectives. Here the
+ranks add up the moments of the signal's law (`objectives.signal_law`), in one collective, and each finds the root by
+itself: identically, because the sums are identical.
 
 Everything is computed without gradient: base and signal are fixed in stage 2. Where the base's log-probability is
--inf, q is 0 and the signal isn't looked at; elsewhere the signal must be finite.
+-inf, q is 0 and the signal isn't looked at; elsewhere the signal must be finite. Temporaries with a vocabulary
+dimension are made for one chunk of tokens at a time (`chunks.CHUNK_BYTES`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from megatron_erpd.objectives.projection import (
-    DEFAULT_NEWTON_STEPS,
-    DEFAULT_NUM_ETAS,
-    Partition,
-    Projection,
-    eta_grid,
-    solve_eta,
+from megatron_erpd.objectives.projection import Projection, check_region, log_partition, solve_eta
+from megatron_erpd.objectives.signal_law import (
+    LAW_BYTES,
+    MOMENT_BYTES,
+    NUM_BINS,
+    NUM_MOMENTS,
+    SignalLaw,
+    law_of_moments,
+    signal_moments,
 )
+from megatron_erpd.vocab_parallel.chunks import token_chunks
 from megatron_erpd.vocab_parallel.log_probs import log_softmax_of, normalizer
-from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 
 @torch.no_grad()
-def partition_table(
-    base_log_probs: Tensor, signal: Tensor, etas: Tensor | Sequence[float], shard: VocabShard
-) -> tuple[Tensor, Tensor]:
-    """K(eta) and K'(eta) = E_{q_eta}[s] per token at every value of the grid.
+def signal_law(base_log_probs: Tensor, signal: Tensor, shard: VocabShard, eta_max: float) -> SignalLaw:
+    """The law of the signal under the base over the whole vocabulary, good for K at any eta in [0, eta_max].
 
     Args:
-        base_log_probs, signal: [..., v/tp] nats; padding columns don't matter.
-        etas: [J] values, any order.
+        base_log_probs, signal: [n, v/tp] nats; padding columns don't matter.
 
     Returns:
-        K, K': `[..., J]` float32 (float64 for a float64 base), the same on every rank. K is the log of the sum as it
-        is: K(0) is 0 up to the rounding of the base's own normalisation.
-        Collectives: one MAX of `[..., J]` and one packed SUM of `[..., 2, J]`, whatever J is.
+        Atoms per token, the same on every rank. Collectives: one SUM of `[n, NUM_MOMENTS, NUM_BINS]`.
+
+    Raises:
+        ErpdError: NaN or an infinity where the base allows a token.
     """
-    base, signal = _values(base_log_probs, signal, shard)
-    maxima, sums, moments = [], [], []
-    for eta in etas.tolist() if isinstance(etas, Tensor) else etas:
-        exponents = base + eta * signal
-        maximum = shard.local_max(exponents)
-        weights = exponents.sub_(maximum.unsqueeze(-1)).exp_()
-        maxima.append(maximum)
-        sums.append(weights.sum(dim=-1))
-        moments.append(weights.mul_(signal).sum(dim=-1))
-    local_maximum = torch.stack(maxima, dim=-1)
-    partial = torch.stack([torch.stack(sums, dim=-1), torch.stack(moments, dim=-1)], dim=-2)
-    maximum = shard.all_reduce_max(local_maximum.clone())
-    # The sums were taken below each rank's own maximum; bring them below the common one before they are added.
-    totals = shard.all_reduce_sum(partial * (local_maximum - maximum).exp().unsqueeze(-2))
-    total, moment = totals[..., 0, :], totals[..., 1, :]
-    return maximum + total.log(), moment / total
+    return law_of_moments(_summed_moments(base_log_probs, signal, shard, eta_max), eta_max)
 
 
 @torch.no_grad()
@@ -91,56 +75,58 @@ def kl_from_base(log_probs: Tensor, base_log_probs: Tensor, shard: VocabShard) -
 
 @torch.no_grad()
 def project_shard(
-    base_log_probs: Tensor,
-    signal: Tensor,
-    shard: VocabShard,
-    delta: float,
-    eta_max: float,
-    num_etas: int = DEFAULT_NUM_ETAS,
-    num_steps: int = DEFAULT_NEWTON_STEPS,
+    base_log_probs: Tensor, signal: Tensor, shard: VocabShard, delta: float, eta_max: float
 ) -> Projection:
     """The `per_token` projection of this rank's columns.
 
-    The KL meets `delta` as closely as `objectives.projection` states for `num_etas` and `num_steps`; the returned
-    log-probabilities are normalised and the returned KL is measured for the eta chosen, both exactly.
+    KL, normalisation of q and the KL returned are as exact as the law of the signal: see `objectives.projection`.
 
     Args:
         base_log_probs, signal: [..., v/tp] nats; padding columns don't matter.
         delta: the trust region in nats per token.
         eta_max: the largest step.
-        num_etas: size of the table; one pass over the columns each.
-        num_steps: Newton steps; one pass over the columns each. With 0 the table's answer is taken.
 
     Returns:
-        eta `[...]` and KL(q || pi_0) `[...]`, the same on every rank, and log q `[..., v/tp]`, -inf in padding columns.
-        Collectives: two MAX and three SUM, and one MAX and one SUM of `[..., 3]` per Newton step: a number that doesn't
-        depend on the data, of a few numbers per token each.
+        eta `[...]` and KL(q || pi_0) `[...]`, the same on every rank, and log q `[..., v/tp]`, -inf in padding columns;
+        float32 (float64 for a float64 base). Collectives: one SUM of `[..., NUM_MOMENTS, NUM_BINS]`, whatever the data.
 
     Raises:
-        RecipeError: delta, eta_max or num_etas out of range.
+        RecipeError: delta or eta_max out of range.
+        ErpdError: NaN or an infinity where the base allows a token.
     """
-    etas = eta_grid(eta_max, num_etas).to(base_log_probs.device)
-    log_partitions, means = partition_table(base_log_probs, signal, etas, shard)
-    values = _values(base_log_probs, signal, shard)
-    eta = solve_eta(
-        lambda step: _partition_at(*values, step, shard), etas, log_partitions, means, delta, eta_max, num_steps
-    )
-    log_probs = apply_eta(base_log_probs, signal, eta, shard)
-    # K(0) is 0 for a normalised base; adding it takes the base's own rounding out of the divergence.
-    kl = kl_from_base(log_probs, base_log_probs, shard) + log_partitions[..., 0]
-    return Projection(eta, log_probs, kl.clamp_min_(0.0))
+    check_region(delta, eta_max)
+    tokens = base_log_probs.shape[:-1]
+    base_rows, signal_rows = (x.reshape(-1, shard.width) for x in (base_log_probs, signal))
+    moments = _summed_moments(base_rows, signal_rows, shard, eta_max)
+    dtype = accumulation_dtype(base_log_probs)
+    log_probs = base_log_probs.new_full(base_rows.shape, -torch.inf, dtype=dtype)
+    eta, kl = (torch.empty(len(base_rows), dtype=dtype, device=base_rows.device) for _ in range(2))
+    for part in token_chunks(len(base_rows), LAW_BYTES + TILT_BYTES * shard.width):
+        law = law_of_moments(moments[part], eta_max)
+        eta[part] = solve_eta(*law, delta, eta_max)
+        # K at eta as it is returned: in float32 its rounding alone could move K by more than that of the sums.
+        step = eta[part].double()
+        partition = log_partition(*law, step)
+        total = law.log_masses.logsumexp(dim=-1)
+        kl[part] = (step * partition.mean - (partition.log_partition - total)).clamp_min(0.0)
+        base, values = _values(base_rows[part], signal_rows[part], shard)
+        log_q = base + eta[part].unsqueeze(-1) * values
+        log_probs[part, : shard.valid_columns] = log_q.sub_(partition.log_partition.to(dtype).unsqueeze(-1))
+    return Projection(eta.reshape(tokens), log_probs.reshape(*tokens, shard.width), kl.reshape(tokens))
 
 
-def _partition_at(base: Tensor, signal: Tensor, eta: Tensor, shard: VocabShard) -> Partition:
-    """K, K' and K'' at one eta per token, `[...]` each; one MAX and one SUM of `[..., 3]`."""
-    exponents = base + eta.unsqueeze(-1) * signal
-    maximum = shard.all_reduce_max(shard.local_max(exponents))
-    weights = exponents.sub_(maximum.unsqueeze(-1)).exp_()
-    first = weights * signal
-    sums = [weights.sum(dim=-1), first.sum(dim=-1), first.mul_(signal).sum(dim=-1)]
-    total, moment, square = shard.all_reduce_sum(torch.stack(sums, dim=-1)).unbind(dim=-1)
-    mean = moment / total
-    return Partition(maximum + total.log(), mean, (square / total - mean.square()).clamp_min_(0.0))
+TILT_BYTES = 24
+"""Bytes per entry that the tilt of a chunk has in use at most: base, signal and log q in float64."""
+
+
+def _summed_moments(base_log_probs: Tensor, signal: Tensor, shard: VocabShard, eta_max: float) -> Tensor:
+    """`signal_moments` of all ranks' columns, `[n, NUM_MOMENTS, NUM_BINS]`; one SUM."""
+    num_tokens = len(base_log_probs)
+    shape = (num_tokens, NUM_MOMENTS, NUM_BINS)
+    moments = torch.empty(shape, dtype=torch.float64, device=base_log_probs.device)
+    for part in token_chunks(num_tokens, MOMENT_BYTES * shard.width):
+        moments[part] = signal_moments(*_values(base_log_probs[part], signal[part], shard), eta_max)
+    return shard.all_reduce_sum(moments)
 
 
 def _values(base_log_probs: Tensor, signal: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_erpd.errors import LayoutError
-from megatron_erpd.objectives.projection import project_per_token
+from megatron_erpd.objectives.projection import log_partition, project_per_token
 from megatron_erpd.vocab_parallel import (
     IGNORED_TOKEN,
     LiveTarget,
@@ -27,15 +27,15 @@ from megatron_erpd.vocab_parallel import (
     gather_log_probs,
     gathered_divergence,
     kl_from_base,
-    partition_table,
     project_shard,
+    signal_law,
     token_log_probs,
     token_log_probs_and_entropy,
     vocab_parallel_log_softmax,
     vocab_parallel_topk,
 )
 from tests.distributed.harness import Case, RankError, run_cases, run_ranks
-from tests.tolerances import BF16, FLOAT64, FP32, FP32_PARALLEL, PROJECTION_KL, Tolerance
+from tests.tolerances import BF16, FLOAT64, FP32, FP32_PARALLEL, PROJECTION_KL, SIGNAL_LAW, Tolerance
 from tests.unit.vocab_parallel.oracles import buckets, policy_probs, probs_divergence
 
 # True and padded size: no padding; one valid column in the last of four ranges of 48; a last range (of four: the last
@@ -232,26 +232,28 @@ def check_projection(rank: int, world_size: int, vocab_size: int, padded: int) -
     base_shard = local(torch.nn.functional.pad(base, (0, padded - vocab_size), value=-torch.inf), shard)
     signal_shard = local(signal.index_fill(-1, torch.arange(vocab_size, padded), torch.nan), shard)
     signal = signal[..., :vocab_size]
+    one_rank = VocabShard.dense(vocab_size)
     for delta, eta_max in ((0.02, 1.0), (0.3, 1.0), (0.3, 8.0)):
         eta, log_q, kl = project_shard(base_shard, signal_shard, shard, delta=delta, eta_max=eta_max)
         dense = project_per_token(base, signal, delta, eta_max)
-        FLOAT64.assert_close(eta, dense.eta)
+        PROJECTION_KL.assert_close(eta, dense.eta)
+        alone = project_shard(base, signal, one_rank, delta=delta, eta_max=eta_max)
+        FLOAT64.assert_close(eta, alone.eta)
+        FLOAT64.assert_close(kl, alone.kl)
         copies = shard.all_gather(eta.unsqueeze(-1))
         assert (copies == copies[..., :1]).all(), "ranks chose different steps"
         whole = gather_log_probs(log_q, shard)
-        FLOAT64.assert_close(whole, dense.log_probs)
-        FLOAT64.assert_close(whole.exp().sum(-1), torch.ones(BATCH))
-        FLOAT64.assert_close(kl, (whole.exp() * (whole - base)).sum(-1))
-        FLOAT64.assert_close(kl_from_base(log_q, base_shard, shard), kl)
+        FLOAT64.assert_close(whole, alone.log_probs)
+        SIGNAL_LAW.assert_close(whole.exp().sum(-1), torch.ones(BATCH))
+        SIGNAL_LAW.assert_close(kl, (whole.exp() * (whole - base)).sum(-1))
+        SIGNAL_LAW.assert_close(kl_from_base(log_q, base_shard, shard), kl)
         inside = eta < eta_max
         PROJECTION_KL.assert_close(kl[inside], torch.full_like(kl[inside], delta))
         assert (log_q[..., shard.valid_columns :] == -torch.inf).all()
-    etas = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
-    values, means = partition_table(base_shard, signal_shard, etas, shard)
-    for j, step in enumerate(etas.tolist()):
+    law = signal_law(base_shard.flatten(0, 1), signal_shard.flatten(0, 1), shard, eta_max=2.0)
+    for step in (0.0, 0.5, 2.0):
         weights = base.exp() * (step * signal).exp()
-        FLOAT64.assert_close(values[..., j], weights.sum(-1).log())
-        FLOAT64.assert_close(means[..., j], (weights * signal).sum(-1) / weights.sum(-1))
+        SIGNAL_LAW.assert_close(log_partition(*law, step).log_partition, weights.sum(-1).log().flatten())
         q = gather_log_probs(apply_eta(base_shard, signal_shard, step, shard), shard).exp()
         FLOAT64.assert_close(q, weights / weights.sum(-1, keepdim=True))
 
@@ -323,13 +325,17 @@ def check_collectives(rank: int, world_size: int) -> None:
         *((lambda kind=kind: divergence(kind, leaf, topk, shard), ["max", "sum"], []) for kind in KINDS),
         (lambda: gathered_divergence("js", leaf, live, shard), ["gather", "gather"], []),
         (lambda: vocab_parallel_topk(live.log_probs, 3, shard).log_probs, ["gather", "max", "sum"], []),
-        (lambda: partition_table(live.log_probs, signal, [0.0, 0.5, 1.0], shard)[0], ["max", "sum"], []),
-        (lambda: apply_eta(live.log_probs, signal, 0.5, shard), ["max", "sum"], []),
-        (
-            lambda: project_shard(live.log_probs, signal, shard, delta=0.1, eta_max=1.0, num_steps=2).kl,
-            ["max", "sum"] * 4 + ["sum"],
-            [],
+        (lambda: signal_law(live.log_probs[0], signal[0], shard, 1.0).values, ["sum"], []),
+        *(
+            (
+                lambda values=values, delta=delta: project_shard(live.log_probs, values, shard, delta, eta_max=1.0).kl,
+                ["sum"],
+                [],
+            )
+            for values in (signal, 20 * signal, torch.zeros_like(signal))
+            for delta in (0.0, 0.1, 100.0)
         ),
+        (lambda: apply_eta(live.log_probs, signal, 0.5, shard), ["max", "sum"], []),
     ]
     for function, forward, backward in expected:
         with CountCollectives() as counted:

@@ -137,15 +137,16 @@ def test_bad_overrides(read, override, expected):
 def test_a_reader_of_the_signal_inherits_the_caches(read):
     recipe = read(
         MINIMAL,
-        "cache={signal: contrast, delta: 0.25}",
+        "cache={signal: contrast, delta: 0.25, projection_clip: 8}",
         "student={form: policy_gradient}",
         "controls.live={kind: distill, teacher: live, signal: strong}",
         "controls.plain={kind: distill}",
     )
     assert recipe.student and recipe.student.signal == "contrast"
     live, plain = recipe.controls["live"], recipe.controls["plain"]
-    assert (live.signal, live.delta) == ("strong", 0.25)  # type: ignore[union-attr]
-    assert (plain.signal, plain.delta) == ("strong", 0.5)  # type: ignore[union-attr]  # not read: the cache's count
+    assert (live.signal, live.delta, live.projection_clip) == ("strong", 0.25, 8)  # type: ignore[union-attr]
+    # Not read: the cache's count.
+    assert (plain.signal, plain.delta, plain.projection_clip) == ("strong", 0.5, None)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
