@@ -77,6 +77,13 @@ COMMANDS: dict[str, Command] = {
         "train-teacher --base base --rollouts rollouts --base-log-probs log-probs --loss ce --output teacher",
         launches=True,
     ),
+    "select": Command(
+        _COMMANDS,
+        "select",
+        "choose among a teacher's checkpoints; strong or weak?",
+        "select --model Qwen3-4B --teacher teacher --candidates exported --prompts val.jsonl --verifier math-verify "
+        "--output selection",
+    ),
     "precompute": Command(
         f"{_TRAINING}.precompute",
         "precompute",

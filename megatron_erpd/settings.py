@@ -180,6 +180,8 @@ class ImportSettings(Settings):
     )
 
 
+AUTO_SIGNAL = "auto"
+"""The signal that the teacher's selection recommends; known when the teacher cache is made."""
 NO_SIGNAL = "none"
 """The signal of a top-k cache whose q is the base policy itself."""
 
@@ -192,7 +194,8 @@ class PrecomputeSettings(Settings):
     )
     signal: str = Field(
         default="strong",
-        description="strong, unlearned, contrast, e.g. '0.7*teacher/base + 0.3*base/unlearned', or none: q is the base",
+        description="strong, unlearned, contrast, or e.g. '0.7*teacher/base + 0.3*base/unlearned'; auto: the one that "
+        "the teacher's selection recommends; none: q is the base",
     )
     projection: Literal["per_token", "global"] = Field(
         default="per_token", description="one eta per token, or one for all"
@@ -240,7 +243,10 @@ class DistillSettings(OptimizerSettings):
     gather_teacher: bool = Field(
         default=False, description="projection, live: gather the target over the tensor-parallel shards"
     )
-    signal: str = Field(default="strong", description="as in precompute; used by policy_gradient and by a live teacher")
+    signal: str = Field(
+        default="strong",
+        description="as in precompute; read by policy_gradient (auto: the cache's) and by a live teacher",
+    )
     delta: float = Field(default=0.5, gt=0, description="projection, live: KL budget per token")
     eta_max: float = Field(default=1.0, gt=0, description="projection, live: largest step along the signal")
     projection_clip: float | None = Field(
@@ -296,6 +302,10 @@ class DistillSettings(OptimizerSettings):
 
     @model_validator(mode="after")
     def _has_a_signal(self) -> Self:
+        if self.reads_live_teacher and self.signal == AUTO_SIGNAL:
+            raise ValueError(
+                "signal: auto is decided where a teacher cache is made, and teacher: live reads none; name the signal"
+            )
         if self.form != "policy_gradient":
             return self
         if self.signal_weight == 0 and self.advantage_weight == 0:
@@ -327,16 +337,30 @@ class DistillSettings(OptimizerSettings):
         return self.form == "projection" or self.signal_weight > 0
 
 
-class EvaluateSettings(Settings):
-    """What is measured on held-out prompts."""
+class HeldOutSettings(Settings):
+    """Sampling on held-out prompts."""
 
     num_prompts: int = Field(default=256, ge=1, description="held-out prompts used")
     num_samples: int = Field(default=4, ge=1, description="samples per prompt at temperature 1")
     max_new_tokens: int = Field(default=256, ge=1, description="longest response, in tokens")
-    num_rollouts: int = Field(default=512, ge=1, description="rows of the fixed data on which the exact KL is computed")
     batch_size: int = Field(default=512, ge=1, description="sequences at once")
     seed: int = Field(default=7, ge=0, description="seed of the sampler")
     chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
+
+
+class EvaluateSettings(HeldOutSettings):
+    """What is measured on held-out prompts."""
+
+    num_rollouts: int = Field(default=512, ge=1, description="rows of the fixed data on which the exact KL is computed")
+
+
+class SelectSettings(HeldOutSettings):
+    """Which of the teacher's kept checkpoints becomes the teacher."""
+
+    num_prompts: int = Field(default=256, ge=2, description="validation prompts used")
+    by: Literal["best_reward", "last"] = Field(
+        default="best_reward", description="the checkpoint with the highest mean reward of its samples, or the last one"
+    )
 
 
 def _refuse_unread(settings: Settings, choice: str, names: tuple[str, ...], read: bool) -> None:

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
-from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.divergence import compare_policies
-from megatron_erpd.evaluation.metrics import PASS_REWARD, Evaluation, PolicyMetrics, read_metrics, saved_metrics
-from megatron_erpd.sampling.engine import TransformersEngine
+from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_metrics, saved_metrics
+from megatron_erpd.evaluation.responses import accuracies, decode, respond, score, standard_error
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.sample import write_json
-from megatron_erpd.sampling.types import Sample
 from megatron_erpd.sampling.verifiers import Verifier, get_verifier
 from megatron_erpd.settings import EvaluateSettings
 
@@ -116,11 +114,11 @@ def evaluate_policy(
     tell = status or (lambda what, done, total: None)
     records = list(prompts[: settings.num_prompts])
     ids = encode_prompts(policy.tokenizer, records, settings.chat_template)
-    groups, greedy = _respond(policy, ids, settings, tell)
-    texts = [_texts(policy, group) for group in groups]
-    greedy_texts = _texts(policy, greedy)
-    rewards = _rewards(verifier, records, texts)
-    greedy_rewards = _rewards(verifier, records, [[text] for text in greedy_texts])
+    groups, greedy = respond(policy, ids, settings, tell)
+    texts = [decode(policy, group) for group in groups]
+    greedy_texts = decode(policy, greedy)
+    rewards = score(verifier, records, texts)
+    greedy_rewards = score(verifier, records, [[text] for text in greedy_texts])
     sequences = [(prompt, s.response_token_ids) for prompt, group in zip(ids, groups, strict=True) for s in group]
     own = compare_policies(policy, base, sequences, progress=partial(tell, "divergence"))
     per_prompt_kl = own.reverse_kl.reshape(len(records), settings.num_samples).mean(axis=1)
@@ -128,9 +126,9 @@ def evaluate_policy(
     metrics = PolicyMetrics(
         num_prompts=len(records),
         num_samples=settings.num_samples,
-        **_accuracies(rewards, greedy_rewards),
+        **accuracies(rewards, greedy_rewards),
         kl_per_sequence=float(own.reverse_kl.mean()),
-        kl_per_sequence_se=_standard_error(per_prompt_kl),
+        kl_per_sequence_se=standard_error(per_prompt_kl),
         kl_per_token=own.per_token("reverse_kl"),
         kl_per_sequence_sampled=float(own.log_ratio.mean()),
         kl_per_token_sampled=own.per_token("log_ratio"),
@@ -147,59 +145,6 @@ def evaluate_policy(
     return Evaluation(metrics, examples)
 
 
-def _respond(
-    policy: Policy, prompt_token_ids: list[list[int]], settings: EvaluateSettings, tell: Callable[[str, int, int], None]
-) -> tuple[list[list[Sample]], list[Sample]]:
-    """G samples at temperature 1, and the greedy response, to every prompt."""
-    engine, longest, rows = TransformersEngine(policy), settings.max_new_tokens, settings.batch_size
-    groups = engine.sample(
-        prompt_token_ids,
-        num_samples=settings.num_samples,
-        max_new_tokens=longest,
-        seed=settings.seed,
-        batch_size=rows,
-        progress=partial(tell, "sampling"),
-    )
-    greedy = engine.greedy(prompt_token_ids, max_new_tokens=longest, batch_size=rows, progress=partial(tell, "greedy"))
-    return groups, greedy
-
-
-def _texts(policy: Policy, samples: Sequence[Sample]) -> list[str]:
-    return policy.tokenizer.batch_decode([s.response_token_ids for s in samples], skip_special_tokens=True)
-
-
-def _rewards(verifier: Verifier | None, records: Sequence[PromptRecord], texts: list[list[str]]) -> np.ndarray:
-    """float64 `[N, G]`, NaN for unverified."""
-    rewards = np.full((len(texts), len(texts[0])), np.nan)
-    if verifier is None:
-        return rewards
-    before = verifier.num_errors
-    for row, record, group in zip(rewards, records, texts, strict=True):
-        for column, text in enumerate(group):
-            reward = verifier(record, text)
-            row[column] = np.nan if reward is None else reward
-    if verifier.num_errors - before == rewards.size:
-        raise StageError(f"verifier {verifier.spec} failed on every response, first with: {verifier.first_error}")
-    return rewards
-
-
-def _accuracies(rewards: np.ndarray, greedy: np.ndarray) -> dict[str, Any]:
-    """Means over prompts of the verified samples' mean, so that a prompt counts once however many were verified."""
-    verified = ~np.isnan(rewards)
-    some = verified.any(axis=1)
-    means = np.nanmean(rewards[some], axis=1) if some.any() else np.empty(0)
-    best = np.nanmax(rewards[some], axis=1) if some.any() else np.empty(0)
-    first = greedy[~np.isnan(greedy)]
-    return {
-        "accuracy_sampled": _mean(means),
-        "accuracy_sampled_se": _standard_error(means),
-        "accuracy_greedy": _mean(first),
-        "accuracy_greedy_se": _standard_error(first),
-        "pass_at_g": _mean((best >= PASS_REWARD).astype(np.float64)),
-        "unverified": float(1 - verified.mean()),
-    }
-
-
 def _data_divergence(
     policy: Policy, base: Policy, rollouts: Rollouts | None, num_rollouts: int, tell: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
@@ -214,15 +159,6 @@ def _data_divergence(
         "reverse_kl_data": data.per_token("reverse_kl"),
         "num_rollouts": len(rows),
     }
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-    """Of the mean of independent values; None for fewer than two."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _example(record: PromptRecord, greedy: str, greedy_reward: float, texts: list[str], rewards: np.ndarray) -> dict:

@@ -9,16 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import ErpdError, RecipeError, StageError
-from megatron_erpd.manifest import MANIFEST, begin_artifact, finish_artifact, input_digest, verify_manifest
-from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request
-from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings
+from megatron_erpd.manifest import (
+    MANIFEST,
+    begin_artifact,
+    finish_artifact,
+    input_digest,
+    read_manifest,
+    verify_manifest,
+)
+from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
+from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 
 _PROMPTS_HELP = "JSON lines with prompt and answer, or reasoning-gym:TASK?size=100&seed=1"
@@ -95,6 +104,55 @@ def import_rollouts(argv: list[str]) -> None:
     (given.output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     Console().print(import_report.render(report))
     finish_artifact(given.output, _figures(report.as_dict()))
+
+
+def select(argv: list[str]) -> None:
+    """Makes one of a teacher's checkpoints the teacher, by validation prompts; says whether it is strong or weak."""
+    parser = _parser(
+        "select",
+        select.__doc__,
+        "--model Qwen3-4B --teacher runs/mine/round-01/teacher --candidates runs/mine/round-01/candidates "
+        "--prompts validation.jsonl --verifier math-verify --output runs/mine/round-01/selection",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="the base policy: a Hugging Face folder")
+    parser.add_argument("--teacher", type=Path, required=True, help="artifact with the checkpoints to choose from")
+    parser.add_argument("--candidates", type=Path, required=True, help="their export (`export --checkpoint ...@all`)")
+    parser.add_argument("--prompts", required=True, help=f"validation prompts: {_PROMPTS_HELP}")
+    parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
+    parser.add_argument(
+        "--unlearned", action="store_true", help="there will be an unlearned policy: signals with it may be recommended"
+    )
+    _add_output(parser)
+    add_settings_arguments(parser, SelectSettings, "selection")
+    given = parser.parse_args(argv)
+    settings = settings_from_namespace(given, SelectSettings)
+    request = select_request(
+        *(settings, given.model, given.teacher, given.candidates, given.prompts, given.verifier, given.unlearned)
+    )
+    _begin("select", given.output, request)
+
+    from megatron_erpd.checkpoint.iterations import take_iteration
+    from megatron_erpd.evaluation.selection import candidate_folders, select_checkpoint
+    from megatron_erpd.evaluation.strength import SELECTION
+    from megatron_erpd.sampling.prompts import load_prompts
+    from megatron_erpd.sampling.sample import write_json
+
+    _check_candidates(given.candidates, given.teacher)
+    selection = select_checkpoint(
+        given.model,
+        candidate_folders(given.candidates),
+        load_prompts(given.prompts, settings.num_prompts),
+        given.output,
+        settings,
+        verifier=given.verifier,
+        has_unlearned=given.unlearned,
+        status=_status(),
+    )
+    print(selection.describe())
+    take_iteration(given.teacher / "megatron", selection.iteration, given.output / "megatron")
+    shutil.copytree(given.teacher / "hf", given.output / "hf", dirs_exist_ok=True)
+    write_json(given.output / SELECTION, asdict(selection))
+    finish_artifact(given.output, selection.figures())
 
 
 def evaluate(argv: list[str]) -> None:
@@ -235,6 +293,12 @@ def _pairs(values: list[str], flag: str) -> dict[str, str]:
             raise RecipeError(f"{flag} {text}: {name} is given twice")
         pairs[name] = value
     return pairs
+
+
+def _check_candidates(candidates: Path, teacher: Path) -> None:
+    """The export must be of this teacher: its checkpoints are told by their iterations alone."""
+    if input_digest(teacher) not in read_manifest(candidates).inputs.values():
+        raise StageError(f"--candidates {candidates}: was not exported from {teacher}; export its checkpoints again")
 
 
 def _exported(folder: Path | None, models: Mapping[str, Path]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Settings and inputs that identify the artifacts of `sample`, `import-rollouts` and `evaluate`.
+"""Settings and inputs that identify the artifacts of `sample`, `import-rollouts`, `select` and `evaluate`.
 
 The plan of a run and the commands themselves both ask here, so that they agree. (Training's commands have no settings
 besides their models in `megatron_erpd.settings`.)
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.manifest import settings_identity
-from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings
+from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 
 GENERATED_PROMPTS = "reasoning-gym:"
 """How prompts begin that are generated, not read from a file."""
@@ -56,6 +56,21 @@ def evaluate_request(
     inputs |= {f"model-{name}": path for name, path in models.items()}
     inputs |= {"rollouts": rollouts} | ({"exported": exported} if exported else {})
     return Request(settings_identity(settings, **more), inputs)
+
+
+def select_request(
+    settings: SelectSettings,
+    model: Path,
+    teacher: Path,
+    candidates: Path,
+    prompts: str,
+    verifier: str,
+    has_unlearned: bool,
+) -> Request:
+    """One checkpoint of the artifact `teacher`, chosen among those exported to `candidates`."""
+    more, inputs = _task(prompts, verifier)
+    inputs |= {"model": model, "teacher": teacher, "candidates": candidates}
+    return Request(settings_identity(settings, has_unlearned=has_unlearned, **more), inputs)
 
 
 def verifier_file(verifier: str) -> Path | None:

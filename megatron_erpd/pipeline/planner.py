@@ -15,11 +15,21 @@ from megatron_erpd.pipeline.identity import (
     evaluate_request,
     import_request,
     sample_request,
+    select_request,
     verifier_file,
 )
-from megatron_erpd.pipeline.recipe import Imported, Recipe, ReplayControl, Sampled, StageOverrides
+from megatron_erpd.pipeline.recipe import (
+    Evaluation,
+    Imported,
+    Recipe,
+    ReplayControl,
+    Sampled,
+    Selection,
+    StageOverrides,
+)
 from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of
 from megatron_erpd.settings import (
+    AUTO_SIGNAL,
     NO_SIGNAL,
     DistillSettings,
     EvaluateSettings,
@@ -28,6 +38,7 @@ from megatron_erpd.settings import (
     PrecomputeSettings,
     ReplaySettings,
     SampleSettings,
+    SelectSettings,
     Settings,
 )
 from megatron_erpd.settings_arguments import settings_to_argv
@@ -97,7 +108,10 @@ class _Planner:
         for name, section in recipe.stage1().items():
             stage = f"teachers/{name}" if name in recipe.teachers else name
             policies[name] = self._replay(prefix + stage, section, data, folder / stage)
-        cache = self._cache(f"{prefix}cache", policies, data, folder / "cache")
+        kept, selection = dict(policies), None
+        if recipe.selection:
+            policies["teacher"] = selection = self._selection(prefix, hf, policies["teacher"], folder)
+        cache = self._cache(f"{prefix}cache", policies, data, selection, folder / "cache")
         if recipe.student:
             policies["student"] = self._distill(
                 f"{prefix}student", recipe.student, data, policies, cache, folder / "student"
@@ -109,7 +123,7 @@ class _Planner:
             else:
                 policies[name] = self._distill(stage, control, data, policies, cache, output)
         trained = {name: path for name, path in policies.items() if name != "base"}
-        export = self._export(f"{prefix}export", trained, folder / "export")
+        export = self._export(f"{prefix}export", trained, folder / "export", kept)
         self._evaluation(f"{prefix}evaluation", hf, export, rollouts, folder / "evaluation")
         return policies.get("student", base), export / "student"
 
@@ -148,7 +162,37 @@ class _Planner:
         settings = _as(ReplaySettings, section)
         return self._add(name, "train-teacher", settings_to_argv(settings), data, output, settings)
 
-    def _cache(self, name: str, policies: dict[str, Path], data: dict[str, Path], output: Path) -> Path | None:
+    def _selection(self, prefix: str, hf: Path, teacher: Path, folder: Path) -> Path:
+        """The teacher's checkpoints as Hugging Face folders, and the one of them that becomes the teacher."""
+        section = self.recipe.selection
+        assert section is not None
+        argv, inputs = ["--checkpoint", f"teacher={teacher}@all"], {"teacher": teacher}
+        settings = {"iterations": {"teacher": "all"}}
+        candidates = self._add(f"{prefix}candidates", "export", argv, inputs, folder / "candidates", settings)
+        prompts, verifier = self._task("selection", section)
+        unlearned, chosen = self.recipe.unlearned is not None, _as(SelectSettings, section)
+        request = select_request(chosen, hf, teacher, candidates, prompts, verifier, unlearned)
+        argv = ["--model", str(hf), "--teacher", str(teacher), "--candidates", str(candidates)]
+        argv += ["--prompts", prompts, "--verifier", verifier, *(["--unlearned"] if unlearned else [])]
+        argv += settings_to_argv(chosen)
+        return self._add(f"{prefix}selection", "select", argv, request.inputs, folder / "selection", request.settings)
+
+    def _task(self, where: str, section: Selection | Evaluation) -> tuple[str, str]:
+        """Prompts and verifier of a section that names its own prompts and maybe its own verifier."""
+        sampled = self.recipe.rollouts
+        verifier = section.verifier or (sampled.verifier if isinstance(sampled, Sampled) else None)
+        if verifier is None:
+            raise RecipeError(f"{where}.verifier: missing; imported rollouts name no verifier to take instead")
+        return self._prompts(section.prompts), self._verifier(verifier)
+
+    def _cache(
+        self,
+        name: str,
+        policies: Mapping[str, Path],
+        data: Mapping[str, Path],
+        selection: Path | None,
+        output: Path,
+    ) -> Path | None:
         """The teacher cache, when anything reads one, with the policies of all signals that do."""
         readers = {where: d for where, d in self.recipe.distillations().items() if d.reads_cache}
         if not readers:
@@ -162,6 +206,7 @@ class _Planner:
                 raise RecipeError(f"{where}: the projection reads top-k targets; set cache.kind to topk")
         inputs = {"base": data["base"], "rollouts": data["rollouts"]}
         inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
+        inputs |= {"selection": selection} if selection else {}
         return self._add(name, "precompute", settings_to_argv(settings), inputs, output, settings)
 
     def _distill(
@@ -182,27 +227,31 @@ class _Planner:
             inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
         return self._add(name, "distill", settings_to_argv(settings), inputs, output, settings)
 
-    def _export(self, name: str, checkpoints: Mapping[str, Path], output: Path) -> Path:
-        argv, iterations = [], dict.fromkeys(checkpoints)
+    def _export(
+        self, name: str, checkpoints: Mapping[str, Path], output: Path, kept: Mapping[str, Path] | None = None
+    ) -> Path:
+        """Policies as Hugging Face folders, and the teachers' checkpoints on the way when the evaluation wants them.
+
+        Args:
+            kept: the artifacts with all checkpoints of the teachers, where a selection's holds only one.
+        """
+        argv, inputs, iterations = [], dict(checkpoints), dict.fromkeys(checkpoints)
         for policy, folder in checkpoints.items():
             argv += ["--checkpoint", f"{policy}={folder}"]
         evaluation = self.recipe.evaluation
         if evaluation and evaluation.checkpoints:
             for teacher in ("teacher", *self.recipe.teachers):
-                if teacher in checkpoints:
-                    argv += ["--checkpoint", f"{teacher}={checkpoints[teacher]}@all"]
-                    iterations[teacher] = "all"
-        return self._add(name, "export", argv, dict(checkpoints), output, {"iterations": iterations})
+                if kept and teacher in kept:
+                    argv += ["--checkpoint", f"{teacher}={kept[teacher]}@all"]
+                    key = teacher if kept[teacher] == checkpoints[teacher] else f"{teacher}@all"
+                    inputs[key], iterations[key] = kept[teacher], "all"
+        return self._add(name, "export", argv, inputs, output, {"iterations": iterations})
 
     def _evaluation(self, name: str, hf: Path, export: Path, rollouts: Path, output: Path) -> None:
         section = self.recipe.evaluation
         if section is None:
             return
-        sampled = self.recipe.rollouts
-        verifier = section.verifier or (sampled.verifier if isinstance(sampled, Sampled) else None)
-        if verifier is None:
-            raise RecipeError("evaluation.verifier: missing; imported rollouts name no verifier to take instead")
-        prompts, verifier = self._prompts(section.prompts), self._verifier(verifier)
+        prompts, verifier = self._task("evaluation", section)
         settings = _as(EvaluateSettings, section)
         request = evaluate_request(settings, {"base": hf}, export, prompts, rollouts, verifier)
         argv = ["--model", f"base={hf}", "--exported", str(export), "--prompts", prompts, "--rollouts", str(rollouts)]
@@ -281,7 +330,9 @@ def _input_flags(inputs: Mapping[str, Path]) -> list[str]:
 
 
 def _policies(signal: str, where: str, trained: Mapping[str, Path]) -> set[str]:
-    """The policies of a signal, all of which must be trained by the recipe."""
+    """The policies of a signal, all of which must be trained by the recipe; of `auto`, those of every outcome."""
+    if signal == AUTO_SIGNAL:
+        return {"base", "teacher", "unlearned"} & trained.keys()
     from megatron_erpd.objectives.signals import parse_signal, policies_of
 
     try:

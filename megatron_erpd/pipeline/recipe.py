@@ -17,6 +17,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.settings import (
+    AUTO_SIGNAL,
     DistillSettings,
     EvaluateSettings,
     ImportSettings,
@@ -25,6 +26,7 @@ from megatron_erpd.settings import (
     ReplayLoss,
     ReplaySettings,
     SampleSettings,
+    SelectSettings,
     Settings,
     error_lines,
 )
@@ -80,6 +82,13 @@ class DistillControl(DistillSettings):
     kind: Literal["distill"]
 
 
+class Selection(SelectSettings):
+    """Choosing the teacher among its kept checkpoints, on held-out prompts that are not those of the evaluation."""
+
+    prompts: str = Field(description="validation prompts, as in rollouts; not those of the evaluation")
+    verifier: str | None = Field(default=None, description="as in rollouts; default: that of the rollouts")
+
+
 class Evaluation(EvaluateSettings):
     """Measurements of every policy of a round on held-out prompts."""
 
@@ -126,6 +135,7 @@ class Recipe(Settings):
     teacher: ReplaySettings | None = None
     unlearned: Unlearned | None = None
     teachers: dict[str, ReplaySettings] = {}
+    selection: Selection | None = None
     cache: PrecomputeSettings = PrecomputeSettings()
     student: DistillSettings | None = None
     controls: dict[str, Control] = {}
@@ -169,6 +179,26 @@ class Recipe(Settings):
             raise ValueError("nothing to train; give at least one of teacher, unlearned, teachers, student, controls")
         if self.rounds > 1 and self.student is None:
             raise ValueError("rounds: the next round starts from the student, and there is none; give student")
+        return self
+
+    @model_validator(mode="after")
+    def _selection_fits(self) -> Self:
+        if self.selection and not self.teacher:
+            raise ValueError("selection: there is no teacher to choose checkpoints of; give the section teacher")
+        if self.selection and self.evaluation and self.selection.prompts == self.evaluation.prompts:
+            raise ValueError(
+                "selection.prompts: are those of the evaluation, whose figures for the chosen teacher would be too "
+                "high; give other prompts"
+            )
+        if self.cache.signal == AUTO_SIGNAL and not self.selection:
+            raise ValueError(
+                "cache.signal: auto is decided by the teacher's reward on held-out prompts; give the section "
+                "selection, or name the signal"
+            )
+        for where, distillation in self.distillations().items():
+            auto = distillation.reads_cache and distillation.signal == AUTO_SIGNAL
+            if auto and self.cache.signal != AUTO_SIGNAL:
+                raise ValueError(f"{where}.signal: auto takes what the cache chose; set cache.signal to auto")
         return self
 
     @property
@@ -297,6 +327,7 @@ def _known_keys(section: list[str]) -> list[str]:
         "teacher": (ReplaySettings,),
         "unlearned": (Unlearned,),
         "teachers": (ReplaySettings,),
+        "selection": (Selection,),
         "cache": (PrecomputeSettings,),
         "student": (DistillSettings,),
         "controls": (ReplayControl, DistillControl),

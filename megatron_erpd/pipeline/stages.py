@@ -27,6 +27,7 @@ TOOLS = {
     "train-teacher": "train_teacher.py",
     "precompute": "precompute.py",
     "distill": "distill.py",
+    "select": "select_teacher.py",
     "evaluate": "evaluate.py",
     "report": "report.py",
 }

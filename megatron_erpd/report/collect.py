@@ -10,11 +10,12 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.evaluation.strength import Selection, read_selection
 from megatron_erpd.manifest import MANIFEST, REQUEST, Manifest, read_manifest
 
 ROLES = ("base", "teacher", "unlearned", "student", "control")
@@ -109,6 +110,8 @@ class Round:
     stages: list[StageRecord]
     target: dict[str, dict[str, float]]
     """Of the cached target: mean, min and max over the tokens of `eta` and of `target_kl` (in nats)."""
+    selection: Selection | None = None
+    """How the teacher was chosen among its checkpoints, where it was."""
 
     def policy(self, name: str) -> Policy | None:
         return next((p for p in self.policies if p.name == name), None)
@@ -162,7 +165,8 @@ def collect_run(run_dir: str | Path) -> Run:
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), `targets` and `stages`.
+    """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), `targets`, `selections`
+    and `stages`.
 
     Standard errors are the keys that end in `_se`; rewards are means over held-out prompts, divergences are in nats.
     """
@@ -177,7 +181,15 @@ def summarise(run: Run) -> dict[str, Any]:
         for stage in run.stages
     }
     targets = {round_.name: round_.target for round_ in run.rounds if round_.target}
-    return {"name": run.name, "policies": policies, "targets": targets, "stages": stages, "versions": run.versions}
+    selections = {round_.name: asdict(round_.selection) for round_ in run.rounds if round_.selection}
+    return {
+        "name": run.name,
+        "policies": policies,
+        "targets": targets,
+        "selections": selections,
+        "stages": stages,
+        "versions": run.versions,
+    }
 
 
 def write_summary(run: Run, path: Path) -> dict[str, Any]:
@@ -206,7 +218,10 @@ def _collect_round(folder: Path) -> Round:
     artifacts = [*sorted(p for p in folder.iterdir() if p.is_dir()), *named]
     stages = [StageRecord(f"{folder.name}/{p.relative_to(folder)}", read_manifest(p)) for p in _finished(artifacts)]
     curves = [Curve(p.name, _read_lines(p / "metrics.jsonl")) for p in artifacts if (p / "metrics.jsonl").is_file()]
-    return Round(folder.name, folder, policies, [c for c in curves if c.rows], stages, _target(folder / "cache"))
+    chosen = folder / "selection"
+    selection = read_selection(chosen) if (chosen / MANIFEST).is_file() else None
+    curves = [c for c in curves if c.rows]
+    return Round(folder.name, folder, policies, curves, stages, _target(folder / "cache"), selection)
 
 
 def _target(cache: Path) -> dict[str, dict[str, float]]:

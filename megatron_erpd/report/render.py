@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from megatron_erpd.evaluation.strength import Selection
 from megatron_erpd.report import plots
 from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary, write_text
 from megatron_erpd.report.token_signal import SignalSample, read_signal
@@ -75,6 +76,9 @@ class RoundView:
     efficiency: list[str]
     training: list[tuple[str, list[Picture]]]
     target: dict[str, dict[str, float]]
+    selection: Selection | None
+    selection_rows: list[tuple[str, bool, list[str]]]
+    """Name, whether it was chosen, and cells: reward, greedy, difference from the base."""
     signal: SignalSample | None
     histogram: Picture | None
     answers: list[tuple[str, list[dict[str, Any]]]]
@@ -123,6 +127,8 @@ def _view(run: Run, round_: Round) -> RoundView:
         efficiency=_efficiency_sentences(round_),
         training=_training_pictures(round_, palette),
         target=round_.target,
+        selection=round_.selection,
+        selection_rows=_selection_rows(round_.selection) if round_.selection else [],
         signal=signal,
         histogram=_picture(histogram, "Histogram of the signal on the tokens of rewarded and unrewarded rollouts"),
         answers=_answers(round_),
@@ -182,6 +188,18 @@ def _table_row(policy: Policy, columns: list[tuple[str, str, str]]) -> tuple[str
         text = "–" if value is None else format(value, form)
         cells.append(f"{text} ± {format(error, form)}" if value is not None and error else text)
     return policy.name, policy.role, cells
+
+
+def _selection_rows(selection: Selection) -> list[tuple[str, bool, list[str]]]:
+    def cells(figures: dict[str, Any]) -> list[str]:
+        keys = ("reward", "greedy", "difference")
+        return [f"{figures[k]:.3f} ± {figures[f'{k}_se']:.3f}" if k in figures else "–" for k in keys]
+
+    rows = [("base", False, cells(selection.base))]
+    for figures in selection.candidates:
+        iteration = figures["iteration"]
+        rows.append((f"teacher@{iteration}", iteration == selection.iteration, cells(figures)))
+    return rows
 
 
 def _efficiency_sentences(round_: Round) -> list[str]:

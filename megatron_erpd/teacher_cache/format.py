@@ -65,7 +65,9 @@ class CacheMeta:
         vocab_size: true (unpadded) vocabulary size.
         temperature: of all log-probs.
         tokenizer_digest: of the rollouts' tokenizer, where known.
-        signal: for 'topk', the signal's expression, such as 'strong' or '0.7*teacher/base + 0.3*base/unlearned'.
+        signal: for 'topk', the signal's expression, such as 'strong' or '0.7*teacher/base + 0.3*base/unlearned'; for
+            'token' only where it was chosen when the cache was made.
+        signal_requested: 'auto' where the signal was chosen by the teacher's selection.
         projection: for 'topk', the projection's settings (mode, delta, eta_max, ...), JSON-serialisable.
         k: for 'topk', entries kept per token.
         topk_dtype: 'float32' or 'float16', of the top-k log-probs.
@@ -79,6 +81,7 @@ class CacheMeta:
     temperature: float = 1.0
     tokenizer_digest: str | None = None
     signal: str | None = None
+    signal_requested: str | None = None
     projection: Mapping[str, Any] | None = None
     k: int | None = None
     topk_dtype: str = "float32"

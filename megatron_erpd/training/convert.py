@@ -79,10 +79,9 @@ def export_checkpoints(argv: list[str]) -> None:
     namespace = parser.parse_args(own)
     layout = layout_from_namespace(namespace)
     named = [_parse_checkpoint(text) for text in namespace.checkpoint]
-    inputs = {name: folder for name, folder, _ in named}
-    # A name that comes alone and with @all asks for all.
-    settings = {"iterations": {name: iteration for name, _, iteration in sorted(named, key=lambda n: n[2] or "")}}
-    prepare_output(namespace.output, "export", settings_identity(settings, precision=layout.precision), inputs)
+    inputs, iterations = _identity(named)
+    settings = settings_identity({"iterations": iterations}, precision=layout.precision)
+    prepare_output(namespace.output, "export", settings, inputs)
     for folder in inputs.values():
         read_manifest(folder)
 
@@ -110,6 +109,17 @@ def _parse_checkpoint(text: str) -> tuple[str, Path, str | None]:
     if not match:
         raise RecipeError(f"--checkpoint {text}: write NAME=DIR, NAME=DIR@ITERATION or NAME=DIR@all")
     return match[1], Path(match[2]), match[3]
+
+
+def _identity(named: list[tuple[str, Path, str | None]]) -> tuple[dict[str, Path], dict[str, str | None]]:
+    """Inputs and iterations by name. A name that comes alone and with @all asks for all; where the two are of different
+    artifacts, the second is called NAME@all."""
+    inputs: dict[str, Path] = {}
+    iterations: dict[str, str | None] = {}
+    for name, folder, iteration in sorted(named, key=lambda n: n[2] or ""):
+        key = name if inputs.get(name, folder) == folder else f"{name}@{iteration}"
+        inputs[key], iterations[key] = folder, iteration
+    return inputs, iterations
 
 
 def _expand(named: list[tuple[str, Path, str | None]]) -> list[tuple[str, Path, int | None]]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from megatron_erpd import platform
 from megatron_erpd.data.collate import Batch, gather_response_rows
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.errors import LayoutError
+from megatron_erpd.errors import LayoutError, RecipeError
+from megatron_erpd.evaluation.strength import Selection, read_selection
 from megatron_erpd.manifest import finish_artifact, input_digest, read_manifest, settings_identity
 from megatron_erpd.objectives.global_eta import eta_grid, kl_curve, solve_global_eta
 from megatron_erpd.objectives.signals import SignalTerm, parse_signal, policies_of
-from megatron_erpd.settings import Layout, PrecomputeSettings
+from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import CacheWriter, finalize, prepare_cache
@@ -67,6 +68,9 @@ def precompute(argv: list[str]) -> None:
     parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
     parser.add_argument("--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR")
     parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
+    parser.add_argument(
+        "--selection", type=Path, help="what `megatron-erpd select` wrote: reported here, and read by --signal auto"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
     add_settings_arguments(parser, PrecomputeSettings, "cache")
     add_layout_arguments(parser)
@@ -77,8 +81,10 @@ def precompute(argv: list[str]) -> None:
     if layout.context_parallel > 1:
         raise LayoutError("--context-parallel: precompute keeps no activations and needs none; set it to 1")
     policies = {"base": namespace.base, **parse_policies(namespace.policy)}
-    if settings.has_signal:
-        check_policies(policies_of(parse_signal(settings.signal)), policies)
+    selection = read_selection(namespace.selection) if namespace.selection else None
+    resolved = resolve_signal(settings, selection)
+    if settings.has_signal or settings.signal == AUTO_SIGNAL:
+        check_policies(policies_of(parse_signal(resolved.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
     check_compatible(policies)
@@ -87,13 +93,33 @@ def precompute(argv: list[str]) -> None:
     identity = settings_identity(settings, pass_through, precision=layout.precision)
     inputs = {"rollouts": namespace.rollouts, "base": namespace.base}
     inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
+    inputs |= {"selection": namespace.selection} if namespace.selection else {}
     prepare_output(namespace.output, "precompute", identity, inputs)
+    if selection is not None and rank() == 0:
+        print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)
     with stage_process() as store:
-        _compute(settings, layout, policies, rollouts, namespace.output, pass_through, store)
+        _compute(settings, selection, layout, policies, rollouts, namespace.output, pass_through, store)
+
+
+def resolve_signal(settings: PrecomputeSettings, selection: Selection | None) -> PrecomputeSettings:
+    """The settings with the selection's recommendation in place of `signal: auto`.
+
+    Raises:
+        RecipeError: auto without a selection.
+    """
+    if settings.signal != AUTO_SIGNAL:
+        return settings
+    if selection is None:
+        raise RecipeError(
+            "--signal auto: is decided by the teacher's reward on held-out prompts; give --selection DIR, which "
+            "`megatron-erpd select` writes, or name the signal"
+        )
+    return settings.model_copy(update={"signal": selection.signal})
 
 
 def _compute(
-    settings: PrecomputeSettings,
+    asked: PrecomputeSettings,
+    selection: Selection | None,
     layout: Layout,
     policies: dict[str, Path],
     rollouts: Rollouts,
@@ -110,12 +136,13 @@ def _compute(
         models.append(build_frozen_model(model_config(args)))
         load_weights(models[-1], folder)
 
-    meta = _cache_meta(settings, policies, rollouts, args.vocab_size)
+    settings = resolve_signal(asked, selection)
+    meta = _cache_meta(settings, asked.signal, policies, rollouts, args.vocab_size)
     written = _broadcast(prepare_cache(output, meta, resume=True) if rank() == 0 else None)
     missing = np.array([i for i, name in enumerate(rollouts.sample_ids) if name not in written], dtype=np.int64)
     scan = partial(_scan, models=models, layout=layout)
     score = Scores(settings, list(policies), models[0], args.vocab_size)
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {} if selection is None else {**selection.figures(), "signal": settings.signal}
     if settings.kind == "topk" and settings.projection == "global":
         # The mean is over all rollouts, also those that an interrupted run has written.
         summary["eta"] = score.eta = _global_eta(settings, score, partial(scan, rollouts))
@@ -222,7 +249,7 @@ def _broadcast(value: Any) -> Any:
 
 
 def _cache_meta(
-    settings: PrecomputeSettings, policies: dict[str, Path], rollouts: Rollouts, vocab_size: int
+    settings: PrecomputeSettings, asked: str, policies: dict[str, Path], rollouts: Rollouts, vocab_size: int
 ) -> CacheMeta:
     topk = settings.kind == "topk"
     projection: dict[str, Any] = {"mode": settings.projection, "delta": settings.delta, "eta_max": settings.eta_max}
@@ -233,7 +260,9 @@ def _cache_meta(
         fingerprints={name: input_digest(folder) for name, folder in policies.items()},
         vocab_size=vocab_size,
         tokenizer_digest=rollouts.tokenizer_digest,
-        signal=settings.signal if topk else None,
+        # Nothing in a token cache depends on a signal; but a student with `auto` asks which one was chosen.
+        signal=settings.signal if topk or asked == AUTO_SIGNAL else None,
+        signal_requested=asked if asked == AUTO_SIGNAL else None,
         projection=projection if settings.has_signal else None,
         k=min(settings.k, vocab_size) if topk else None,
         rollouts_digest=rollouts.digest(),

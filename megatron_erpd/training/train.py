@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.errors import RecipeError, RolloutError
+from megatron_erpd.errors import CacheError, RecipeError, RolloutError
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.objectives.signals import parse_signal, policies_of
-from megatron_erpd.settings import DistillSettings, ReplaySettings
+from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
@@ -121,9 +121,12 @@ def distill(argv: list[str]) -> None:
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
     cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
+    resolved = settings
     if settings.needs_teacher and settings.teacher == "cache":
         inputs["cache"] = namespace.cache
-        rows |= _cached_rows(settings, open_cache(namespace.cache, rollouts, policies), rollouts)
+        teacher_cache = open_cache(namespace.cache, rollouts, policies)
+        resolved = _with_recorded_signal(settings, teacher_cache)
+        rows |= _cached_rows(resolved, teacher_cache, rollouts)
     live = settings.teacher == "live" and settings.form == "projection"
     if live:
         inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
@@ -138,7 +141,7 @@ def distill(argv: list[str]) -> None:
         pass_through=pass_through,
         rollouts=rollouts,
         make_step=partial(
-            _policy_gradient_step if settings.form == "policy_gradient" else _projection_step, settings, policies
+            _policy_gradient_step if settings.form == "policy_gradient" else _projection_step, resolved, policies
         ),
         token_rows=rows,
         sequence_rows={
@@ -171,6 +174,18 @@ def _check_teacher_flags(settings: DistillSettings, namespace: argparse.Namespac
     for folder in policies.values():
         read_manifest(folder)
     check_compatible(policies)
+
+
+def _with_recorded_signal(settings: DistillSettings, cache: CacheReader) -> DistillSettings:
+    """`signal: auto` as the signal that was chosen when the cache was made."""
+    if settings.signal != AUTO_SIGNAL:
+        return settings
+    if cache.meta.signal is None:
+        raise CacheError(
+            f"{cache.folder}: records no signal, which --signal auto takes from the cache; precompute with --signal "
+            "auto and --selection, or name the signal here"
+        )
+    return settings.model_copy(update={"signal": cache.meta.signal})
 
 
 def _cached_rows(settings: DistillSettings, cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
@@ -267,11 +282,13 @@ def _policy_gradient_step(
     )
     if mpu.is_pipeline_last_stage():
         budget.resume(args.iteration)
+    # Without a teacher nobody has resolved `auto`, and nothing reads the signal.
+    terms = parse_signal(settings.signal) if settings.needs_teacher else ()
     return ReplayStep(
         prefix=run.prefix,
         loss=surrogate_loss(settings),
         aggregation="token_mean",
-        advantages=partial(signal_advantages, settings, parse_signal(settings.signal)),
+        advantages=partial(signal_advantages, settings, terms),
         kl_coefficient=budget,
         kl_estimator="k3",
         vocab_size=args.vocab_size,

@@ -16,6 +16,7 @@ def run_stages(rank: int, world_size: int, stages: Stages) -> None:
     from megatron_erpd import platform
 
     platform.enable_cpu()
+    from megatron_erpd.pipeline.commands import select
     from megatron_erpd.training.convert import export_checkpoints, import_checkpoint
     from megatron_erpd.training.precompute import precompute
     from megatron_erpd.training.train import distill, train_teacher
@@ -26,6 +27,7 @@ def run_stages(rank: int, world_size: int, stages: Stages) -> None:
         "precompute": precompute,
         "train": train_teacher,
         "distill": distill,
+        "select": select,
     }
     for name, argv in stages:
         commands[name](argv)

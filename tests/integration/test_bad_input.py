@@ -224,6 +224,20 @@ def test_teacher_with_another_vocabulary(fails: Fails, made: Path, tmp_path: Pat
         assert "vocab_size 40" in message and str(tmp_path / "larger") in message and str(made / "base") in message
 
 
+def test_auto_without_a_selection(fails: Fails, made: Path, tmp_path: Path) -> None:
+    flags = [*training(made, tmp_path / "out", base_log_probs=None), "--policy", f"teacher={made}/other"]
+    message = fails("precompute", *flags, "--signal", "auto")
+    assert "--signal auto" in message and "--selection DIR" in message
+    message = fails("precompute", *flags, "--signal", "auto", "--selection", made / "cache")
+    assert "selection.json" in message and "megatron-erpd select" in message
+
+
+def test_auto_of_a_cache_that_chose_none(fails: Fails, made: Path, tmp_path: Path) -> None:
+    flags = training(made, tmp_path / "out", cache=made / "base-log-probs", form="policy_gradient", signal="auto")
+    message = fails("distill", *flags)
+    assert "records no signal" in message and "--selection" in message
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

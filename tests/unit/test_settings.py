@@ -16,6 +16,7 @@ from megatron_erpd.settings import (
     PrecomputeSettings,
     ReplaySettings,
     SampleSettings,
+    SelectSettings,
     Settings,
     parse_settings,
 )
@@ -23,6 +24,7 @@ from megatron_erpd.settings_arguments import add_settings_arguments, settings_fr
 
 MODELS: list[type[Settings]] = [
     *(Layout, ReplaySettings, SampleSettings, ImportSettings, PrecomputeSettings, DistillSettings, EvaluateSettings),
+    SelectSettings,
 ]
 
 
@@ -101,6 +103,11 @@ def test_parse_settings_names_places():
         (DistillSettings, {"form": "policy_gradient", "loss": "sapo", "clip_low": 0.5}, "clip_low 0.5 has no effect"),
         (DistillSettings, {"form": "policy_gradient", "signal_weight": 0}, "nothing to learn from"),
         (DistillSettings, {"form": "policy_gradient", "teacher": "live"}, "teacher: live is for the projection"),
+        (DistillSettings, {"teacher": "live", "signal": "auto"}, "signal: auto is decided where a teacher cache is"),
+        (ReplaySettings, {"max_kl": 0}, "max_kl: Input should be greater than 0"),
+        (ReplaySettings, {"min_entropy": -0.1}, "min_entropy: Input should be greater than 0"),
+        (ReplaySettings, {"save_interval": 0}, "save_interval: Input should be greater than or equal to 1"),
+        (SelectSettings, {"num_prompts": 1}, "num_prompts: Input should be greater than or equal to 2"),
         (
             DistillSettings,
             {"form": "policy_gradient", "signal_weight": 0, "advantage_weight": 1, "sign_agreement": True},

@@ -151,6 +151,57 @@ def test_later_rounds_start_from_the_student():
     assert list(stages)[-1] == "report"
 
 
+SELECTION = {"prompts": "prepare/validation.jsonl", "num_samples": 2}
+
+
+def test_a_selection_puts_one_checkpoint_in_the_teachers_place(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])
+    stages = stages_of(selection=SELECTION, cache={"signal": "auto", "k": 8})
+    order = list(stages)
+    assert order[order.index("unlearned") + 1 :][:3] == ["candidates", "selection", "cache"]
+    waits = {name: dependencies(stage, list(stages.values())) for name, stage in stages.items()}
+    assert waits["candidates"] == ["teacher"]
+    assert waits["selection"] == ["prepare", "base-hf", "teacher", "candidates"]
+    assert waits["cache"] == ["warm-up", "rollouts", "unlearned", "selection"]
+    assert "teacher" not in waits["controls/live"] and "selection" in waits["controls/live"]
+    assert stages["selection"].shown() == (
+        "python tools/select_teacher.py --model out/round-01/base-hf/base --teacher out/round-01/teacher "
+        "--candidates out/round-01/candidates --prompts out/prepare/validation.jsonl --verifier python:task.py:score "
+        "--unlearned --num-samples 2 --output out/round-01/selection"
+    )
+    assert (
+        stages["candidates"]
+        .shown()
+        .endswith("--checkpoint teacher=out/round-01/teacher@all --output out/round-01/candidates")
+    )
+    cache = stages["cache"].shown()
+    assert "--policy teacher=out/round-01/selection --policy unlearned=out/round-01/unlearned" in cache
+    assert "--selection out/round-01/selection --signal auto" in cache
+    export = stages["export"]
+    assert "--checkpoint teacher=out/round-01/selection " in export.shown()
+    assert "--checkpoint teacher=out/round-01/teacher@all" in export.shown()
+    assert export.settings["iterations"]["teacher"] is None and export.settings["iterations"]["teacher@all"] == "all"
+    assert export.inputs["teacher@all"] == Path("out/round-01/teacher")
+    assert "selection" not in stages["student"].inputs and "selection" not in stages["controls/sapo"].inputs
+
+
+def test_auto_needs_the_policies_of_every_outcome():
+    selected = {"selection": SELECTION, "cache": {"signal": "auto"}, "controls": {}}
+    assert {"policy-teacher", "policy-unlearned"} <= set(stages_of(**selected)["cache"].inputs)
+    alone = stages_of(**selected, unlearned=None)
+    assert "policy-unlearned" not in alone["cache"].inputs and "--unlearned" not in alone["selection"].arguments
+    explicit = stages_of(selection=SELECTION, cache={"signal": "contrast"}, controls={})["cache"]
+    assert "policy-teacher" not in explicit.inputs and "--selection" in explicit.arguments, (
+        "it is reported all the same"
+    )
+
+
+def test_later_rounds_select_too():
+    stages = stages_of(selection=SELECTION, rounds=2)
+    assert stages["round-02/selection"].inputs["model"] == Path("out/round-01/export/student")
+    assert stages["round-02/cache"].inputs["policy-teacher"] == Path("out/round-02/selection")
+
+
 def test_imported_rollouts_and_no_evaluation():
     rollouts = {"file": "dump.jsonl", "format": "verl", "fields": {"reward": "score"}, "append_eos": False}
     stages = stages_of(rollouts=rollouts, evaluation=None)
@@ -175,6 +226,7 @@ def test_no_cache_where_nothing_reads_one():
         ({"cache": {"signal": "strong - teacher/base"}}, "cache.signal: .*the signal is 0 everywhere"),
         ({"cache": {"kind": "token"}}, "student: the projection reads top-k targets; set cache.kind to topk"),
         ({"rollouts": {"file": "x.jsonl"}}, "evaluation.verifier: missing"),
+        ({"rollouts": {"file": "x.jsonl"}, "selection": SELECTION}, "selection.verifier: missing"),
         (
             {"student": {"form": "policy_gradient", "signal": "teacher/other"}},
             "student.signal: .* needs the policy 'other'; give the section teachers.other",
@@ -232,9 +284,9 @@ class _Captured(ErpdError):
     pass
 
 
-@pytest.mark.parametrize("name", ["rollouts", "imported", "evaluation"])
+@pytest.mark.parametrize("name", ["rollouts", "imported", "selection", "evaluation"])
 def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
-    stages = stages_of()
+    stages = stages_of(selection=SELECTION)
     rollouts = {"file": "dump.jsonl", "fields": {"reward": "score"}, "on_reject": "skip"}
     evaluation = {"prompts": "reasoning-gym:chain_sum?size=9", "verifier": "math-verify", "num_samples": 2}
     stages["imported"] = stages_of(rollouts=rollouts, evaluation=evaluation)["rollouts"]
@@ -252,6 +304,7 @@ def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(commands, "_begin", begin)
     function = {"sample": commands.sample, "import-rollouts": commands.import_rollouts, "evaluate": commands.evaluate}
+    function["select"] = commands.select
     with pytest.raises(_Captured):
         function[stage.command](stage.argv()[2:])
     assert seen == [stage.command, stage.output, stage.settings, stage.inputs]

@@ -153,6 +153,18 @@ def test_a_reader_of_the_signal_inherits_the_caches(read):
     ("overrides", "expected"),
     [
         (["teacher=null"], "nothing to train"),
+        (["selection={prompts: v.jsonl}", "teacher=null", "student={}"], "selection: there is no teacher"),
+        (["selection={prompts: h.jsonl}", "evaluation={prompts: h.jsonl}"], "selection.prompts: are those of the eval"),
+        (["cache={signal: auto}"], "cache.signal: auto is decided by the teacher's reward on held-out prompts"),
+        (
+            ["selection={prompts: v.jsonl}", "student={form: policy_gradient, signal: auto}"],
+            "student.signal: auto takes what the cache chose; set cache.signal to auto",
+        ),
+        (
+            ["selection={prompts: v.jsonl}", "cache={signal: auto}", "student={teacher: live}"],
+            "student: signal: auto is decided where a teacher cache is made",
+        ),
+        (["warm_up={rollouts: d.parquet, max_kl: 0.1}"], "warm_up: max_kl: the warm-up has no base policy"),
         (["rounds=2"], "rounds: the next round starts from the student"),
         (["controls.student={kind: replay}"], "controls.student: a control's name"),
         (["controls={'a/b': {kind: replay}}"], "controls.a/b: a control's name"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
+from megatron_erpd.evaluation.strength import SELECTION, Selection
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import CacheWriter, finalize, prepare_cache
@@ -147,6 +149,20 @@ def tokenizer(folder: Path) -> None:
 
     backend.decoder = Fuse()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+
+
+def selection(folder: Path) -> None:
+    """The teacher at iteration 16, better than at 64 and than the base."""
+    folder.mkdir(parents=True)
+    figures = {"reward": 0.41, "reward_se": 0.02, "greedy": 0.67, "greedy_se": 0.03}
+    rows = {16: (0.62, 0.21), 64: (0.55, 0.14)}
+    candidates = [
+        figures | {"reward": reward, "difference": gained, "difference_se": 0.025, "iteration": iteration}
+        for iteration, (reward, gained) in rows.items()
+    ]
+    found = Selection("best_reward", 16, figures, candidates, "strong", "it is better", num_prompts=64, num_samples=4)
+    (folder / SELECTION).write_text(json.dumps(asdict(found)))
+    finish(folder, "select", 20.0, **found.figures())
 
 
 def finish(folder: Path, stage: str, seconds: float, **figures: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_erpd.report import render_report
 from megatron_erpd.report.render import duration, shortened, size, tint
-from tests.unit.report.synthetic_run import finish, make_run
+from tests.unit.report.synthetic_run import finish, make_run, selection
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -129,3 +130,18 @@ def test_text_on_every_tint_is_readable(signal: float) -> None:
 
     background = luminance([int(c) for c in re.findall(r"\d+", tint(signal))])
     assert (background + 0.05) / (luminance([17, 17, 17]) + 0.05) >= 4.5
+
+
+def test_selection_of_the_teacher(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "validation prompts" not in render_report(folder).read_text()
+    selection(folder / "round-01" / "selection")
+    page = render_report(folder).read_text()
+    assert any("checkpoints on validation prompts" in heading for heading in Structure(page).headings)
+    row = re.search(r'<tr class="chosen"><th scope="row">teacher@16 \(chosen\)</th>(.*?)</tr>', page)
+    assert row and "0.620 ± 0.020" in row[1] and "0.210 ± 0.025" in row[1]
+    assert page.count('class="chosen"') == 1
+    assert "Recommended signal: <b>strong</b>" in page
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    assert summary["selections"]["round-01"]["iteration"] == 16
+    assert summary["stages"]["round-01/selection"]["recommended_signal"] == "strong"

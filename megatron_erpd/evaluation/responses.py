@@ -1,0 +1,80 @@
+"""Responses to held-out prompts and what they are worth: the part of a measurement that needs no base policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.errors import StageError
+from megatron_erpd.evaluation.metrics import PASS_REWARD
+from megatron_erpd.sampling.engine import TransformersEngine
+from megatron_erpd.sampling.policy import Policy
+from megatron_erpd.sampling.prompts import PromptRecord
+from megatron_erpd.sampling.types import Sample
+from megatron_erpd.sampling.verifiers import Verifier
+from megatron_erpd.settings import HeldOutSettings
+
+
+def respond(
+    policy: Policy, prompt_token_ids: list[list[int]], settings: HeldOutSettings, tell: Callable[[str, int, int], None]
+) -> tuple[list[list[Sample]], list[Sample]]:
+    """G samples at temperature 1, and the greedy response, to every prompt."""
+    engine, longest, rows = TransformersEngine(policy), settings.max_new_tokens, settings.batch_size
+    groups = engine.sample(
+        prompt_token_ids,
+        num_samples=settings.num_samples,
+        max_new_tokens=longest,
+        seed=settings.seed,
+        batch_size=rows,
+        progress=partial(tell, "sampling"),
+    )
+    greedy = engine.greedy(prompt_token_ids, max_new_tokens=longest, batch_size=rows, progress=partial(tell, "greedy"))
+    return groups, greedy
+
+
+def decode(policy: Policy, samples: Sequence[Sample]) -> list[str]:
+    return policy.tokenizer.batch_decode([s.response_token_ids for s in samples], skip_special_tokens=True)
+
+
+def score(verifier: Verifier | None, records: Sequence[PromptRecord], texts: list[list[str]]) -> np.ndarray:
+    """float64 `[N, G]`, NaN for unverified."""
+    rewards = np.full((len(texts), len(texts[0])), np.nan)
+    if verifier is None:
+        return rewards
+    before = verifier.num_errors
+    for row, record, group in zip(rewards, records, texts, strict=True):
+        for column, text in enumerate(group):
+            reward = verifier(record, text)
+            row[column] = np.nan if reward is None else reward
+    if verifier.num_errors - before == rewards.size:
+        raise StageError(f"verifier {verifier.spec} failed on every response, first with: {verifier.first_error}")
+    return rewards
+
+
+def accuracies(rewards: np.ndarray, greedy: np.ndarray) -> dict[str, Any]:
+    """Means over prompts of the verified samples' mean, so that a prompt counts once however many were verified."""
+    verified = ~np.isnan(rewards)
+    some = verified.any(axis=1)
+    means = np.nanmean(rewards[some], axis=1) if some.any() else np.empty(0)
+    best = np.nanmax(rewards[some], axis=1) if some.any() else np.empty(0)
+    first = greedy[~np.isnan(greedy)]
+    return {
+        "accuracy_sampled": mean(means),
+        "accuracy_sampled_se": standard_error(means),
+        "accuracy_greedy": mean(first),
+        "accuracy_greedy_se": standard_error(first),
+        "pass_at_g": mean((best >= PASS_REWARD).astype(np.float64)),
+        "unverified": float(1 - verified.mean()),
+    }
+
+
+def mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

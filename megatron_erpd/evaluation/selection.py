@@ -1,0 +1,172 @@
+"""Choosing the teacher among its checkpoints by their reward on held-out validation prompts.
+
+These prompts are not those of the final evaluation: the best of several is best partly by chance, so its reward here is
+a little too high, and only other prompts tell what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.errors import RecipeError, StageError
+from megatron_erpd.evaluation.responses import decode, respond, score, standard_error
+from megatron_erpd.evaluation.strength import Selection, recommend_signal
+from megatron_erpd.sampling.policy import load_policy, policy_fingerprint
+from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompts_digest
+from megatron_erpd.sampling.sample import write_json
+from megatron_erpd.sampling.verifiers import get_verifier
+from megatron_erpd.settings import SelectSettings
+
+REWARDS = "rewards"
+Status = Callable[[str, str, int, int], None]
+"""Called with (policy's name, what is being done, finished, total)."""
+
+
+def select_checkpoint(
+    base: Path,
+    candidates: Mapping[int, Path],
+    prompts: Sequence[PromptRecord],
+    folder: Path,
+    settings: SelectSettings,
+    verifier: str,
+    has_unlearned: bool,
+    status: Status | None = None,
+) -> Selection:
+    """Samples base and candidates on the prompts and chooses.
+
+    Each policy's rewards are saved as soon as they are there (`rewards/NAME.json`); a file that was made from the same
+    policy, prompts, settings and verifier is taken as it is.
+
+    Args:
+        base: Hugging Face folder of pi_0.
+        candidates: iteration to Hugging Face folder; with `by: last` only the last one is sampled.
+        prompts: validation prompts; the first `settings.num_prompts` are used.
+        folder: where the rewards are kept.
+        verifier: as in `get_verifier`.
+        has_unlearned: whether an unlearned policy will be there (see `recommend_signal`).
+
+    Returns:
+        The finding. The highest mean reward of the samples wins; of equal ones the earliest, which has moved least.
+
+    Raises:
+        RecipeError: fewer than two prompts. StageError: nothing of a policy's was verified.
+    """
+    records = list(prompts[: settings.num_prompts])
+    if len(records) < 2:
+        raise RecipeError(f"prompts: {len(records)} validation prompt tells nothing about chance; give more")
+    iterations = sorted(candidates)[-1:] if settings.by == "last" else sorted(candidates)
+    measure = partial(_rewards, records=records, folder=folder, settings=settings, verifier=verifier, status=status)
+    reference = measure("base", base)
+    found = [_figures(measure(f"teacher@{i}", candidates[i]), reference) | {"iteration": i} for i in iterations]
+    chosen = max(found, key=lambda figures: (figures["reward"], -figures["iteration"]))
+    advice = recommend_signal(chosen["difference"], chosen["difference_se"], has_unlearned)
+    return Selection(
+        by=settings.by,
+        iteration=chosen["iteration"],
+        base=_means(reference),
+        candidates=found,
+        signal=advice.signal,
+        why=advice.why,
+        num_prompts=len(records),
+        num_samples=settings.num_samples,
+    )
+
+
+def candidate_folders(exported: Path) -> dict[int, Path]:
+    """Iteration to folder of an export's checkpoints, `NAME@ITERATION` each.
+
+    Raises:
+        StageError: there is none.
+    """
+    named = [(p.name.rpartition("@")[2], p) for p in exported.glob("*@*") if (p / "config.json").is_file()]
+    found = {int(iteration): path for iteration, path in named if iteration.isdigit()}
+    if not found:
+        raise StageError(
+            f"{exported}: holds no checkpoint as NAME@ITERATION; make it with `megatron-erpd export --checkpoint "
+            "teacher=DIR@all`"
+        )
+    return found
+
+
+def _rewards(
+    name: str,
+    path: Path,
+    *,
+    records: Sequence[PromptRecord],
+    folder: Path,
+    settings: SelectSettings,
+    verifier: str,
+    status: Status | None,
+) -> dict[str, np.ndarray]:
+    """Per prompt the mean reward of the verified samples, and that of the greedy response: float64 `[N]`, or NaN."""
+    identity = {
+        "policy": policy_fingerprint(path),
+        "prompts": prompts_digest(records),
+        "settings": settings.model_dump(exclude={"batch_size", "by"}),
+        "verifier": verifier,
+    }
+    file = folder / REWARDS / f"{name}.json"
+    rewards = _saved(file, identity)
+    if rewards is None:
+        policy = load_policy(path)
+        ids = encode_prompts(policy.tokenizer, records, settings.chat_template)
+        groups, greedy = respond(policy, ids, settings, partial(status, name) if status else lambda *_: None)
+        judge = get_verifier(verifier)
+        sampled = score(judge, records, [decode(policy, group) for group in groups])
+        likeliest = score(judge, records, [[text] for text in decode(policy, greedy)])
+        rewards = {"sampled": _row_means(sampled), "greedy": _row_means(likeliest)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        values = {kind: [None if np.isnan(v) else v for v in row.tolist()] for kind, row in rewards.items()}
+        write_json(file, {"identity": identity, **values})
+    for kind, row in rewards.items():
+        if np.isnan(row).all():
+            raise StageError(f"{name}: the verifier {verifier} gave no verdict on any {kind} response; correct it")
+    return rewards
+
+
+def _saved(file: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if content["identity"] != json.loads(json.dumps(identity)):
+            return None
+        return {kind: np.array(content[kind], dtype=np.float64) for kind in ("sampled", "greedy")}
+    except (json.JSONDecodeError, KeyError):
+        return None
+
+
+def _row_means(rewards: np.ndarray) -> np.ndarray:
+    """`[N, G]` with NaN for unverified -> `[N]`; a row without any verdict is NaN."""
+    verified = ~np.isnan(rewards)
+    counts = verified.sum(axis=1)
+    return np.where(counts > 0, np.where(verified, rewards, 0.0).sum(axis=1) / counts.clip(min=1), np.nan)
+
+
+def _means(rewards: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, kind in (("reward", "sampled"), ("greedy", "greedy")):
+        figures |= _mean_and_error(name, rewards[kind][~np.isnan(rewards[kind])])
+    return figures
+
+
+def _figures(rewards: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A candidate's means, and its difference from the base over the prompts on which both have a verdict."""
+    difference = rewards["sampled"] - base["sampled"]
+    return _means(rewards) | _mean_and_error("difference", difference[~np.isnan(difference)])
+
+
+def _mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:
+    error = standard_error(values)
+    if error is None:
+        raise StageError(
+            f"{name}: only {len(values)} of the validation prompts have a verdict (for the base too); a standard error "
+            "needs at least two: give more prompts or correct the verifier"
+        )
+    return {name: float(values.mean()), f"{name}_se": error}
