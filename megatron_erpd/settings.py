@@ -223,7 +223,7 @@ class PrecomputeSettings(Settings):
 _POLICY_GRADIENT_FIELDS = (
     *("loss", "clip_low", "clip_high", "tau_positive", "tau_negative"),
     *("signal_weight", "signal_scale", "signal_clip", "shuffle_signal", "advantage_weight", "sign_agreement"),
-    *("kl_budget", "kl_coefficient", "kl_control_rate"),
+    *("kl_budget", "kl_coefficient"),
 )
 
 
@@ -279,8 +279,9 @@ class DistillSettings(OptimizerSettings):
     kl_budget: float = Field(
         default=0.05, gt=0, description="policy_gradient: KL(policy || base) per token that the controller holds"
     )
-    kl_coefficient: float = Field(default=0.1, gt=0, description="policy_gradient: the controller's first coefficient")
-    kl_control_rate: float = Field(default=0.1, gt=0, description="policy_gradient: the controller's speed")
+    kl_coefficient: float = Field(
+        default=1.0, ge=1e-3, le=1e3, description="policy_gradient: where the controller's coefficient starts"
+    )
     advantage: Literal["group_norm", "group_mean", "leave_one_out", "raw"] = Field(
         default="group_norm", description="how rewards become advantages"
     )

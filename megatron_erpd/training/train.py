@@ -275,7 +275,7 @@ def _policy_gradient_step(
     from megatron_erpd.training.replay_step import ReplayStep, signal_advantages, surrogate_loss
 
     budget = KlBudget(
-        KlController(settings.kl_budget, settings.kl_coefficient, settings.kl_control_rate),
+        KlController(settings.kl_budget, settings.kl_coefficient, args.train_iters),
         means=_step_means(),
         history=run.output / "kl_control.jsonl",
         writes=_decides(),
