@@ -84,6 +84,13 @@ COMMANDS: dict[str, Command] = {
         "select --model Qwen3-4B --teacher teacher --candidates exported --prompts val.jsonl --verifier math-verify "
         "--output selection",
     ),
+    "train-on-policy": Command(
+        f"{_TRAINING}.on_policy",
+        "train_on_policy",
+        "a baseline: GRPO on fresh rollouts",
+        "train-on-policy --base base --prompts train.jsonl --verifier math-verify --output grpo",
+        launches=True,
+    ),
     "precompute": Command(
         f"{_TRAINING}.precompute",
         "precompute",

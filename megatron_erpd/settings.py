@@ -37,11 +37,9 @@ class Layout(Settings):
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
 
-class OptimizerSettings(Settings):
-    """Batches, learning rate and Adam, for every stage that trains."""
+class TrainingSettings(Settings):
+    """Learning rate, Adam and checkpoints, for every stage that trains."""
 
-    epochs: float = Field(default=8, gt=0, description="passes over the rollouts")
-    global_batch_size: int = Field(default=256, ge=1, description="rollouts in one optimizer step")
     learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate")
     min_learning_rate: float | None = Field(
         default=None, ge=0, description="final rate of the cosine; default: constant rate"
@@ -74,7 +72,15 @@ class OptimizerSettings(Settings):
         return self
 
 
+class OptimizerSettings(TrainingSettings):
+    """The same, in passes over fixed rollouts."""
+
+    epochs: float = Field(default=8, gt=0, description="passes over the rollouts")
+    global_batch_size: int = Field(default=256, ge=1, description="rollouts in one optimizer step")
+
+
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"]
+AdvantageKind = Literal["group_norm", "group_mean", "leave_one_out", "raw"]
 ReplayLoss = Literal["ppo", "gspo", "cispo", "sapo", "ce", "mse", "sft"]
 
 
@@ -85,9 +91,7 @@ class ReplaySettings(OptimizerSettings):
     unlearn: bool = Field(
         default=False, description="flip the sign of the advantage (or the label): the unlearned policy"
     )
-    advantage: Literal["group_norm", "group_mean", "leave_one_out", "raw"] = Field(
-        default="group_norm", description="how rewards become advantages"
-    )
+    advantage: AdvantageKind = Field(default="group_norm", description="how rewards become advantages")
     aggregation: Aggregation | None = Field(
         default=None, description="how token losses are averaged; default: token_mean (gspo: seq_mean_token_mean)"
     )
@@ -159,6 +163,39 @@ class SampleSettings(Settings):
     seed: int = Field(default=1, ge=0, description="seed of the sampler")
     chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
     engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what generates")
+
+
+class OnPolicySettings(TrainingSettings):
+    """GRPO on policy: each optimizer step is one update on fresh rollouts of the policy as it is (a baseline)."""
+
+    updates: int = Field(default=100, ge=1, description="optimizer steps, each on rollouts of its own")
+    prompts_per_update: int = Field(default=16, ge=1, description="prompts in one step")
+    num_rollouts: int = Field(default=16, ge=1, description="rollouts per prompt (G)")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest response, in tokens")
+    temperature: float = Field(
+        default=1.0, gt=0, description="sampling temperature; the update takes the samples for the policy's own at 1"
+    )
+    batch_size: int = Field(default=512, ge=1, description="sequences decoded at once by a process")
+    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
+    advantage: AdvantageKind = Field(default="group_norm", description="how rewards become advantages")
+    aggregation: Aggregation = Field(default="token_mean", description="how token losses are averaged")
+    kl_coefficient: float = Field(
+        default=0.0, ge=0, description="weight of the exact KL(policy || base) on the rollouts; 0 needs no base beside"
+    )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rollouts in one optimizer step."""
+        return self.prompts_per_update * self.num_rollouts
+
+    @model_validator(mode="after")
+    def _groups_have_a_signal(self) -> Self:
+        if self.num_rollouts == 1 and self.advantage != "raw":
+            raise ValueError(
+                f"advantage {self.advantage} compares the rollouts of a prompt, and num_rollouts is 1: all advantages "
+                "would be 0; sample more, or use raw"
+            )
+        return self
 
 
 class ImportSettings(Settings):
@@ -282,9 +319,7 @@ class DistillSettings(OptimizerSettings):
     kl_coefficient: float = Field(
         default=1.0, ge=1e-3, le=1e3, description="policy_gradient: where the controller's coefficient starts"
     )
-    advantage: Literal["group_norm", "group_mean", "leave_one_out", "raw"] = Field(
-        default="group_norm", description="how rewards become advantages"
-    )
+    advantage: AdvantageKind = Field(default="group_norm", description="how rewards become advantages")
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:

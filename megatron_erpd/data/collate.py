@@ -7,14 +7,37 @@ positions [P-1, P-1+R). A value per response token (a log-prob, a top-k row) liv
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RolloutError
+
+
+class TokenSource(Protocol):
+    """Where a batch's tokens are: `Rollouts`, or responses that were just sampled."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def sample_ids(self) -> Sequence[str]: ...
+
+    @property
+    def prompt_lengths(self) -> np.ndarray: ...
+
+    @property
+    def response_lengths(self) -> np.ndarray: ...
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    def prompt_tokens(self, i: int) -> np.ndarray: ...
+
+    def response_tokens(self, i: int) -> np.ndarray: ...
+
+    def location(self, i: int) -> str: ...
 
 
 @dataclass
@@ -52,7 +75,7 @@ class Batch:
 
 
 def collate(
-    rollouts: Rollouts,
+    rollouts: TokenSource,
     indices: np.ndarray | Sequence[int],
     *,
     pad_token_id: int,
@@ -152,7 +175,7 @@ def gather_response_rows(values: Tensor, batch: Batch) -> list[np.ndarray]:
 
 
 def _sequence_length(
-    rollouts: Rollouts, rows: np.ndarray, input_lengths: np.ndarray, pad_multiple: int, pad_to: int | None
+    rollouts: TokenSource, rows: np.ndarray, input_lengths: np.ndarray, pad_multiple: int, pad_to: int | None
 ) -> int:
     assert pad_multiple >= 1
     longest = int(input_lengths.max())
@@ -169,7 +192,7 @@ def _sequence_length(
 
 
 def _check_rows(
-    rollouts: Rollouts, rows: np.ndarray, name: str, values: Sequence[np.ndarray], response_lengths: np.ndarray
+    rollouts: TokenSource, rows: np.ndarray, name: str, values: Sequence[np.ndarray], response_lengths: np.ndarray
 ) -> None:
     if len(values) != rows.size:
         raise RolloutError(f"{name}: {len(values)} rows for a batch of {rows.size}")

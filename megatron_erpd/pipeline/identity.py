@@ -6,17 +6,14 @@ besides their models in `megatron_erpd.settings`.)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_erpd.manifest import settings_identity
+from megatron_erpd.sampling.task import task_identity
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
-
-GENERATED_PROMPTS = "reasoning-gym:"
-"""How prompts begin that are generated, not read from a file."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ def sample_request(
     settings: SampleSettings, model: Path, prompts: str, verifier: str | None, num_prompts: int | None
 ) -> Request:
     """Rollouts of the policy in the folder `model`."""
-    more, inputs = _task(prompts, verifier)
+    more, inputs = task_identity(prompts, verifier)
     return Request(settings_identity(settings, num_prompts=num_prompts, **more), {"model": model, **inputs})
 
 
@@ -52,7 +49,7 @@ def evaluate_request(
     verifier: str | None,
 ) -> Request:
     """Metrics of policies: those in `models`, and all of an export."""
-    more, inputs = _task(prompts, verifier)
+    more, inputs = task_identity(prompts, verifier)
     inputs |= {f"model-{name}": path for name, path in models.items()}
     inputs |= {"rollouts": rollouts} | ({"exported": exported} if exported else {})
     return Request(settings_identity(settings, **more), inputs)
@@ -68,26 +65,6 @@ def select_request(
     has_unlearned: bool,
 ) -> Request:
     """One checkpoint of the artifact `teacher`, chosen among those exported to `candidates`."""
-    more, inputs = _task(prompts, verifier)
+    more, inputs = task_identity(prompts, verifier)
     inputs |= {"model": model, "teacher": teacher, "candidates": candidates}
     return Request(settings_identity(settings, has_unlearned=has_unlearned, **more), inputs)
-
-
-def verifier_file(verifier: str) -> Path | None:
-    """The Python file of a `python:FILE.py:FUNCTION` verifier; None for the others."""
-    match = re.fullmatch(r"python:(.+\.py):\w+", verifier)
-    return Path(match[1]) if match else None
-
-
-def _task(prompts: str, verifier: str | None) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Prompts and verifier as settings, where they are names, and as inputs, where they are files."""
-    settings: dict[str, Any] = {"verifier": verifier}
-    inputs: dict[str, Path] = {}
-    if prompts.startswith(GENERATED_PROMPTS):
-        settings["prompts"] = prompts
-    else:
-        inputs["prompts"] = Path(prompts)
-    file = verifier_file(verifier) if verifier else None
-    if file is not None:
-        inputs["verifier"] = file
-    return settings, inputs

@@ -11,16 +11,15 @@ from typing import Any
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.manifest import settings_identity
 from megatron_erpd.pipeline.identity import (
-    GENERATED_PROMPTS,
     evaluate_request,
     import_request,
     sample_request,
     select_request,
-    verifier_file,
 )
 from megatron_erpd.pipeline.recipe import (
     Evaluation,
     Imported,
+    OnPolicyControl,
     Recipe,
     ReplayControl,
     Sampled,
@@ -28,6 +27,8 @@ from megatron_erpd.pipeline.recipe import (
     StageOverrides,
 )
 from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of
+from megatron_erpd.sampling.prompts import REASONING_GYM
+from megatron_erpd.sampling.task import task_identity, verifier_file
 from megatron_erpd.settings import (
     AUTO_SIGNAL,
     NO_SIGNAL,
@@ -35,6 +36,7 @@ from megatron_erpd.settings import (
     EvaluateSettings,
     ImportSettings,
     Layout,
+    OnPolicySettings,
     PrecomputeSettings,
     ReplaySettings,
     SampleSettings,
@@ -120,6 +122,8 @@ class _Planner:
             stage, output = f"{prefix}controls/{name}", folder / "controls" / name
             if isinstance(control, ReplayControl):
                 policies[name] = self._replay(stage, control, data, output)
+            elif isinstance(control, OnPolicyControl):
+                policies[name] = self._on_policy(stage, control, base, output)
             else:
                 policies[name] = self._distill(stage, control, data, policies, cache, output)
         trained = {name: path for name, path in policies.items() if name != "base"}
@@ -184,6 +188,17 @@ class _Planner:
         if verifier is None:
             raise RecipeError(f"{where}.verifier: missing; imported rollouts name no verifier to take instead")
         return self._prompts(section.prompts), self._verifier(verifier)
+
+    def _on_policy(self, name: str, section: OnPolicyControl, base: Path, output: Path) -> Path:
+        sampled = self.recipe.rollouts
+        assert isinstance(sampled, Sampled), "the recipe has checked it"
+        settings = _as(OnPolicySettings, section)
+        prompts, verifier = self._prompts(sampled.prompts), self._verifier(sampled.verifier)
+        task, inputs = task_identity(prompts, verifier)
+        identity = {**settings.model_dump(mode="json"), "num_prompts": sampled.num_prompts, **task}
+        argv = ["--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
+        argv += [] if sampled.num_prompts is None else ["--num-prompts", str(sampled.num_prompts)]
+        return self._add(name, "train-on-policy", argv, {"base": base, **inputs}, output, identity)
 
     def _cache(
         self,
@@ -282,7 +297,9 @@ class _Planner:
         if override.megatron and command not in RUNS_MODEL:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
         if command in (*RUNS_MODEL, "import"):
-            arguments = [*_input_flags(inputs), *arguments]
+            # Prompts and verifiers are not always files: their flags are among the arguments.
+            files = {key: path for key, path in inputs.items() if key not in ("prompts", "verifier")}
+            arguments = [*_input_flags(files), *arguments]
         if command not in ("prepare", "report"):
             arguments = [*arguments, "--output", str(output)]
         self.stages.append(
@@ -314,7 +331,7 @@ class _Planner:
         return self.root / text if inside else Path(text)
 
     def _prompts(self, prompts: str) -> str:
-        return prompts if prompts.startswith(GENERATED_PROMPTS) else str(self._path(prompts))
+        return prompts if prompts.startswith(REASONING_GYM) else str(self._path(prompts))
 
     def _verifier(self, verifier: str) -> str:
         file = verifier_file(verifier)

@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_erpd.errors import ErpdError, RecipeError
 from megatron_erpd.manifest import MANIFEST
-from megatron_erpd.pipeline.identity import verifier_file
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.stages import USES_MEGATRON, Stage
+from megatron_erpd.sampling.task import verifier_file
 
 
 def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
@@ -64,11 +64,14 @@ def _model_problems(stages: Sequence[Stage]) -> Iterator[str]:
 
 def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
     for stage in stages:
-        batch, layout = stage.settings.get("global_batch_size"), stage.layout
+        batch, name, layout = stage.settings.get("global_batch_size"), "global_batch_size", stage.layout
+        if stage.command == "train-on-policy":
+            batch = stage.settings["prompts_per_update"] * stage.settings["num_rollouts"]
+            name = "prompts_per_update x num_rollouts ="
         together = layout.micro_batch_size * layout.data_parallel
         if batch and batch % together:
             yield (
-                f"{stage.name}: global_batch_size {batch} is not a multiple of micro_batch_size "
+                f"{stage.name}: {name} {batch} is not a multiple of micro_batch_size "
                 f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them"
             )
 

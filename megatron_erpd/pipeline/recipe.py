@@ -22,6 +22,7 @@ from megatron_erpd.settings import (
     EvaluateSettings,
     ImportSettings,
     Layout,
+    OnPolicySettings,
     PrecomputeSettings,
     ReplayLoss,
     ReplaySettings,
@@ -82,6 +83,12 @@ class DistillControl(DistillSettings):
     kind: Literal["distill"]
 
 
+class OnPolicyControl(OnPolicySettings):
+    """A control that samples afresh for every update, from the prompts of the rollouts."""
+
+    kind: Literal["on_policy"]
+
+
 class Selection(SelectSettings):
     """Choosing the teacher among its kept checkpoints, on held-out prompts that are not those of the evaluation."""
 
@@ -112,11 +119,12 @@ def _rollouts_tag(value: Any) -> str:
 Rollouts = Annotated[
     Annotated[Sampled, Tag("sampled")] | Annotated[Imported, Tag("imported")], Discriminator(_rollouts_tag)
 ]
-Control = Annotated[ReplayControl | DistillControl, Field(discriminator="kind")]
+Control = Annotated[ReplayControl | DistillControl | OnPolicyControl, Field(discriminator="kind")]
 
 _RESERVED = ("base", "teacher", "unlearned", "student", "manifest", "request")
 """Names of the round's own policies, and of files that lie beside those of the policies."""
 _SIGNAL_WORDS = ("strong", "contrast", "none", "auto")
+_SAMPLED_ALIKE = ("num_rollouts", "max_new_tokens", "temperature", "batch_size", "chat_template")
 _TEACHER_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
 """As a signal can write it."""
 _CONTROL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -159,6 +167,28 @@ class Recipe(Settings):
                 for name, c in controls.items()
             }
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_from_rollouts(cls, values: Any) -> Any:
+        """How an on-policy control samples, when not given, is how the rollouts are sampled."""
+        rollouts = values.get("rollouts") if isinstance(values, Mapping) else None
+        controls = values.get("controls") if isinstance(values, Mapping) else None
+        if not isinstance(rollouts, Mapping) or not isinstance(controls, Mapping):
+            return values
+        shared = {key: rollouts[key] for key in _SAMPLED_ALIKE if key in rollouts}
+        on_policy = {n for n, c in controls.items() if isinstance(c, Mapping) and c.get("kind") == "on_policy"}
+        return {**values, "controls": {n: {**shared, **c} if n in on_policy else c for n, c in controls.items()}}
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> Self:
+        for name, control in self.controls.items():
+            if isinstance(control, OnPolicyControl) and isinstance(self.rollouts, Imported):
+                raise ValueError(
+                    f"controls.{name}: on_policy samples from the prompts of the rollouts and scores with their "
+                    "verifier, and imported rollouts name none; sample them, or leave the control out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:
@@ -308,7 +338,7 @@ def _explain(where: str, what: str) -> str:
     # Pydantic names the branch of a union too; the recipe doesn't.
     if parts[:1] == ["rollouts"] and parts[1:2] in (["sampled"], ["imported"]):
         del parts[1]
-    if parts[:1] == ["controls"] and parts[2:3] in (["replay"], ["distill"]):
+    if parts[:1] == ["controls"] and parts[2:3] in (["replay"], ["distill"], ["on_policy"]):
         del parts[2]
     if what == "Extra inputs are not permitted":
         what = "unknown key"
@@ -330,7 +360,7 @@ def _known_keys(section: list[str]) -> list[str]:
         "selection": (Selection,),
         "cache": (PrecomputeSettings,),
         "student": (DistillSettings,),
-        "controls": (ReplayControl, DistillControl),
+        "controls": (ReplayControl, DistillControl, OnPolicyControl),
         "evaluation": (Evaluation,),
         "layout": (Layout,),
         "stages": (Layout,) if section[-1:] == ["layout"] else (StageOverrides,),

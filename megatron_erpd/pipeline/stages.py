@@ -25,6 +25,7 @@ TOOLS = {
     "sample": "sample.py",
     "import-rollouts": "import_rollouts.py",
     "train-teacher": "train_teacher.py",
+    "train-on-policy": "train_on_policy.py",
     "precompute": "precompute.py",
     "distill": "distill.py",
     "select": "select_teacher.py",
@@ -33,7 +34,7 @@ TOOLS = {
 }
 """Command to its script in `tools/`."""
 
-RUNS_MODEL = ("train-teacher", "precompute", "distill")
+RUNS_MODEL = ("train-teacher", "train-on-policy", "precompute", "distill")
 """Commands that run data through a model in Megatron and take its own flags."""
 
 USES_MEGATRON = (*RUNS_MODEL, "import", "export")

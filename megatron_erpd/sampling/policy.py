@@ -78,6 +78,33 @@ def load_policy(
     return Policy(model, tokenizer, stop, pad, folder)
 
 
+def reload_weights(policy: Policy, hf_path: str | Path) -> None:
+    """Takes the weights of another folder of the same architecture into a loaded policy, in place.
+
+    Raises:
+        CheckpointError: the folder lacks a weight of the model, or holds one that the model hasn't or of another shape.
+    """
+    from safetensors.torch import load_file
+
+    folder, device = _checked_folder(hf_path), str(policy.device)
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path, device=device)
+    own = policy.model.state_dict()
+    written = {own[name].data_ptr() for name in found if name in own}
+    # A tied weight is stored under one of its names.
+    missing = [name for name, value in own.items() if name not in found and value.data_ptr() not in written]
+    foreign = [name for name, value in found.items() if name not in own or own[name].shape != value.shape]
+    if missing or foreign:
+        raise CheckpointError(
+            f"{folder}: doesn't fit the policy that was loaded from {policy.path}: {(missing or foreign)[0]} is "
+            f"{'missing' if missing else 'unknown or of another shape'}"
+        )
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
+
+
 def load_tokenizer(hf_path: str | Path) -> Any:
     """The tokenizer of a Hugging Face folder; `CheckpointError` if there is none."""
     from transformers import AutoTokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_erpd import platform
-from megatron_erpd.data.collate import Batch, collate
+from megatron_erpd.data.collate import Batch, TokenSource, collate
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, validate_against_vocabulary
 from megatron_erpd.errors import RolloutError
@@ -25,7 +25,7 @@ class BatchSource:
     Every rank reads the memory-mapped rows that it needs itself, so no batch is broadcast.
     """
 
-    rollouts: Rollouts
+    rollouts: TokenSource
     pad_multiple: int
     token_rows: Mapping[str, TokenRow]
     sequence_rows: Mapping[str, np.ndarray]

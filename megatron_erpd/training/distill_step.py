@@ -108,6 +108,11 @@ def cached_target(batch: Batch, outputs: Sequence[Tensor], shard: VocabShard) ->
     return TopKTarget(rows["topk_indices"], rows["topk_log_probs"], rows["tail_log_prob"])
 
 
+def live_base(batch: Batch, outputs: Sequence[Tensor], shard: VocabShard) -> LiveTarget:
+    """The one frozen policy itself, over the whole vocabulary."""
+    return LiveTarget(vocab_parallel_log_softmax(outputs[0].transpose(0, 1), shard))
+
+
 def live_target(
     names: Sequence[str],
     terms: tuple[SignalTerm, ...],

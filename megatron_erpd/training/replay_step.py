@@ -6,7 +6,7 @@ advantages from the teacher's signal and a coefficient that a controller moves t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_erpd.training.early_stop import EarlyStop
 from megatron_erpd.training.heads import PolicyHead, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.training.metrics import report, token_mean
-from megatron_erpd.training.policies import forward_stage
+from megatron_erpd.training.policies import Logits, forward_stage, join
 from megatron_erpd.vocab_parallel import divergence
 
 LossFunction = Callable[[ReplayInputs], LossOutput]
@@ -53,6 +53,7 @@ class ReplayStep:
             `vocab_parallel.divergence`), exact where K is the vocabulary or the base's tail has no mass to move.
         correction: given a batch with behaviour log-probs, the importance weights; None for none.
         early_stop: watches KL and entropy; None where nothing ends the training early.
+        frozen: policies that run beside, whose logits `kl_target` gets; empty where it reads the batch.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ReplayStep:
         kl_target: TargetOf | None = None,
         correction: Callable[[Batch], Tensor] | None = None,
         early_stop: EarlyStop | None = None,
+        frozen: Sequence[Any] = (),
     ) -> None:
         self.prefix = prefix
         self.loss = loss
@@ -78,6 +80,7 @@ class ReplayStep:
         self.kl_target = kl_target
         self.correction = correction
         self.early_stop = early_stop
+        self.frozen = frozen
         self._head: PolicyHead | None = None
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -85,8 +88,9 @@ class ReplayStep:
         if self._head is None:
             self._head = policy_head(model, self.vocab_size, None if self.kl_target is None else self._base_kl)
         local = slice_batch(batch, *context_parallel_rank())
-        output = forward_stage([model], local, [self._head], {"batch": local})[0]
-        return output, partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
+        processors = [self._head, *(Logits() for _ in self.frozen)]
+        outputs = forward_stage([model, *self.frozen], local, processors, {"batch": local})
+        return join(outputs, model), partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
 
     def _base_kl(self, logits: Tensor, batch: Batch, context: Any) -> Tensor:
         """KL(policy || base) over the vocabulary per token, `[b, s]`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
 from megatron_erpd.objectives.advantages import compute_advantages
-from megatron_erpd.settings import Layout, OptimizerSettings
+from megatron_erpd.settings import Layout, OptimizerSettings, TrainingSettings
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
 from megatron_erpd.training.early_stop import Stop, read_stop
@@ -32,7 +33,7 @@ ForwardStep = Callable[[Iterator[Batch], Any], Any]
 
 
 @dataclass
-class TrainingRun:
+class TrainingRun(ABC):
     """One training stage, from artifacts to an artifact.
 
     Args:
@@ -40,28 +41,41 @@ class TrainingRun:
         prefix: `stage1` or `stage2`, of the metrics' names.
         settings: the stage's settings; part of the artifact's identity with `pass_through`.
         inputs: name to folder or file of everything that the result depends on.
-        rollouts: the data, unverified rollouts left out where rewards are needed.
-        token_rows, sequence_rows: what else the batches carry.
         make_step: called on every rank once models and process groups are there; returns the forward step.
     """
 
     stage: str
     prefix: str
-    settings: OptimizerSettings
+    settings: TrainingSettings
     layout: Layout
     base: Path
     output: Path
     inputs: dict[str, Path]
     pass_through: list[str]
-    rollouts: Rollouts
-    make_step: Callable[[TrainingRun, argparse.Namespace], ForwardStep]
-    token_rows: dict[str, TokenRow] = field(default_factory=dict)
-    sequence_rows: dict[str, np.ndarray] = field(default_factory=dict)
+    make_step: Callable[[Any, argparse.Namespace], ForwardStep]
 
     @property
+    @abstractmethod
     def num_iterations(self) -> int:
-        """Optimizer steps: whole batches that hold at least `epochs` passes over the data."""
-        return max(1, math.ceil(self.settings.epochs * len(self.rollouts) / self.settings.global_batch_size))
+        """Optimizer steps."""
+
+    @property
+    @abstractmethod
+    def global_batch_size(self) -> int:
+        """Rollouts in one optimizer step."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """The longest rollout there may be, in tokens."""
+
+    @abstractmethod
+    def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
+        """This rank's micro-batches, without end, from where `args` says that the training stands."""
+
+    def after_step(self, model: list[Any]) -> None:
+        """Called on every rank after each optimizer step with this rank's model, where `args.do_valid` is set."""
+        return None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -81,10 +95,9 @@ class TrainingRun:
             StageError: the run was stopped before its end; its last checkpoint is kept and the same command continues.
         """
         prepare_output(self.output, self.stage, self.identity, self.inputs)
-        length = int(self.rollouts.lengths.max())
         with stage_process() as store:
             flags = self._megatron_flags()
-            args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, length)
+            args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
             exited = self._train(args, store)
             from megatron_erpd.training.model import synchronize
 
@@ -136,7 +149,7 @@ class TrainingRun:
         def datasets(num_samples: object, vp_stage: int | None = None) -> tuple[Iterator[Batch], None, None]:
             # Called on every rank when models and process groups exist: the place for collective set-up.
             steps.append(self.make_step(self, args))
-            return self._batches(args), None, None
+            return self.batches(args), None, None
 
         datasets.is_distributed = True  # type: ignore[attr-defined]
 
@@ -145,23 +158,18 @@ class TrainingRun:
 
         config = pretrain_cfg_container_from_args(args, model_config(args))
         try:
-            training.pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
+            training.pretrain(
+                config,
+                datasets,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                # Megatron's evaluation is the one place where it hands out the model between two steps.
+                non_loss_data_func=self.after_step,
+                store=store,
+            )
         except SystemExit:
             return True
         return False
-
-    def _batches(self, args: argparse.Namespace) -> Iterator[Batch]:
-        from megatron.core import mpu
-
-        source = BatchSource(self.rollouts, pad_multiple(self.layout), self.token_rows, self.sequence_rows)
-        order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
-        return source.replay(
-            order,
-            args.consumed_train_samples,
-            self.layout.micro_batch_size,
-            mpu.get_data_parallel_rank(),
-            mpu.get_data_parallel_world_size(),
-        )
 
     def _log_as_json_lines(self) -> None:
         """Puts the JSON-lines file before Megatron's TensorBoard writer, on the rank that has one."""
@@ -179,7 +187,7 @@ class TrainingRun:
         return {
             **common_flags(),
             "train_iters": total,
-            "global_batch_size": settings.global_batch_size,
+            "global_batch_size": self.global_batch_size,
             "lr": settings.learning_rate,
             "min_lr": settings.learning_rate if minimum is None else minimum,
             "lr_decay_style": "constant" if minimum is None else "cosine",
@@ -203,6 +211,47 @@ class TrainingRun:
             "tensorboard_dir": str(self.output / "tensorboard"),
             "tensorboard_log_interval": 1,
         }
+
+
+@dataclass
+class ReplayRun(TrainingRun):
+    """A training on fixed rollouts, in passes over them.
+
+    Args:
+        rollouts: the data, unverified rollouts left out where rewards are needed.
+        token_rows, sequence_rows: what else the batches carry.
+    """
+
+    settings: OptimizerSettings
+    rollouts: Rollouts
+    token_rows: dict[str, TokenRow] = field(default_factory=dict)
+    sequence_rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_iterations(self) -> int:
+        """Whole batches that hold at least `epochs` passes over the data."""
+        return max(1, math.ceil(self.settings.epochs * len(self.rollouts) / self.settings.global_batch_size))
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.settings.global_batch_size
+
+    @property
+    def max_length(self) -> int:
+        return int(self.rollouts.lengths.max())
+
+    def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
+        from megatron.core import mpu
+
+        source = BatchSource(self.rollouts, pad_multiple(self.layout), self.token_rows, self.sequence_rows)
+        order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
+        return source.replay(
+            order,
+            args.consumed_train_samples,
+            self.layout.micro_batch_size,
+            mpu.get_data_parallel_rank(),
+            mpu.get_data_parallel_world_size(),
+        )
 
 
 def pad_multiple(layout: Layout) -> int:

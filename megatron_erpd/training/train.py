@@ -29,7 +29,7 @@ from megatron_erpd.training.cache_rows import (
 )
 from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.early_stop import EarlyStop
-from megatron_erpd.training.run import ForwardStep, TrainingRun, advantages_of, load_data
+from megatron_erpd.training.run import ForwardStep, ReplayRun, TrainingRun, advantages_of, load_data
 from megatron_erpd.training.step_means import StepMeans
 
 
@@ -74,7 +74,7 @@ def train_teacher(argv: list[str]) -> None:
             rows |= base_topk_rows(cache, rollouts, settings.kl_topk)
     if settings.importance_correction != "none":
         rows["behavior_log_probs"] = _behavior_row(rollouts, namespace.rollouts)
-    TrainingRun(
+    ReplayRun(
         stage="train-teacher",
         prefix="stage1",
         settings=settings,
@@ -130,7 +130,7 @@ def distill(argv: list[str]) -> None:
     live = settings.teacher == "live" and settings.form == "projection"
     if live:
         inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
-    TrainingRun(
+    ReplayRun(
         stage="distill",
         prefix="stage2",
         settings=settings,

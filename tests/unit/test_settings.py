@@ -13,6 +13,7 @@ from megatron_erpd.settings import (
     EvaluateSettings,
     ImportSettings,
     Layout,
+    OnPolicySettings,
     PrecomputeSettings,
     ReplaySettings,
     SampleSettings,
@@ -23,7 +24,8 @@ from megatron_erpd.settings import (
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace, settings_to_argv
 
 MODELS: list[type[Settings]] = [
-    *(Layout, ReplaySettings, SampleSettings, ImportSettings, PrecomputeSettings, DistillSettings, EvaluateSettings),
+    *(Layout, ReplaySettings, OnPolicySettings, SampleSettings, ImportSettings),
+    *(PrecomputeSettings, DistillSettings, EvaluateSettings),
     SelectSettings,
 ]
 
@@ -88,6 +90,7 @@ def test_parse_settings_names_places():
             {"kl_coefficient": 1, "kl_topk": 8},
             "kl_topk 8 has no effect with kl_estimator: k3",
         ),
+        (OnPolicySettings, {"num_rollouts": 1}, "num_rollouts is 1: all advantages would be 0"),
         (PrecomputeSettings, {"signal": "none", "delta": 1}, "delta 1.0 has no effect with signal: none"),
         (PrecomputeSettings, {"kind": "token", "delta": 1}, "delta 1.0 has no effect with kind: token"),
         (PrecomputeSettings, {"kind": "token", "projection_clip": 9}, "projection_clip 9.0 has no effect"),

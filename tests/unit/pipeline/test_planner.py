@@ -15,6 +15,8 @@ from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.stages import TOOLS, Stage, dependencies, flags_of
 
+TRAIN_ON_POLICY = "tools/train_on_policy.py"
+
 SECTIONS: dict[str, Any] = {
     "name": "mine",
     "output": "out",
@@ -255,6 +257,17 @@ def test_further_teachers():
     assert "--policy third=out/round-01/teachers/third" in stages["controls/live"].shown()
     assert "other=out/round-01/teachers/other" in stages["export"].shown()
     assert "third=out/round-01/teachers/third@all" in stages["export"].shown()
+
+
+def test_an_on_policy_control_needs_no_rollouts():
+    stages = stages_of(controls={"grpo": {"kind": "on_policy", "updates": 9}})
+    stage = stages["controls/grpo"]
+    assert dependencies(stage, list(stages.values())) == ["prepare", "warm-up"]
+    assert stage.shown() == (
+        f"python {TRAIN_ON_POLICY} --base out/round-00/warm-up --prompts out/prepare/prompts.jsonl "
+        "--verifier python:task.py:score --updates 9 --num-prompts 8 --output out/round-01/controls/grpo"
+    )
+    assert "grpo=out/round-01/controls/grpo" in stages["export"].shown()
 
 
 def test_an_exact_kl_gets_the_bases_rows():

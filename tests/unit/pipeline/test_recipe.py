@@ -149,6 +149,18 @@ def test_a_reader_of_the_signal_inherits_the_caches(read):
     assert (plain.signal, plain.delta, plain.projection_clip) == ("strong", 0.5, None)  # type: ignore[union-attr]
 
 
+def test_an_on_policy_control_samples_as_the_rollouts_do(read):
+    recipe = read(
+        MINIMAL,
+        "rollouts.max_new_tokens=9",
+        "rollouts.num_rollouts=5",
+        "controls.grpo={kind: on_policy, num_rollouts: 3}",
+    )
+    grpo = recipe.controls["grpo"]
+    assert (grpo.max_new_tokens, grpo.num_rollouts) == (9, 3)  # type: ignore[union-attr]
+    assert read(recipe.to_yaml()) == recipe
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -165,6 +177,8 @@ def test_a_reader_of_the_signal_inherits_the_caches(read):
             "student: signal: auto is decided where a teacher cache is made",
         ),
         (["warm_up={rollouts: d.parquet, max_kl: 0.1}"], "warm_up: max_kl: the warm-up has no base policy"),
+        (["rollouts={file: x.jsonl}", "controls.grpo={kind: on_policy}"], "controls.grpo: on_policy samples from"),
+        (["controls.grpo={kind: on_policy, epochs: 2}"], "controls.grpo.epochs: unknown key"),
         (["rounds=2"], "rounds: the next round starts from the student"),
         (["controls.student={kind: replay}"], "controls.student: a control's name"),
         (["controls={'a/b': {kind: replay}}"], "controls.a/b: a control's name"),

@@ -1,0 +1,202 @@
+"""On-policy GRPO: fresh rollouts for every optimizer step. A baseline for what replay and distillation are to save."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_erpd.checkpoint.hf_config import model_flags
+from megatron_erpd.data.collate import Batch
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.manifest import read_manifest, settings_identity
+from megatron_erpd.objectives.reduction import aggregate
+from megatron_erpd.objectives.replay import REPLAY_LOSSES
+from megatron_erpd.sampling.policy import load_tokenizer
+from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
+from megatron_erpd.sampling.task import task_identity
+from megatron_erpd.sampling.verifiers import get_verifier
+from megatron_erpd.settings import OnPolicySettings
+from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
+from megatron_erpd.training.fresh_rollouts import FreshBatches, Sampler
+from megatron_erpd.training.metrics import report, token_mean
+from megatron_erpd.training.replay_step import ReplayStep, sequence_advantages
+from megatron_erpd.training.run import ForwardStep, TrainingRun, pad_multiple
+
+
+def train_on_policy(argv: list[str]) -> None:
+    """A baseline: GRPO on policy. Every optimizer step samples rollouts from the policy as it is and makes one update.
+
+    Nothing is replayed and nothing distilled, so the importance ratio is 1 and no clip matters.
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd train-on-policy",
+        description=train_on_policy.__doc__,
+        epilog="example: megatron-erpd train-on-policy --base runs/a/base --prompts train.jsonl --verifier math-verify "
+        "--updates 200 --output runs/a/grpo",
+    )
+    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
+    parser.add_argument("--prompts", required=True, help="JSON lines with prompt and answer, or reasoning-gym:TASK")
+    parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
+    parser.add_argument("--num-prompts", type=int, help="use so many of the prompts (default: all)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+    add_settings_arguments(parser, OnPolicySettings, "training")
+    add_layout_arguments(parser)
+    own, pass_through = split_pass_through(argv)
+    namespace = parser.parse_args(own)
+    settings = settings_from_namespace(namespace, OnPolicySettings)
+    layout = layout_from_namespace(namespace)
+    base: Path = namespace.base
+    read_manifest(base)
+    records = load_prompts(namespace.prompts, namespace.num_prompts)
+    token_ids = encode_prompts(load_tokenizer(base / "hf"), records, settings.chat_template)
+    task, inputs = task_identity(namespace.prompts, namespace.verifier)
+    run = OnPolicyRun(
+        stage="train-on-policy",
+        prefix="stage1",
+        settings=settings,
+        layout=layout,
+        base=base,
+        output=namespace.output,
+        inputs={"base": base, **inputs},
+        pass_through=pass_through,
+        make_step=_step,
+        task={"num_prompts": namespace.num_prompts, **task},
+        sampler=Sampler(
+            settings=settings,
+            records=records,
+            token_ids=token_ids,
+            verifier=get_verifier(namespace.verifier),
+            hf_folder=base / "hf",
+            scratch=namespace.output / "sampler",
+            dtype="bfloat16" if layout.precision == "bf16" else "float32",
+        ),
+    )
+    run.check_lengths()
+    run.execute()
+
+
+@dataclass
+class OnPolicyRun(TrainingRun):
+    """A training whose data is made as it goes.
+
+    Args:
+        task: prompts and verifier, as far as they are settings of the artifact.
+        sampler: draws the rollouts.
+    """
+
+    settings: OnPolicySettings
+    task: dict[str, Any]
+    sampler: Sampler
+
+    def __post_init__(self) -> None:
+        self._fresh: FreshBatches | None = None
+
+    @property
+    def num_iterations(self) -> int:
+        return self.settings.updates
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.settings.global_batch_size
+
+    @property
+    def max_length(self) -> int:
+        return max(len(ids) for ids in self.sampler.token_ids) + self.settings.max_new_tokens
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings as the manifest keeps them."""
+        return settings_identity(self.settings, self.pass_through, precision=self.layout.precision, **self.task)
+
+    def check_lengths(self) -> None:
+        """Raises `RecipeError` where a prompt with the longest response has more tokens than the model positions."""
+        positions = model_flags(self.base / "hf")["max_position_embeddings"]
+        if self.max_length > int(positions):  # type: ignore[call-overload]
+            raise RecipeError(
+                f"--max-new-tokens {self.settings.max_new_tokens}: with the longest prompt that makes "
+                f"{self.max_length} tokens, the model has {positions} positions; lower it or drop long prompts"
+            )
+
+    def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
+        from megatron.core import mpu
+
+        from megatron_erpd.training.model import build_frozen_model, load_weights, model_config
+
+        # The first rollouts are the checkpoint's, as those after a step are the model's that was just updated.
+        model = build_frozen_model(model_config(args))
+        if args.iteration:
+            load_weights(model, self.output, args.iteration)
+        else:
+            load_weights(model, self.base)
+        self._fresh = FreshBatches(
+            self.sampler.draw([model], args.iteration),
+            self.settings,
+            pad_multiple(self.layout),
+            self.layout.micro_batch_size,
+            mpu.get_data_parallel_rank(),
+            mpu.get_data_parallel_world_size(),
+        )
+        # With no evaluation steps, an evaluation after every step is `after_step` and nothing else.
+        args.do_valid = True
+        return iter(self._fresh)
+
+    def after_step(self, model: list[Any]) -> None:
+        """Renews the rollouts, from the model as the step has left it; after the last step, clears up."""
+        assert self._fresh is not None
+        step = self._fresh.rollouts.step + 1
+        if step < self.num_iterations:
+            self._fresh.rollouts = self.sampler.draw(model, step)
+        elif rank() == 0:
+            self.sampler.close()
+
+    def _megatron_flags(self) -> dict[str, object]:
+        return {**super()._megatron_flags(), "eval_interval": 1}
+
+
+class OnPolicyStep(ReplayStep):
+    """The policy gradient of rollouts that are the policy's own, with rewards and lengths among the metrics."""
+
+    def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `ReplayStep.loss_and_metrics`, without `old_log_probs`: they are the policy's, and the ratio is 1."""
+        loss_sum, count, metrics = super().loss_and_metrics(batch, output)
+        rows = batch.loss_mask.amax(dim=-1) > 0
+        seen = {
+            "reward": torch.where(rows, batch.seq_rows["rewards"], 0.0).sum(),
+            "response_length": batch.loss_mask.sum(),
+            "truncated": torch.where(rows, batch.seq_rows["truncated"], 0.0).sum(),
+        }
+        more = {name: (total, rows.sum()) for name, total in seen.items()}
+        if self.kl_target is not None:
+            assert isinstance(self.kl_coefficient, float)
+            loss_sum = loss_sum + self.kl_coefficient * aggregate(output[2], batch.loss_mask, self.aggregation)[0]
+            more["policy_base_kl"] = token_mean(output[2].detach(), batch.loss_mask)
+        return loss_sum, count, metrics | report(self.prefix, more)
+
+
+def _step(run: OnPolicyRun, args: argparse.Namespace) -> ForwardStep:
+    from megatron_erpd.training.distill_step import live_base
+    from megatron_erpd.training.model import build_frozen_model, load_weights, model_config
+
+    settings, frozen = run.settings, []
+    if settings.kl_coefficient > 0:
+        frozen.append(build_frozen_model(model_config(args)))
+        load_weights(frozen[0], run.base)
+    return OnPolicyStep(
+        prefix=run.prefix,
+        loss=partial(REPLAY_LOSSES["ppo"], aggregation=settings.aggregation),
+        aggregation=settings.aggregation,
+        advantages=sequence_advantages,
+        kl_coefficient=settings.kl_coefficient,
+        kl_estimator="k3",
+        vocab_size=args.vocab_size,
+        kl_target=live_base if frozen else None,
+        frozen=frozen,
+    )
