@@ -220,10 +220,9 @@ def _serve(pipe: Any) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     while True:
         try:
-            job = pipe.recv()
-        except (EOFError, OSError):
+            pipe.send(_run(pipe.recv()))
+        except (EOFError, OSError):  # the study ended or was stopped
             break
-        pipe.send(_run(job))
     os._exit(0)
 
 
