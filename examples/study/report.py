@@ -148,10 +148,17 @@ def constraint_table(results: Results) -> list[dict[str, Any]]:
 
 def student_table(results: Results) -> list[dict[str, Any]]:
     """Students against the best checkpoint of their own teacher, seed by seed."""
+    forms = [(form, budget) for form, budgets in FORMS.items() for budget in budgets]
     pairs = [
-        ("ce", "ERPD, projection", "baselines", "", "erpd_projection"),
-        ("ce", "ERPD, policy gradient", "baselines", "", "erpd_gradient"),
-        *((arm, "projection, delta .12", "ablations", "teacher", f"student-of-{arm}") for arm in TEACHER_ABLATIONS[2:]),
+        *(
+            ("ce", f"{form}, budget {budget}", "signals", "strong", f"strong-{form.replace(' ', '-')}-{budget}")
+            for form, budget in forms
+        ),
+        *(
+            (arm, "projection, budget 0.12", "ablations", "teacher", f"student-of-{arm}")
+            for arm in TEACHER_ABLATIONS
+            if arm in STAGE1 and arm != "ce"
+        ),
     ]
     table = []
     for arm, title, section, setting, student in pairs:
@@ -181,6 +188,7 @@ def student_table(results: Results) -> list[dict[str, Any]]:
                 "gap": gap,
                 "ratio": ratio,
                 "final_ratio": student_kl.mean / final_kl.mean,
+                "no_worse": verdict(gap) != "behind",
                 "held": verdict(gap) != "behind" and ratio <= 1 / 3,
             }
         )
