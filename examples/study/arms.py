@@ -177,7 +177,28 @@ class Round:
         else:
             flags = {"signal": signal, **flags}
             cache = self.cache(policies, f"tokens-{'-'.join(policies)}", kind="token")
-        return self.distill(label, cache, steps, form="policy_gradient", kl_budget=budget, kl_coefficient=3.0, **flags)
+        return self.distill(label, cache, steps, form="policy_gradient", kl_budget=budget, **flags)
+
+    def on_policy(self, label: str, updates: int, **flags: Any) -> Path:
+        """GRPO on fresh rollouts for the round's prompts, as many for each update as the other methods' batches hold."""
+        return self.graph.add(
+            self.folder,
+            "train-on-policy",
+            {
+                "verifier": VERIFIER,
+                "num_prompts": self.task.num_prompts,
+                "updates": updates,
+                "prompts_per_update": BATCH // self.task.num_rollouts,
+                "num_rollouts": self.task.num_rollouts,
+                "max_new_tokens": self.task.max_new_tokens,
+                "seed": self.seed,
+                **flags,
+            },
+            {"base": self.base, "prompts": self.prepared / "prompts.jsonl"},
+            label=label,
+            seconds=0.4 * updates * self.task.cost + 1,
+            run_flags=_layout(self.task),
+        )
 
     def export(self, policies: Mapping[str, Path | tuple[Path, int]], label: str) -> Path:
         """Hugging Face folders of policies; a pair names the iteration too."""

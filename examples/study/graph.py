@@ -251,7 +251,7 @@ def _run(job: Job) -> str:
 
 def _command(name: str) -> Callable[[list[str]], None]:
     from megatron_erpd.pipeline import commands
-    from megatron_erpd.training import convert, precompute, train
+    from megatron_erpd.training import convert, on_policy, precompute, train
 
     known: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
@@ -260,6 +260,7 @@ def _command(name: str) -> Callable[[list[str]], None]:
         "sample": commands.sample,
         "evaluate": commands.evaluate,
         "train-teacher": train.train_teacher,
+        "train-on-policy": on_policy.train_on_policy,
         "precompute": precompute.precompute,
         "distill": train.distill,
     }

@@ -95,6 +95,10 @@ def _replay(label: str, **fixed: Any) -> Callable[..., Path]:
     return build
 
 
+def _on_policy(round_: Round, updates: int, learning_rate: float) -> Path:
+    return round_.on_policy("on-policy", updates, learning_rate=learning_rate)
+
+
 METHODS = (
     Method("erpd_projection", "ERPD, projection", _projection, _grid(delta=(0.06, 0.12, 0.24), steps=(32, 64))),
     Method("erpd_gradient", "ERPD, policy gradient", _gradient, _grid(budget=(0.05, 0.1, 0.2), steps=(32, 64))),
@@ -128,6 +132,18 @@ METHODS = (
         "SFT on correct rollouts",
         _replay("sft", loss="sft"),
         _grid(steps=(16, 64, 256), learning_rate=(1e-4, 4e-4)),
+    ),
+    Method(
+        "on_policy_same_data",
+        "on-policy GRPO, as many rollouts",
+        _on_policy,
+        _grid(updates=(4,), learning_rate=(1e-4, 2e-4, 4e-4, 1e-3, 2e-3, 4e-3)),
+    ),
+    Method(
+        "on_policy",
+        "on-policy GRPO, 8 to 16 times as many rollouts",
+        _on_policy,
+        _grid(updates=(32, 64), learning_rate=(1e-4, 4e-4, 1e-3)),
     ),
 )
 
@@ -293,7 +309,7 @@ AXES: dict[str, dict[str, Task]] = {
         "under-trained": Task("young", 3, 0.4, epochs=2),
     },
 }
-AXIS_METHODS = ("erpd_projection", "erpd_gradient", "sequence_advantage", "sapo_kl", "ppo_loose")
+AXIS_METHODS = ("erpd_projection", "erpd_gradient", "sequence_advantage", "sapo_kl", "ppo_loose", "on_policy")
 
 
 def axes(study: Study, seed: int, chosen: Mapping[str, Config]) -> None:
