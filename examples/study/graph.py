@@ -229,6 +229,8 @@ def _serve(pipe: Any) -> None:
 def _run(job: Job) -> str:
     """Runs one job with its output in its log; returns its error, '' if there was none."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
+    if job.output.exists() and not job.done:  # left by a study that was stopped; jobs are short
+        shutil.rmtree(job.output)
     with job.log.open("w") as log:
         saved = os.dup(1), os.dup(2)
         os.dup2(log.fileno(), 1)

@@ -1,7 +1,7 @@
 """Runs the study and writes `docs/study.md`.
 
     python examples/study/run.py                       all of it, on all cores; stop it and call it again as you like
-    python examples/study/run.py --seeds 1 --axis-seeds 1 --no-docs     a first look
+    python examples/study/run.py --seeds 1 --extra-seeds 1 --no-docs     a first look
 
 What is done is kept in `runs/study` and never made again. The page is made of `runs/study/results.json`.
 """
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of everything that is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
-    parser.add_argument("--axis-seeds", type=int, nargs="+", help="seeds of the section `axes`; default: --seeds")
+    parser.add_argument(
+        "--extra-seeds", type=int, nargs="+", default=[1, 2, 3], help="of ablations, rounds and axes; default: 1 2 3"
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, a core each")
     parser.add_argument("--no-docs", action="store_true", help="write report.md beside the results, not docs/study.md")
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_graph(study.graph, given.workers, _say)
         chosen = choose(study.records)
         (root / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
-        build(study, given.sections, given.seeds, given.axis_seeds or given.seeds, chosen)
+        build(study, given.sections, given.seeds, given.extra_seeds, chosen)
         if not given.report_only:
             print(f"arms: {len(study.records)}", flush=True)
             run_graph(study.graph, given.workers, _say)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build(
-    study: Study, sections: Sequence[str], seeds: Sequence[int], axis_seeds: Sequence[int], chosen: dict[str, Config]
+    study: Study, sections: Sequence[str], seeds: Sequence[int], extra_seeds: Sequence[int], chosen: dict[str, Config]
 ) -> None:
     """All jobs of the chosen sections."""
     for seed in seeds:
@@ -90,12 +92,13 @@ def build(
             signals(study, round_)
         if "baselines" in sections:
             baselines(study, round_, chosen)
+    for seed in extra_seeds:
         if "ablations" in sections:
-            ablations(study, round_)
+            ablations(study, first_round(study.graph, MAIN, seed))
         if "rounds" in sections:
             rounds(study, seed, chosen)
-    for seed in axis_seeds if "axes" in sections else ():
-        axes(study, seed, chosen)
+        if "axes" in sections:
+            axes(study, seed, chosen)
 
 
 def choose(records: Sequence[Record]) -> dict[str, Config]:
