@@ -180,7 +180,7 @@ class Round:
         return self.distill(label, cache, steps, form="policy_gradient", kl_budget=budget, **flags)
 
     def on_policy(self, label: str, updates: int, **flags: Any) -> Path:
-        """GRPO on fresh rollouts for the round's prompts, as many for each update as the other methods' batches hold."""
+        """GRPO on fresh rollouts for the round's prompts; an update takes as many as the other methods' batches hold."""
         return self.graph.add(
             self.folder,
             "train-on-policy",

@@ -275,7 +275,8 @@ def sft_loss(
 ) -> LossOutput:
     """Imitation of the good rollouts (rejection sampling, a baseline): -log pi_theta where reward > threshold.
 
-    Other rows add nothing to the sum or the count. Unverified rollouts (NaN) are never imitated.
+    Other rows add nothing to the sum or the count, nor to a KL penalty beside the loss. Unverified rollouts (NaN) are
+    never imitated.
 
     Args:
         inputs: advantages and old_log_probs enter the metrics only (which cover all rows).
@@ -288,7 +289,7 @@ def sft_loss(
     loss_mask = token_mask(inputs.loss_mask) & chosen.unsqueeze(-1)
     per_token = weighted(-masked(inputs.policy_log_probs, loss_mask), inputs)
     loss_sum, count = aggregate(per_token, loss_mask, aggregation)
-    return LossOutput(loss_sum, count, ratio_metrics(inputs))
+    return LossOutput(loss_sum, count, ratio_metrics(inputs), loss_mask)
 
 
 REPLAY_LOSSES: dict[str, Callable[..., LossOutput]] = {

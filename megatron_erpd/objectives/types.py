@@ -31,11 +31,14 @@ class LossOutput(NamedTuple):
         count: scalar int64: the denominator over this micro-batch (tokens or sequences, as the loss says).
             Both are summed over micro-batches and data-parallel ranks before they are divided.
         metrics: name -> (sum, count), detached; reduced in the same way.
+        loss_mask: [b, s] bool, the tokens that `count` counts where they are fewer than the inputs' (`sft`), else None.
+            A penalty that is divided by `count` has to be summed over the same tokens.
     """
 
     loss_sum: Tensor
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody calls on a loss
     metrics: Metrics
+    loss_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

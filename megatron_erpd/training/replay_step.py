@@ -118,15 +118,18 @@ class ReplayStep:
         if old_log_probs is not None:
             metrics.update(result.metrics)
             exact = None if self.kl_target is None else output[2]
-            loss_sum = loss_sum + self._kl_term(inputs, exact, metrics)
+            mask = inputs.loss_mask if result.loss_mask is None else result.loss_mask
+            loss_sum = loss_sum + self._kl_term(inputs, mask, exact, metrics)
         if self.early_stop is not None:
             self.early_stop.measure(metrics.get("policy_base_kl"), metrics["entropy"])
         return loss_sum, result.count.to(torch.int32), report(self.prefix, metrics)
 
-    def _kl_term(self, inputs: ReplayInputs, exact: Tensor | None, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The weighted KL to the base policy, and its measurement per token."""
-        mask = inputs.loss_mask
-        per_token = kl_penalty(inputs.policy_log_probs.detach(), inputs.old_log_probs, mask, "k3", "token_mean")
+    def _kl_term(
+        self, inputs: ReplayInputs, mask: Tensor, exact: Tensor | None, metrics: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """The weighted KL to the base policy, over the tokens of the loss, and its measurement over all."""
+        policy, old = inputs.policy_log_probs, inputs.old_log_probs
+        per_token = kl_penalty(policy.detach(), old, inputs.loss_mask, "k3", "token_mean")
         metrics["policy_base_kl"] = per_token
         one = torch.ones((), device=per_token[0].device)
         if isinstance(self.kl_coefficient, KlBudget):
@@ -138,12 +141,9 @@ class ReplayStep:
         if coefficient == 0:
             return 0 * one
         if exact is not None:
-            metrics["policy_base_kl_exact"] = token_mean(exact.detach(), mask)
+            metrics["policy_base_kl_exact"] = token_mean(exact.detach(), inputs.loss_mask)
             return coefficient * aggregate(exact, mask, self.aggregation)[0]
-        penalty, _ = kl_penalty(
-            inputs.policy_log_probs, inputs.old_log_probs, mask, self.kl_estimator, self.aggregation
-        )
-        return coefficient * penalty
+        return coefficient * kl_penalty(policy, old, mask, self.kl_estimator, self.aggregation)[0]
 
 
 def replay_loss(settings: ReplaySettings) -> tuple[LossFunction, Aggregation]:
