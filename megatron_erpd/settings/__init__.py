@@ -1,0 +1,48 @@
+"""What each stage can be told: one validated model per stage, the single source of recipe keys and flags.
+
+A recipe's sections are these models; the tools' command lines are generated from them (`settings_arguments`), so a
+key, its default, its check and its help text have one home.
+`Layout` says how a stage runs and never changes its result; everything else is part of an artifact's identity.
+"""
+
+from megatron_erpd.settings.base import Layout, Settings, error_lines, parse_settings
+from megatron_erpd.settings.distillation import AUTO_SIGNAL, NO_SIGNAL, DistillSettings, PrecomputeSettings
+from megatron_erpd.settings.sampling import (
+    EvaluateSettings,
+    HeldOutSettings,
+    ImportSettings,
+    SampleSettings,
+    SelectSettings,
+)
+from megatron_erpd.settings.training import (
+    AdvantageKind,
+    Aggregation,
+    OnPolicySettings,
+    OptimizerSettings,
+    ReplayLoss,
+    ReplaySettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "AUTO_SIGNAL",
+    "AdvantageKind",
+    "Aggregation",
+    "DistillSettings",
+    "EvaluateSettings",
+    "HeldOutSettings",
+    "ImportSettings",
+    "Layout",
+    "NO_SIGNAL",
+    "OnPolicySettings",
+    "OptimizerSettings",
+    "PrecomputeSettings",
+    "ReplayLoss",
+    "ReplaySettings",
+    "SampleSettings",
+    "SelectSettings",
+    "Settings",
+    "TrainingSettings",
+    "error_lines",
+    "parse_settings",
+]
