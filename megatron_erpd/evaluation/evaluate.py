@@ -35,6 +35,7 @@ def evaluate_policies(
     output_dir: str | Path,
     settings: EvaluateSettings,
     *,
+    origin: str | Path | None = None,
     verifier: str | None = None,
     rollouts: Rollouts | str | Path | None = None,
     device: str | None = None,
@@ -52,6 +53,7 @@ def evaluate_policies(
         prompts: held-out; the first `settings.num_prompts` are used.
         output_dir: made if need be.
         settings: what to measure.
+        origin: Hugging Face folder of the first round's base, for `kl_from_origin_*`; None where that is `base`.
         verifier: as in `get_verifier`; None leaves the accuracies out.
         rollouts: the fixed data for `forward_kl_data` and `reverse_kl_data`; `settings.num_rollouts` rows at equal
             distances are used.
@@ -69,6 +71,7 @@ def evaluate_policies(
     fixed = read_rollouts(rollouts) if isinstance(rollouts, str | Path) else rollouts
     common = {
         "base": policy_fingerprint(base),
+        "origin": policy_fingerprint(base if origin is None else origin),
         "prompts": prompts_digest(prompts[: settings.num_prompts]),
         "rollouts": fixed.digest() if fixed is not None else None,
         "settings": settings.model_dump(exclude={"batch_size"}),
@@ -76,6 +79,7 @@ def evaluate_policies(
     }
     judge: Verifier | None = None
     base_policy: Policy | None = None
+    origin_policy: Policy | None = None
     results: dict[str, PolicyMetrics] = {}
     for name, path in policies.items():
         identity = {"policy": policy_fingerprint(path), **common}
@@ -88,8 +92,12 @@ def evaluate_policies(
         base_policy = base_policy or load_policy(base, device, dtype)
         judge = judge or (get_verifier(verifier) if verifier is not None else None)
         policy = base_policy if identity["policy"] == common["base"] else load_policy(path, device, dtype)
+        if origin is not None and common["origin"] != common["base"]:
+            origin_policy = origin_policy or load_policy(origin, device, dtype)
         told = None if status is None else partial(status, name)
-        evaluation = evaluate_policy(policy, base_policy, prompts, judge, fixed, settings, status=told)
+        evaluation = evaluate_policy(
+            policy, base_policy, prompts, judge, fixed, settings, origin=origin_policy, status=told
+        )
         facts = {"name": name, "identity": identity, "seconds": round(time.monotonic() - started, 3)}
         write_json(file, {**facts, **asdict(evaluation)})
         results[name] = evaluation.metrics
@@ -104,10 +112,12 @@ def evaluate_policy(
     rollouts: Rollouts | None,
     settings: EvaluateSettings,
     *,
+    origin: Policy | None = None,
     num_examples: int = NUM_EXAMPLES,
     status: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluates one policy; see `evaluate_policies` and `PolicyMetrics`.
+    """Evaluates one policy; see `evaluate_policies` and `PolicyMetrics`. `origin` is the first round's base, if `base`
+    isn't.
 
     Samples depend on `settings.seed` and a prompt's place alone, so two policies are compared under the same noise.
     """
@@ -121,17 +131,22 @@ def evaluate_policy(
     greedy_rewards = score(verifier, records, [[text] for text in greedy_texts])
     sequences = [(prompt, s.response_token_ids) for prompt, group in zip(ids, groups, strict=True) for s in group]
     own = compare_policies(policy, base, sequences, progress=partial(tell, "divergence"))
-    per_prompt_kl = own.reverse_kl.reshape(len(records), settings.num_samples).mean(axis=1)
+    far = own
+    if origin is not None:
+        far = compare_policies(policy, origin, sequences, progress=partial(tell, "divergence from the first base"))
     samples = [sample for group in groups for sample in group]
     metrics = PolicyMetrics(
         num_prompts=len(records),
         num_samples=settings.num_samples,
         **accuracies(rewards, greedy_rewards),
         kl_per_sequence=float(own.reverse_kl.mean()),
-        kl_per_sequence_se=standard_error(per_prompt_kl),
+        kl_per_sequence_se=standard_error(own.reverse_kl.reshape(len(records), -1).mean(axis=1)),
         kl_per_token=own.per_token("reverse_kl"),
         kl_per_sequence_sampled=float(own.log_ratio.mean()),
         kl_per_token_sampled=own.per_token("log_ratio"),
+        kl_from_origin_per_sequence=float(far.reverse_kl.mean()),
+        kl_from_origin_per_sequence_se=standard_error(far.reverse_kl.reshape(len(records), -1).mean(axis=1)),
+        kl_from_origin_per_token=far.per_token("reverse_kl"),
         entropy=own.per_token("entropy"),
         mean_length=float(own.num_tokens.mean()),
         mean_length_greedy=float(np.mean([len(s.response_token_ids) for s in greedy])),

@@ -29,6 +29,9 @@ class PolicyMetrics:
         kl_per_sequence_se: its standard error over prompts.
         kl_per_token: the same sum over all responses, divided by all their tokens.
         kl_per_sequence_sampled, kl_per_token_sampled: the same from the log-ratios of the drawn tokens alone.
+        kl_from_origin_per_sequence, kl_from_origin_per_sequence_se, kl_from_origin_per_token: as `kl_per_sequence` and
+            so on, but KL(policy || the first round's base), on the same samples: how far all rounds together have come.
+            The same as `kl_per_sequence` where the base is the first round's.
         entropy: of the policy per token, mean over the tokens of its own samples.
         mean_length: of the samples. mean_length_greedy: of the greedy responses.
         truncated: fraction of the samples that met `max_new_tokens`.
@@ -50,6 +53,9 @@ class PolicyMetrics:
     kl_per_token: float
     kl_per_sequence_sampled: float
     kl_per_token_sampled: float
+    kl_from_origin_per_sequence: float
+    kl_from_origin_per_sequence_se: float | None
+    kl_from_origin_per_token: float
     entropy: float
     mean_length: float
     mean_length_greedy: float

@@ -48,17 +48,25 @@ def sample(argv: list[str]) -> None:
     parser.add_argument("--prompts", required=True, help=_PROMPTS_HELP)
     parser.add_argument("--verifier", help=_VERIFIER_HELP)
     parser.add_argument("--num-prompts", type=_positive, help="use so many of the prompts (default: all)")
+    parser.add_argument(
+        "--first-prompt",
+        type=_count,
+        default=0,
+        help="where they begin, counted from 0; after the last prompt comes the first again (default: 0)",
+    )
     _add_output(parser)
     add_settings_arguments(parser, SampleSettings, "sampling")
     given = parser.parse_args(argv)
     settings = settings_from_namespace(given, SampleSettings)
-    request = sample_request(settings, given.model, given.prompts, given.verifier, given.num_prompts)
+    request = sample_request(
+        settings, given.model, given.prompts, given.verifier, given.num_prompts, given.first_prompt
+    )
     _begin("sample", given.output, request)
 
     from megatron_erpd.sampling.prompts import load_prompts
     from megatron_erpd.sampling.sample import sample_rollouts
 
-    prompts = load_prompts(given.prompts, given.num_prompts)
+    prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt)
     report = sample_rollouts(
         given.model, prompts, given.output, settings, verifier=given.verifier, progress=_progress("sampled")
     )
@@ -171,6 +179,12 @@ def evaluate(argv: list[str]) -> None:
         help="a policy's name and Hugging Face folder; repeatable, `base` must be among them",
     )
     parser.add_argument("--exported", type=Path, help="evaluate every policy of this export too")
+    parser.add_argument(
+        "--origin",
+        type=Path,
+        metavar="HF",
+        help="the first round's base, in later rounds: how far all rounds together have come (default: the base)",
+    )
     parser.add_argument("--prompts", required=True, help=f"held-out prompts: {_PROMPTS_HELP}")
     parser.add_argument("--rollouts", type=Path, required=True, help="the fixed data, for the exact divergences")
     parser.add_argument("--verifier", help=_VERIFIER_HELP)
@@ -181,7 +195,9 @@ def evaluate(argv: list[str]) -> None:
     models = {name: Path(folder) for name, folder in _pairs(given.model, "--model").items()}
     if "base" not in models:
         raise RecipeError("--model: the base policy is missing, and divergences are measured from it; give base=HF")
-    request = evaluate_request(settings, models, given.exported, given.prompts, given.rollouts, given.verifier)
+    request = evaluate_request(
+        settings, models, given.exported, given.prompts, given.rollouts, given.verifier, given.origin
+    )
     _begin("evaluate", given.output, request)
 
     from megatron_erpd.evaluation.evaluate import evaluate_policies
@@ -193,6 +209,7 @@ def evaluate(argv: list[str]) -> None:
         load_prompts(given.prompts, settings.num_prompts),
         given.output,
         settings,
+        origin=given.origin,
         verifier=given.verifier,
         rollouts=given.rollouts,
         status=_status(),
@@ -361,5 +378,12 @@ def _status() -> Callable[..., None]:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
         raise ValueError(text)
     return value

@@ -109,17 +109,30 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("length", "mean_length", ".1f"),
 )
 """Heading, key and format of the final table. Narrow, so that it fits 80 characters."""
+_ROUNDS_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    *_COLUMNS[:4],
+    ("KL seq.,\n1st base", "kl_from_origin_per_sequence", ".3f"),
+    ("KL token,\n1st base", "kl_from_origin_per_token", ".4f"),
+    *_COLUMNS[6:],
+)
 
 
 def summary_table(summary: Path) -> Table:
-    """Policies and what was measured of them, from a run's `report/summary.json`. Divergences are in nats."""
-    policies: dict[str, dict[str, Any]] = json.loads(summary.read_text())["policies"]
+    """Policies and what was measured of them, from a run's `report/summary.json`. Divergences are in nats.
+
+    Several rounds stand one under the other, with the KL from the first round's base in the place of that on the data.
+    """
+    rounds: list[dict[str, Any]] = json.loads(summary.read_text())["rounds"]
+    columns = _COLUMNS if len(rounds) < 2 else _ROUNDS_COLUMNS
     title = "held-out accuracy and divergence from the base (reverse KL: policy || base)"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
-    for heading, _, _ in _COLUMNS:
+    for heading, _, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, metrics in policies.items():
-        cells = ["-" if metrics.get(key) is None else format(float(metrics[key]), form) for _, key, form in _COLUMNS]
-        table.add_row(name, *cells)
+    for round_ in rounds:
+        if len(rounds) > 1:
+            table.add_row(Text(round_["name"], "bold"))
+        for name, metrics in round_["policies"].items():
+            cells = ["-" if metrics.get(key) is None else format(float(metrics[key]), form) for _, key, form in columns]
+            table.add_row(name, *cells)
     return table

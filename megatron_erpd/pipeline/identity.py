@@ -25,10 +25,16 @@ class Request:
 
 
 def sample_request(
-    settings: SampleSettings, model: Path, prompts: str, verifier: str | None, num_prompts: int | None
+    settings: SampleSettings,
+    model: Path,
+    prompts: str,
+    verifier: str | None,
+    num_prompts: int | None,
+    first_prompt: int = 0,
 ) -> Request:
     """Rollouts of the policy in the folder `model`."""
     more, inputs = task_identity(prompts, verifier)
+    more |= {"first_prompt": first_prompt} if first_prompt else {}
     return Request(settings_identity(settings, num_prompts=num_prompts, **more), {"model": model, **inputs})
 
 
@@ -47,11 +53,14 @@ def evaluate_request(
     prompts: str,
     rollouts: Path,
     verifier: str | None,
+    origin: Path | None = None,
 ) -> Request:
-    """Metrics of policies: those in `models`, and all of an export."""
+    """Metrics of policies: those in `models`, and all of an export; `origin` is the first round's base, in later
+    rounds."""
     more, inputs = task_identity(prompts, verifier)
     inputs |= {f"model-{name}": path for name, path in models.items()}
     inputs |= {"rollouts": rollouts} | ({"exported": exported} if exported else {})
+    inputs |= {"origin": origin} if origin else {}
     return Request(settings_identity(settings, **more), inputs)
 
 

@@ -67,9 +67,10 @@ class _Planner:
         self.used: set[str] = set()
 
     def plan(self) -> list[Stage]:
-        base, hf = self._initial()
+        base, origin = self._initial()
+        hf = origin
         for number in range(1, self.recipe.rounds + 1):
-            base, hf = self._round(number, base, hf)
+            base, hf = self._round(number, base, hf, origin)
         self._report()
         unknown = sorted(set(self.overrides) - self.used)
         if unknown:
@@ -97,8 +98,8 @@ class _Planner:
         export = self._export("base-hf", {"base": base}, self.root / "round-01/base-hf")
         return base, export / "base"
 
-    def _round(self, number: int, base: Path, hf: Path) -> tuple[Path, Path]:
-        """One round; returns the base of the next."""
+    def _round(self, number: int, base: Path, hf: Path, origin: Path) -> tuple[Path, Path]:
+        """One round; returns the base of the next. `origin` is the first round's base, as `hf` is this one's."""
         recipe, folder = self.recipe, self.root / f"round-{number:02d}"
         prefix = "" if number == 1 else f"round-{number:02d}/"
         rollouts = self._rollouts(f"{prefix}rollouts", number, hf, folder / "rollouts")
@@ -128,7 +129,8 @@ class _Planner:
                 policies[name] = self._distill(stage, control, data, policies, cache, output)
         trained = {name: path for name, path in policies.items() if name != "base"}
         export = self._export(f"{prefix}export", trained, folder / "export", kept)
-        self._evaluation(f"{prefix}evaluation", hf, export, rollouts, folder / "evaluation")
+        first = None if number == 1 else origin
+        self._evaluation(f"{prefix}evaluation", hf, first, export, rollouts, folder / "evaluation")
         return policies.get("student", base), export / "student"
 
     def _base_log_probs(self) -> PrecomputeSettings:
@@ -154,12 +156,14 @@ class _Planner:
                 argv += ["--field", f"{ours}={theirs}"]
             argv = [*_input_flags(request.inputs), *argv]
             return self._add(name, "import-rollouts", argv, request.inputs, output, request.settings)
-        # Later rounds see the same prompts; another seed keeps their samples independent.
+        # Another seed keeps the samples of rounds that see the same prompts independent.
         settings = _as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1})
         prompts, verifier = self._prompts(section.prompts), self._verifier(section.verifier)
-        request = sample_request(settings, hf, prompts, verifier, section.num_prompts)
+        first = (section.num_prompts or 0) * (number - 1)
+        request = sample_request(settings, hf, prompts, verifier, section.num_prompts, first)
         argv = ["--model", str(hf), "--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
         argv += [] if section.num_prompts is None else ["--num-prompts", str(section.num_prompts)]
+        argv += ["--first-prompt", str(first)] if first else []
         return self._add(name, "sample", argv, request.inputs, output, request.settings)
 
     def _replay(self, name: str, section: ReplaySettings, data: dict[str, Path], output: Path) -> Path:
@@ -262,15 +266,16 @@ class _Planner:
                     inputs[key], iterations[key] = kept[teacher], "all"
         return self._add(name, "export", argv, inputs, output, {"iterations": iterations})
 
-    def _evaluation(self, name: str, hf: Path, export: Path, rollouts: Path, output: Path) -> None:
+    def _evaluation(self, name: str, hf: Path, origin: Path | None, export: Path, rollouts: Path, output: Path) -> None:
         section = self.recipe.evaluation
         if section is None:
             return
         prompts, verifier = self._task("evaluation", section)
         settings = _as(EvaluateSettings, section)
-        request = evaluate_request(settings, {"base": hf}, export, prompts, rollouts, verifier)
+        request = evaluate_request(settings, {"base": hf}, export, prompts, rollouts, verifier, origin)
         argv = ["--model", f"base={hf}", "--exported", str(export), "--prompts", prompts, "--rollouts", str(rollouts)]
         argv += ["--verifier", verifier, *settings_to_argv(settings)]
+        argv += [] if origin is None else ["--origin", str(origin)]
         self._add(name, "evaluate", argv, request.inputs, output, request.settings)
 
     def _report(self) -> None:

@@ -54,7 +54,9 @@ class Sampled(SampleSettings):
 
     prompts: str = Field(description="JSON lines with prompt and answer, or reasoning-gym:TASK?size=100")
     verifier: str = Field(description="math-verify, reasoning-gym:TASK or python:FILE_OR_MODULE:FUNCTION")
-    num_prompts: int | None = Field(default=None, ge=1, description="prompts used; default: all")
+    num_prompts: int | None = Field(
+        default=None, ge=1, description="prompts of a round, which takes the next ones of the file; default: all"
+    )
 
 
 class Imported(ImportSettings):
@@ -209,6 +211,11 @@ class Recipe(Settings):
             raise ValueError("nothing to train; give at least one of teacher, unlearned, teachers, student, controls")
         if self.rounds > 1 and self.student is None:
             raise ValueError("rounds: the next round starts from the student, and there is none; give student")
+        if self.rounds > 1 and isinstance(self.rollouts, Imported):
+            raise ValueError(
+                "rounds: a later round learns from rollouts of its own base policy, and rollouts.file holds another "
+                "policy's; give rollouts.prompts, or start a run for each round"
+            )
         return self
 
     @model_validator(mode="after")

@@ -135,6 +135,11 @@ class Run:
     """The recipe's text as run; empty where there is none."""
 
     @property
+    def evaluated(self) -> list[Round]:
+        """The rounds with evaluations."""
+        return [r for r in self.rounds if r.policies]
+
+    @property
     def stages(self) -> list[StageRecord]:
         """All finished artifacts in the order in which they were finished."""
         records = self.preparation + [stage for round_ in self.rounds for stage in round_.stages]
@@ -165,12 +170,12 @@ def collect_run(run_dir: str | Path) -> Run:
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), `targets`, `selections`
-    and `stages`.
+    """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), the same in `rounds` (a name and the
+    policies of each evaluated round), `targets`, `selections` and `stages`.
 
     Standard errors are the keys that end in `_se`; rewards are means over held-out prompts, divergences are in nats.
     """
-    rounds = [r for r in run.rounds if r.policies]
+    rounds = run.evaluated
     policies = {
         (policy.name if round_ is rounds[0] else f"{round_.name}/{policy.name}"): policy.metrics
         for round_ in rounds
@@ -185,6 +190,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "policies": policies,
+        "rounds": [{"name": r.name, "policies": {p.name: p.metrics for p in r.policies}} for r in rounds],
         "targets": targets,
         "selections": selections,
         "stages": stages,

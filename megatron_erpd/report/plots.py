@@ -174,6 +174,46 @@ def _draw_family(axes: Axes, members: list[Policy], base: Policy | None, palette
             )
 
 
+def accuracy_over_rounds(
+    rounds: Sequence[Sequence[Policy]], palette: Palette, metric: str, title: str
+) -> Figure | None:
+    """Accuracy over KL(policy || first round's base) per sequence, the numbers being the rounds'.
+
+    A line joins the students, each of which is the next round's base; the other policies of a round start from that
+    round's base. None where no policy has been measured so.
+    """
+    placed = [
+        (number, p, p.metrics["kl_from_origin_per_sequence"], p.metrics[metric])
+        for number, policies in enumerate(rounds, start=1)
+        for p in policies
+        if metric in p.metrics and "kl_from_origin_per_sequence" in p.metrics
+        # Later bases are the students before them.
+        if p.role not in ("base", "unlearned") or (p.role == "base" and number == 1)
+    ]
+    if not placed:
+        return None
+    with _style():
+        figure = Figure(figsize=(PANEL[0], PANEL[1] + 0.7), layout="constrained")
+        axes = figure.subplots()
+        for family in dict.fromkeys(p.family for _, p, _, _ in placed):
+            members = [(x, y) for _, p, x, y in placed if p.family == family]
+            marker, size = palette.marker(family), 8 if family == "student" else 7
+            axes.plot(*zip(*members, strict=True), marker, color=palette.colour(family), markersize=size, label=family)
+        way = [(x, y) for _, p, x, y in placed if p.role in ("base", "student")]
+        axes.plot(*zip(*way, strict=True), "-", color=palette.colour("student"), linewidth=1.2, alpha=0.6, zorder=1)
+        for number, p, x, y in placed:
+            if p.role != "base":
+                colour = palette.colour(p.family)
+                axes.annotate(
+                    str(number), (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color=colour
+                )
+        axes.set_title(title)
+        axes.set_xlabel("KL(policy ‖ first base), nats per sequence")
+        axes.set_ylabel("accuracy on held-out prompts")
+        figure.legend(loc="outside lower left", ncols=3, handlelength=1.4, columnspacing=1.2)
+        return figure
+
+
 def _kl(policy: Policy) -> float | None:
     """The base is at 0 by definition, whether or not its evaluation says so."""
     return 0.0 if policy.role == "base" else policy.metrics.get("kl_per_sequence")

@@ -51,7 +51,19 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("truncated", "truncated", ".3f"),
     ("unverified", "unverified", ".3f"),
 ]
-"""The final table: key, heading, format. A column that no policy has is left out, `unverified` also where it is 0."""
+"""A round's table: key, heading, format. A column that no policy has is left out, `unverified` also where it is 0."""
+
+
+ROUNDS_COLUMNS: list[tuple[str, str, str]] = [
+    ("accuracy_sampled", "sampled", ".3f"),
+    ("accuracy_greedy", "greedy", ".3f"),
+    ("kl_per_sequence", "KL / sequence, this round's base", ".3f"),
+    ("kl_from_origin_per_sequence", "KL / sequence, first base", ".3f"),
+    ("kl_from_origin_per_token", "KL / token, first base", ".4f"),
+    ("entropy", "entropy", ".3f"),
+    ("mean_length", "length", ".1f"),
+]
+"""The table over all rounds, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,16 @@ class RoundView:
     """Prompt, and the policies' answers to it."""
 
 
+@dataclass(frozen=True)
+class RoundsView:
+    """What the page shows of all rounds together."""
+
+    columns: list[str]
+    rows: list[tuple[str, str, list[str]]]
+    """`round-01/NAME`, role and cells."""
+    accuracy: list[Picture]
+
+
 def render_report(run_dir: str | Path) -> Path:
     """Writes `report/index.html`, `report/summary.json` and `report/accuracy_vs_kl.png` of a run.
 
@@ -98,16 +120,16 @@ def render_report(run_dir: str | Path) -> Path:
     run = collect_run(run_dir)
     folder = run.folder / "report"
     summary = write_summary(run, folder / "summary.json")
-    evaluated = [r for r in run.rounds if r.policies]
-    if evaluated:
-        policies = evaluated[-1].policies
-        plots.save_accuracy_against_kl(policies, _palette(evaluated[-1]), folder / "accuracy_vs_kl.png")
+    if run.evaluated:
+        last = run.evaluated[-1]
+        plots.save_accuracy_against_kl(last.policies, _palette(last), folder / "accuracy_vs_kl.png")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"duration": duration, "size": size, "tint": tint, "plain": plain, "shortened": shortened}
     views = [_view(run, round_) for round_ in run.rounds]
-    page = environment.get_template("report.html.j2").render(run=run, rounds=views, summary=summary)
+    together = _rounds_view(run.evaluated) if len(run.evaluated) > 1 else None
+    page = environment.get_template("report.html.j2").render(run=run, rounds=views, together=together, summary=summary)
     write_text(folder / "index.html", page)
     return folder / "index.html"
 
@@ -133,6 +155,22 @@ def _view(run: Run, round_: Round) -> RoundView:
         histogram=_picture(histogram, "Histogram of the signal on the tokens of rewarded and unrewarded rollouts"),
         answers=_answers(round_),
     )
+
+
+def _rounds_view(rounds: list[Round]) -> RoundsView:
+    rows = []
+    for round_ in rounds:
+        for policy in round_.results:
+            _, role, cells = _table_row(policy, ROUNDS_COLUMNS)
+            rows.append((f"{round_.name}/{policy.name}", role, cells))
+    palette = plots.Palette([p.name for round_ in rounds for p in round_.results])
+    pictures = []
+    for metric, title in (("accuracy_sampled", "Sampled at temperature 1"), ("accuracy_greedy", "Greedy")):
+        figure = plots.accuracy_over_rounds([r.results for r in rounds], palette, metric, title)
+        students = [(r.name, s) for r in rounds if (s := r.policy("student")) and metric in s.metrics]
+        told = [f"student of {name} {student.metrics[metric]:.2f}" for name, student in students]
+        pictures.append(_picture(figure, f"{title}: accuracy against KL from the first base. " + ", ".join(told)))
+    return RoundsView([heading for _, heading, _ in ROUNDS_COLUMNS], rows, [p for p in pictures if p])
 
 
 def _is_worth_a_column(metric: str, policy: Policy) -> bool:

@@ -27,14 +27,16 @@ class PromptRecord(TypedDict):
     metadata: dict[str, Any]
 
 
-def load_prompts(source: str | Path, limit: int | None = None) -> list[PromptRecord]:
+def load_prompts(source: str | Path, limit: int | None = None, first: int = 0) -> list[PromptRecord]:
     """Reads prompts.
 
     Args:
         source: a file of JSON lines with `prompt` and, where wanted, `answer` and `metadata`; or
             `reasoning-gym:TASK?size=100&seed=1&...`, whose further options are those of the task. Its seed is 0 where
             none is given, so the same text always means the same prompts.
-        limit: keep the first so many.
+        limit: keep so many.
+        first: keep those from this one on (counted from 0), and after the last one the first again. Where `limit` keeps
+            all of them anyway it changes nothing.
 
     Raises:
         RecipeError: no such file or task, or a line that isn't a prompt; the message names the line or the option.
@@ -43,7 +45,10 @@ def load_prompts(source: str | Path, limit: int | None = None) -> list[PromptRec
     records = _generated(text) if text.startswith(REASONING_GYM) else _from_file(Path(source))
     if not records:
         raise RecipeError(f"{source}: holds no prompts")
-    return records[:limit]
+    if limit is None or limit >= len(records):
+        return records
+    start = first % len(records)
+    return (records + records)[start : start + limit]
 
 
 def encode_prompts(tokenizer: Any, records: Sequence[PromptRecord], chat_template: bool = False) -> list[list[int]]:

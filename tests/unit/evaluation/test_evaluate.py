@@ -91,6 +91,24 @@ def test_divergences_of_own_samples_and_of_the_data(evaluation, policies, rollou
     assert metrics.forward_kl_data != pytest.approx(metrics.reverse_kl_data)
 
 
+def test_divergence_from_the_first_rounds_base(evaluation, policies, folders, tmp_path):
+    """In a second round the base is the first student; here the evaluated policy itself."""
+    policy, origin = policies
+    second = evaluate_policy(policy, policy, PROMPTS, None, None, SETTINGS, origin=origin).metrics
+    first = evaluation.metrics
+    assert second.kl_per_sequence == second.kl_per_token == 0
+    assert second.kl_from_origin_per_sequence == pytest.approx(first.kl_per_sequence) and first.kl_per_sequence > 0
+    assert second.kl_from_origin_per_sequence_se == pytest.approx(first.kl_per_sequence_se)
+    assert second.kl_from_origin_per_token == pytest.approx(first.kl_per_token)
+    assert first.kl_from_origin_per_sequence == first.kl_per_sequence
+    assert first.kl_from_origin_per_token == first.kl_per_token
+    # The same from folders; another origin is another measurement.
+    given = {"student": folders[0]}, folders[0], PROMPTS, tmp_path, SETTINGS
+    assert evaluate_policies(*given)["student"].kl_from_origin_per_sequence == 0
+    from_folders = evaluate_policies(*given, origin=folders[1])["student"]
+    assert from_folders.kl_from_origin_per_sequence == pytest.approx(first.kl_per_sequence)
+
+
 def test_examples_are_for_people(evaluation):
     assert len(evaluation.examples) == 6
     example = evaluation.examples[0]

@@ -45,9 +45,27 @@ def test_the_final_table(tmp_path):
         "base": {"accuracy_sampled": 0.41, "accuracy_greedy": 0.67, "kl_per_sequence": 0.0},
         "student": {"accuracy_sampled": 0.79, "kl_per_sequence": 0.82, "kl_per_token": 0.1, "reverse_kl_data": None},
     }
-    summary.write_text(json.dumps({"policies": policies}))
+    summary.write_text(json.dumps({"rounds": [{"name": "round-01", "policies": policies}]}))
     out = io.StringIO()
     Console(file=out, width=200).print(summary_table(summary))
     text = out.getvalue()
     assert "0.410" in text and "0.670" in text and "0.820" in text and "0.1000" in text
     assert text.count(" - ") >= 3
+    assert "round-01" not in text and "1st base" not in text
+
+
+def test_the_final_table_of_two_rounds(tmp_path):
+    summary = tmp_path / "summary.json"
+    rounds = [
+        {"name": "round-01", "policies": {"student": {"accuracy_sampled": 0.61, "kl_from_origin_per_sequence": 0.3}}},
+        {"name": "round-02", "policies": {"student": {"accuracy_sampled": 0.79, "kl_from_origin_per_sequence": 0.9}}},
+    ]
+    summary.write_text(json.dumps({"rounds": rounds}))
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary_table(summary))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    rows = lines[lines.index(["round-01"]) :]
+    assert [row[0] for row in rows] == ["round-01", "student", "round-02", "student"]
+    assert rows[1][1:] == ["0.610", "-", "-", "-", "0.300", "-", "-", "-"]
+    assert rows[3][1:] == ["0.790", "-", "-", "-", "0.900", "-", "-", "-"]
+    assert "1st base" in out.getvalue()

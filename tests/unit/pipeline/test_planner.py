@@ -150,6 +150,10 @@ def test_later_rounds_start_from_the_student():
     assert str(stages["round-02/rollouts"].inputs["model"]) == "out/round-01/export/student"
     assert (stages["rollouts"].settings["seed"], stages["round-02/rollouts"].settings["seed"]) == (1, 2)
     assert stages["round-02/evaluation"].inputs["model-base"] == Path("out/round-01/export/student")
+    # How far all rounds have come is measured from the first base; in the first round that is the base itself.
+    assert "origin" not in stages["evaluation"].inputs
+    assert stages["round-02/evaluation"].inputs["origin"] == stages["evaluation"].inputs["model-base"]
+    assert "--origin out/prepare/model" in stages["round-02/evaluation"].shown()
     assert list(stages)[-1] == "report"
 
 
@@ -202,6 +206,15 @@ def test_later_rounds_select_too():
     stages = stages_of(selection=SELECTION, rounds=2)
     assert stages["round-02/selection"].inputs["model"] == Path("out/round-01/export/student")
     assert stages["round-02/cache"].inputs["policy-teacher"] == Path("out/round-02/selection")
+
+
+def test_each_round_takes_the_next_prompts():
+    stages = stages_of(rounds=3)
+    assert "--first-prompt" not in stages["rollouts"].shown() and "first_prompt" not in stages["rollouts"].settings
+    assert "--num-prompts 8 --first-prompt 16" in stages["round-03/rollouts"].shown()
+    assert stages["round-03/rollouts"].settings["first_prompt"] == 16
+    every = stages_of(rounds=2, rollouts={k: v for k, v in SECTIONS["rollouts"].items() if k != "num_prompts"})
+    assert "--first-prompt" not in every["round-02/rollouts"].shown()
 
 
 def test_imported_rollouts_and_no_evaluation():
@@ -306,6 +319,8 @@ def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
     assert_agrees(stages[name], monkeypatch)
     if name == "evaluation":
         assert_agrees(stages_of(rollouts=rollouts, evaluation=evaluation)[name], monkeypatch)
+    if name in ("rollouts", "evaluation"):
+        assert_agrees(stages_of(rounds=2)[f"round-02/{name}"], monkeypatch)
 
 
 def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

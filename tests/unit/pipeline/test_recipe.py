@@ -180,6 +180,10 @@ def test_an_on_policy_control_samples_as_the_rollouts_do(read):
         (["rollouts={file: x.jsonl}", "controls.grpo={kind: on_policy}"], "controls.grpo: on_policy samples from"),
         (["controls.grpo={kind: on_policy, epochs: 2}"], "controls.grpo.epochs: unknown key"),
         (["rounds=2"], "rounds: the next round starts from the student"),
+        (
+            ["rounds=2", "student={}", "rollouts={file: r.jsonl}"],
+            "rounds: a later round learns from rollouts of its own",
+        ),
         (["controls.student={kind: replay}"], "controls.student: a control's name"),
         (["controls={'a/b': {kind: replay}}"], "controls.a/b: a control's name"),
         (["teachers.student={}"], "teachers.student: a teacher's name"),

@@ -38,20 +38,23 @@ def make_run(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def evaluations(folder: Path) -> None:
+def evaluations(folder: Path, before: float = 0.0) -> None:
+    """`before` is what the rounds before are worth: added to sampled accuracy and to the KL from the first base."""
     folder.mkdir(parents=True)
     policies = {"base": (0.41, 0.67, 0.0), "unlearned": (0.02, 0.01, 9.5), "student": (0.76, 0.79, 0.8)}
     policies |= {"direct": (0.74, 0.77, 0.8), "sequence-advantage": (0.72, 0.76, 0.66)}
     policies |= {"teacher@16": (0.62, 0.7, 0.7), "teacher@8": (0.55, 0.69, 0.4), "teacher": (0.7, 0.72, 2.1)}
     for name, (sampled, greedy, kl) in policies.items():
         metrics: dict[str, Any] = {
-            "accuracy_sampled": sampled,
+            "accuracy_sampled": sampled + before,
             "accuracy_sampled_se": 0.011,
             "accuracy_greedy": greedy,
             "accuracy_greedy_se": 0.012,
             "kl_per_sequence": kl,
             "kl_per_sequence_se": 0.02 * kl,
             "kl_per_token": kl / 8,
+            "kl_from_origin_per_sequence": kl + before,
+            "kl_from_origin_per_token": (kl + before) / 8,
             "forward_kl_data": kl / 7,
             "reverse_kl_data": kl / 9,
             "entropy": 0.3 / (1 + kl),

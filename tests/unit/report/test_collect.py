@@ -39,11 +39,19 @@ def test_no_efficiency_where_the_kl_cannot_be_told_from_zero(tmp_path: Path) -> 
 
 
 def test_later_rounds_are_named(tmp_path: Path) -> None:
-    for name in ("round-01", "round-02"):
-        evaluations(tmp_path / name / "evaluation")
+    for number, name in enumerate(("round-01", "round-02")):
+        evaluations(tmp_path / name / "evaluation", before=0.1 * number)
     finish(tmp_path / "round-00" / "warm-up", "train-teacher", 5.0)
-    policies = summarise(collect_run(tmp_path))["policies"]
+    (tmp_path / "round-03").mkdir()
+    summary = summarise(collect_run(tmp_path))
+    policies = summary["policies"]
     assert "student" in policies and "round-02/student" in policies and "round-01/student" not in policies
+    assert [round_["name"] for round_ in summary["rounds"]] == ["round-01", "round-02"]
+    for round_, name in zip(summary["rounds"], ("student", "round-02/student"), strict=True):
+        assert round_["policies"]["student"] == policies[name]
+    assert policies["round-02/student"]["kl_from_origin_per_sequence"] == pytest.approx(0.9)
+    # A round's gain is over its own base.
+    assert policies["round-02/student"]["reward_gained"] == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(

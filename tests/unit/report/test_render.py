@@ -12,7 +12,7 @@ import pytest
 
 from megatron_erpd.report import render_report
 from megatron_erpd.report.render import duration, shortened, size, tint
-from tests.unit.report.synthetic_run import finish, make_run, selection
+from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -111,6 +111,24 @@ def test_each_piece_may_be_missing(run_folder: Path, tmp_path: Path, missing: st
     headings = Structure(render_report(folder).read_text()).headings
     assert ("The signal" in headings) == (missing not in ("cache", "rollouts"))
     assert ("Accuracy against KL" in headings) == (missing != "evaluation")
+
+
+def test_two_rounds_are_shown_together(run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    evaluations(folder / "round-02" / "evaluation", before=0.1)
+    page = render_report(folder).read_text()
+    structure = Structure(page)
+    assert [h for h in structure.headings if h in ("All rounds", "Round 1", "Round 2")] == [
+        *("All rounds", "Round 1", "Round 2"),
+    ]
+    told = [text for text in structure.alternatives if "accuracy against KL from the first base" in text]
+    assert len(told) == 2 and told[0].endswith("student of round-01 0.76, student of round-02 0.86")
+    cells = re.findall(r'<th scope="row">round-02/student</th>((?:<td>[^<]*</td>)+)', page)
+    assert re.findall(r"<td>([^<]*)</td>", cells[0])[:4] == ["0.860 ± 0.011", "0.790 ± 0.012", "0.800 ± 0.016", "0.900"]
+
+
+def test_one_round_is_not_called_all_rounds(page: str) -> None:
+    assert "All rounds" not in page and "first base" not in page
 
 
 def test_figures_for_people() -> None:

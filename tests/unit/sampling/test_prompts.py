@@ -24,6 +24,17 @@ def test_lines_become_records(tmp_path):
     assert prompts_digest(records) != prompts_digest(records[:1])
 
 
+def test_prompts_from_a_place_on_and_around_the_end(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(5)))
+
+    def read(*given):
+        return "".join(record["prompt"] for record in load_prompts(file, *given))
+
+    assert [read(2, first) for first in (0, 2, 4, 6)] == ["01", "23", "40", "12"]
+    assert read(5, 3) == read(9, 3) == read(None, 3) == "01234", "all are used in any case"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
