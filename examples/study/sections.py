@@ -294,7 +294,6 @@ AXES: dict[str, dict[str, Task]] = {
     "response length": {
         "3 summands": MAIN,
         "6 summands": Task("six", 6, 0.18),
-        "12 summands": Task("twelve", 12, 0.085),
     },
     "sparse rewards": {"6 summands, dense": Task("six", 6, 0.18), "6 summands, sparse": Task("sparse", 6, 0.4)},
     "number of prompts": {
