@@ -21,6 +21,7 @@ BATCH = 256
 TEACHER_STEPS = 256
 """64 epochs over the rollouts of 64 prompts: longer than is good for it."""
 STUDENT_STEPS = 64
+LAYOUT = {"micro_batch_size": 128}
 NUM_HELDOUT = 256
 """Held-out problems, four samples each: a standard error of .015 for one policy, .007 for the mean of five seeds."""
 
@@ -42,11 +43,6 @@ class Task:
         """The length of an answer, its end token, and a few more."""
         width = len(str(99 * self.num_summands))
         return (self.num_summands - 1) * (width + 1) + 4
-
-    @property
-    def cost(self) -> float:
-        """Roughly how much longer a step takes than on the main task (by tokens)."""
-        return (3 * self.num_summands + self.max_new_tokens) / 21
 
     def passes(self, steps: int) -> float:
         """Epochs that make so many optimizer steps."""
@@ -86,7 +82,6 @@ class Round:
             },
             {"model": self.hf, "prompts": prompts},
             label=f"rollouts-{size}",
-            seconds=2 * self.task.cost,
             run_flags={"batch_size": 1024},
         )
         self.log_probs = self.graph.add(
@@ -95,8 +90,7 @@ class Round:
             {"kind": "token"},
             {"base": self.base, "rollouts": self.rollouts},
             label=f"base-log-probs-{size}",
-            seconds=1,
-            run_flags=_layout(self.task),
+            run_flags=LAYOUT,
         )
 
     @property
@@ -112,8 +106,7 @@ class Round:
             {"learning_rate": LEARNING_RATE, **settings},
             {"base": self.base, "rollouts": self.rollouts, "base-log-probs": self.log_probs},
             label=label,
-            seconds=0.1 * steps * self.task.cost + 1,
-            run_flags=_layout(self.task),
+            run_flags=LAYOUT,
         )
 
     def cache(self, policies: Mapping[str, Path], label: str = "cache", **flags: Any) -> Path:
@@ -128,8 +121,7 @@ class Round:
                 "policy": [f"{name}={path}" for name, path in policies.items()],
             },
             label=label,
-            seconds=1,
-            run_flags=_layout(self.task),
+            run_flags=LAYOUT,
         )
 
     def distill(self, label: str, cache: Path | None, steps: int = STUDENT_STEPS, **flags: Any) -> Path:
@@ -142,8 +134,7 @@ class Round:
             {"learning_rate": LEARNING_RATE, **settings},
             inputs | ({"cache": cache} if cache else {}),
             label=label,
-            seconds=0.1 * steps * self.task.cost + 1,
-            run_flags=_layout(self.task),
+            run_flags=LAYOUT,
         )
 
     def projection(
@@ -180,7 +171,7 @@ class Round:
         return self.distill(label, cache, steps, form="policy_gradient", kl_budget=budget, **flags)
 
     def on_policy(self, label: str, updates: int, **flags: Any) -> Path:
-        """GRPO on fresh rollouts for the round's prompts; an update takes as many as the other methods' batches hold."""
+        """GRPO on fresh rollouts for the round's prompts; each update takes as many as a batch of the others holds."""
         return self.graph.add(
             self.folder,
             "train-on-policy",
@@ -196,8 +187,7 @@ class Round:
             },
             {"base": self.base, "prompts": self.prepared / "prompts.jsonl"},
             label=label,
-            seconds=0.4 * updates * self.task.cost + 1,
-            run_flags=_layout(self.task),
+            run_flags=LAYOUT,
         )
 
     def export(self, policies: Mapping[str, Path | tuple[Path, int]], label: str) -> Path:
@@ -205,9 +195,7 @@ class Round:
         texts = []
         for name, policy in policies.items():
             texts.append(f"{name}={policy[0]}@{policy[1]}" if isinstance(policy, tuple) else f"{name}={policy}")
-        return self.graph.add(
-            self.folder, "export", {}, {"checkpoint": texts}, label=f"export-{label}", seconds=0.1 * len(policies)
-        )
+        return self.graph.add(self.folder, "export", {}, {"checkpoint": texts}, label=f"export-{label}")
 
     def evaluate(self, policies: Mapping[str, Path | tuple[Path, int]], label: str) -> Path:
         """Figures of the base and these policies, a file each."""
@@ -232,7 +220,6 @@ class Round:
                 "rollouts": self.rollouts,
             },
             label=f"evaluation-{label}",
-            seconds=0.7 * self.task.cost * (len(policies) + 1),
             run_flags={"batch_size": 1024},
         )
 
@@ -240,13 +227,13 @@ class Round:
 def prepared(graph: Graph, task: Task, seed: int) -> Path:
     """Prompts, demonstrations and an untrained model."""
     flags = {"num_summands": task.num_summands, "carry_drop": task.carry_drop, "seed": seed}
-    return graph.add(f"{_base_key(task)}/seed-{seed}", "prepare", flags, seconds=300)
+    return graph.add(f"{_base_key(task)}/seed-{seed}", "prepare", flags)
 
 
 def first_round(graph: Graph, task: Task, seed: int) -> Round:
     """The round that starts from a base trained on demonstrations that drop carries."""
     folder, source = f"{_base_key(task)}/seed-{seed}", prepared(graph, task, seed)
-    initial = graph.add(folder, "import", {}, {"hf": source / "model"}, label="initial", seconds=299)
+    initial = graph.add(folder, "import", {}, {"hf": source / "model"}, label="initial")
     base = graph.add(
         folder,
         "train-teacher",
@@ -261,10 +248,9 @@ def first_round(graph: Graph, task: Task, seed: int) -> Round:
         },
         {"base": initial, "rollouts": source / "demonstrations.parquet"},
         label="base",
-        seconds=298 + 60 * task.cost,
-        run_flags=_layout(task),
+        run_flags=LAYOUT,
     )
-    exported = graph.add(folder, "export", {}, {"checkpoint": [f"base={base}"]}, label="base-hf", seconds=297)
+    exported = graph.add(folder, "export", {}, {"checkpoint": [f"base={base}"]}, label="base-hf")
     return Round(graph, task, seed, base, exported / "base")
 
 
@@ -278,7 +264,3 @@ def next_round(previous: Round, student: Path, label: str) -> Round:
 def _base_key(task: Task) -> str:
     """What tells bases apart; tasks that differ in the number of prompts alone share theirs."""
     return f"n{task.num_summands}-drop{task.carry_drop}-epochs{task.epochs:g}"
-
-
-def _layout(task: Task) -> dict[str, object]:
-    return {"micro_batch_size": 128}

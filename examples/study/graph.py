@@ -39,8 +39,6 @@ class Job:
     argv: tuple[str, ...]
     inputs: tuple[Path, ...]
     output: Path
-    seconds: float
-    """A guess at how long it takes: the longest of those that can run is started first."""
 
     @property
     def done(self) -> bool:
@@ -65,7 +63,6 @@ class Graph:
         flags: Flags,
         inputs: Mapping[str, Path | Sequence[str]] | None = None,
         label: str = "",
-        seconds: float = 5.0,
         run_flags: Flags | None = None,
     ) -> Path:
         """Adds a job unless it is there already; returns its output folder.
@@ -93,7 +90,6 @@ class Graph:
             (*argv, *_argv(run_flags or {}), *output_flag),
             tuple(paths),
             output,
-            seconds,
         )
         self.jobs.setdefault(output, job)
         return output
@@ -119,7 +115,7 @@ def _argv(flags: Flags) -> list[str]:
 
 
 def run_graph(graph: Graph, workers: int, say: Callable[[str], None] = print) -> None:
-    """Runs all jobs that are not done, the longest first among those whose inputs are there.
+    """Runs all jobs that are not done, in the order in which they were added as far as their inputs are there.
 
     Raises:
         SystemExit: a job failed; its log is named. What is done stays done: the same command goes on.
@@ -136,7 +132,7 @@ def run_graph(graph: Graph, workers: int, say: Callable[[str], None] = print) ->
             for worker in pool:
                 ready = [job for output, job in waiting.items() if not blockers[output]]
                 if worker.job is None and ready and not failed:
-                    job = max(ready, key=lambda j: j.seconds)
+                    job = ready[0]
                     del waiting[job.output]
                     worker.start(job)
             for worker in pool:
