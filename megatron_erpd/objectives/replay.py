@@ -228,7 +228,7 @@ def ce_loss(
             f"row {row} of the batch has reward {float(inputs.rewards[row])}, but loss ce needs rewards in [0, 1]: "
             "rescale them, leave unverified rollouts out, or use loss mse"
         )
-    labels = masked(inputs.rewards, rows).to(inputs.policy_log_probs.dtype)
+    labels = masked(inputs.rewards.detach(), rows).to(inputs.policy_log_probs.dtype)
     labels = 1 - labels if unlearn else labels
     logits = _implicit_reward(inputs, beta, agg)
     per_sequence = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")

@@ -59,14 +59,6 @@ def test_an_empty_batch_gives_zero_and_zero(aggregation: Aggregation) -> None:
     assert per_token.grad is not None and bool((per_token.grad == 0).all())
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_micro_batches_add_up(aggregation: Aggregation) -> None:
-    whole = aggregate(values(), MASK, aggregation)
-    parts = [aggregate(values()[rows], MASK[rows], aggregation) for rows in ([0], [1, 3], [2])]
-    FLOAT64.assert_close(sum(part[0] for part in parts), whole[0])
-    assert sum(int(part[1]) for part in parts) == int(whole[1])
-
-
 def test_sequence_sum_and_mean() -> None:
     ones = torch.ones(4, 5)
     assert sequence_sum(ones, MASK).tolist() == [3, 0, 4, 1]

@@ -113,11 +113,6 @@ def test_token_advantages_are_scaled_then_clipped() -> None:
     ]
 
 
-def test_the_sequence_advantage_is_added() -> None:
-    expected = SIGNAL.clamp(-2, 2) + 0.5 * OUTCOME.unsqueeze(-1)
-    FLOAT64.assert_close(token_advantages(SIGNAL, 1.0, 2.0, 0.5, OUTCOME), expected)
-
-
 def test_sign_agreement_keeps_what_agrees_with_the_outcome() -> None:
     kept = token_advantages(SIGNAL, clip=5.0, sequence_advantages=OUTCOME, sign_agreement=True)
     FLOAT64.assert_close(kept, torch.tensor([[3.0, 0, 0.2], [-5.0, 0, 0], [0, 0, 0]]))
