@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import export_hf_weights
@@ -23,7 +24,6 @@ from megatron_erpd.sampling.policy import load_policy, reload_weights
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
-from megatron_erpd.training.arguments import rank
 from megatron_erpd.training.batch import BatchSource
 
 
@@ -130,10 +130,10 @@ class Sampler:
             StageError: the verifier gave no verdict on any of them.
         """
         engine = self._refreshed(model)
-        settings, ranks = self.settings, len(gather_objects(None))
+        settings = self.settings
         first = step * settings.prompts_per_update
         chosen = self._order.stream(first, settings.prompts_per_update)
-        mine = range(rank(), settings.prompts_per_update, ranks)
+        mine = range(dist.get_rank(), settings.prompts_per_update, dist.get_world_size())
         samples = engine.sample(
             [self.token_ids[chosen[place]] for place in mine],
             num_samples=settings.num_rollouts,
@@ -162,9 +162,9 @@ class Sampler:
 
     def _refreshed(self, model: Sequence[Any]) -> TransformersEngine:
         # Every rank has loaded the former weights: it has given its part of the responses since.
-        if rank() == 0:
+        if dist.get_rank() == 0:
             self.close()
-        gather_objects(None)  # the folder is gone before any rank looks for it
+        dist.barrier()  # the folder is gone before any rank looks for it
         export_hf_weights(model, self.hf_folder, self.scratch, self.dtype)
         if self._engine is None:
             self._engine = TransformersEngine(load_policy(self.scratch, platform.device(), self.dtype))

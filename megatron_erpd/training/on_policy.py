@@ -55,6 +55,8 @@ def train_on_policy(argv: list[str]) -> None:
     layout = layout_from_namespace(namespace)
     base: Path = namespace.base
     read_manifest(base)
+    if namespace.num_prompts is not None and namespace.num_prompts < 1:
+        raise RecipeError(f"--num-prompts {namespace.num_prompts}: give at least 1, or leave it out for all")
     records = load_prompts(namespace.prompts, namespace.num_prompts)
     token_ids = encode_prompts(load_tokenizer(base / "hf"), records, settings.chat_template)
     task, inputs = task_identity(namespace.prompts, namespace.verifier)

@@ -26,10 +26,13 @@ rollouts:
   max_new_tokens: 6
 teacher: {loss: mse, epochs: 2, global_batch_size: 16, checkpoints: 2}
 unlearned: {loss: ce, epochs: 1, global_batch_size: 16}
-cache: {signal: "0.5*teacher/base + 0.5*base/unlearned", k: 4}
+teachers:
+  other: {loss: sapo, epochs: 1, global_batch_size: 16, kl_coefficient: 0.1, kl_estimator: exact, kl_topk: 8}
+cache: {signal: "0.5*teacher/base + 0.3*base/unlearned + 0.2*other/base", k: 4}
 student: {epochs: 1, global_batch_size: 16}
 controls:
-  gradient: {kind: distill, form: policy_gradient, epochs: 1, global_batch_size: 16}
+  gradient: {kind: distill, form: policy_gradient, signal: other/unlearned, epochs: 1, global_batch_size: 16}
+  grpo: {kind: on_policy, updates: 2, prompts_per_update: 2}
 evaluation: {prompts: prepare/heldout.jsonl, num_prompts: 4, num_samples: 2, max_new_tokens: 6, checkpoints: true}
 layout: {micro_batch_size: 8}
 stages: {student: {layout: {tensor_parallel: 2}}}
@@ -55,13 +58,22 @@ def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
 
     summary = json.loads((output / "report" / "summary.json").read_text())["policies"]
-    assert {"base", "teacher", "student", "gradient"} <= set(summary)
+    assert {"base", "teacher", "unlearned", "other", "student", "gradient", "grpo"} <= set(summary)
     needed = {"accuracy_sampled", "accuracy_greedy", "kl_per_sequence", "kl_per_token", "entropy", "mean_length"}
     assert all(needed <= set(policy) for policy in summary.values())
     assert summary["base"]["kl_per_sequence"] == pytest.approx(0, abs=1e-6)
     assert summary["teacher"]["kl_per_sequence"] > 0
     assert (output / "report" / "index.html").stat().st_size > 10_000
-    for folder in ("teacher", "unlearned", "cache", "student", "export", "evaluation"):
+    for folder in (
+        "teacher",
+        "unlearned",
+        "teachers/other",
+        "cache",
+        "student",
+        "controls/grpo",
+        "export",
+        "evaluation",
+    ):
         verify_manifest(output / "round-01" / folder)
 
     # Nothing has changed: nothing is done. One setting has: what depends on it is made anew, and no more.
