@@ -261,7 +261,7 @@ GRADIENT_ABLATIONS: dict[str, dict[str, Any]] = {
     "SAPO": {"loss": "sapo"},
     "shuffled signal": {"shuffle_signal": True},
 }
-TEACHER_ABLATIONS = ("ce", "ce-mean", "mse", "sapo", "ppo-loose")
+TEACHER_ABLATIONS = ("ce", "ce-mean", "mse", "sapo", "ppo-loose", "sft")
 """Teachers of a student each: the stage-1 section's, and `ce` on the averaged log-ratio."""
 
 
@@ -304,11 +304,10 @@ AXES: dict[str, dict[str, Task]] = {
     "quality of the base": {
         "carries dropped at .2": Task("good", 3, 0.2),
         "at .4": MAIN,
-        "at .6": Task("bad", 3, 0.6),
         "under-trained": Task("young", 3, 0.4, epochs=2),
     },
 }
-AXIS_METHODS = ("erpd_projection", "erpd_gradient", "sequence_advantage", "sapo_kl", "ppo_loose", "on_policy")
+AXIS_METHODS = ("erpd_projection", "erpd_gradient", "sequence_advantage", "sapo_kl", "sft", "on_policy")
 
 
 def axes(study: Study, seed: int, chosen: Mapping[str, Config]) -> None:
@@ -323,7 +322,7 @@ def axes(study: Study, seed: int, chosen: Mapping[str, Config]) -> None:
         study.evaluate("axes", task.name, round_, arms, base=True)
 
 
-ROUND_METHODS = ("erpd_projection", "sequence_advantage", "sapo_kl")
+ROUND_METHODS = ("erpd_projection", "sequence_advantage", "sft")
 
 
 def rounds(study: Study, seed: int, chosen: Mapping[str, Config], number: int = 3) -> None:
