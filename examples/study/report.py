@@ -28,6 +28,7 @@ from sections import (
 ACCURACY, GREEDY, KL = "accuracy_sampled", "accuracy_greedy", "kl_per_sequence"
 CONSTRAINTS = {"sapo": 0.0, "sapo-kl0.03": 0.03, "sapo-kl0.1": 0.1, "sapo-kl0.3": 0.3, "sapo-kl1": 1.0}
 """Stage-1 arms of claim 2 and the weight of their KL penalty."""
+SECTIONS = ("stage1", "signals", "baselines", "ablations", "axes", "rounds")
 DIRECT = ("sequence_advantage", "sapo", "sapo_kl", "ppo_tight", "ppo_loose", "sft", "on_policy_same_data", "on_policy")
 TITLES = {method.name: method.title for method in METHODS}
 
@@ -59,7 +60,7 @@ def write_report(rows: Sequence[Row], chosen: Mapping[str, Mapping[str, Any]], p
         chosen=chosen,
         tuning_seed=TUNING_SEED,
         stage1=stage1_table(results),
-        stage1_seeds=results.seeds("stage1"),
+        seeds={name: len(results.seeds(name)) for name in SECTIONS},
         checkpoints=CHECKPOINTS,
         constraints=constraint_table(results),
         students=student_table(results),
