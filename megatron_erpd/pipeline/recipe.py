@@ -219,6 +219,20 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _groups_have_a_signal(self) -> Self:
+        if isinstance(self.rollouts, Imported) or self.rollouts.num_rollouts > 1:
+            return self
+        sections: dict[str, ReplaySettings | DistillSettings] = {**self.replays(), **self.distillations()}
+        for where, section in sections.items():
+            if section.advantages_for is not None and section.advantage != "raw":
+                raise ValueError(
+                    f"{where}.advantage: {section.advantage} compares the rollouts of a prompt, and "
+                    "rollouts.num_rollouts is 1: all advantages would be 0, and "
+                    f"{section.advantages_for} would have nothing to learn from; sample more, or use raw"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _selection_fits(self) -> Self:
         if self.selection and not self.teacher:
             raise ValueError("selection: there is no teacher to choose checkpoints of; give the section teacher")
@@ -247,6 +261,12 @@ class Recipe(Settings):
         """The policies that signals can name besides the base, by their names."""
         sections = {"teacher": self.teacher, "unlearned": self.unlearned, **self.teachers}
         return {name: section for name, section in sections.items() if section}
+
+    def replays(self) -> dict[str, ReplaySettings]:
+        """All trainings on the round's rollouts by a replay loss, by their place in the recipe."""
+        own = {name if name in ("teacher", "unlearned") else f"teachers.{name}": s for name, s in self.stage1().items()}
+        controls = {f"controls.{n}": c for n, c in self.controls.items() if isinstance(c, ReplaySettings)}
+        return {**own, **controls}
 
     def distillations(self) -> dict[str, DistillSettings]:
         """The student and the distilled controls by their place in the recipe."""

@@ -10,9 +10,10 @@ from megatron_erpd.errors import RecipeError
 
 
 class Settings(BaseModel):
-    """Base of all settings: an unknown key is an error, a value can't be changed after it was checked."""
+    """Base of all settings: an unknown key is an error and so is a number that isn't finite (neither a manifest nor a
+    recipe could keep it); a value can't be changed after it was checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Layout(Settings):

@@ -163,3 +163,10 @@ class DistillSettings(OptimizerSettings):
     def needs_teacher(self) -> bool:
         """False only for the sequence-advantage control."""
         return self.form == "projection" or self.signal_weight > 0
+
+    @property
+    def advantages_for(self) -> str | None:
+        """The setting that learns from the rollouts' advantages, as `advantage_weight 0.5`; None where none does."""
+        if self.sign_agreement:
+            return "sign_agreement"
+        return f"advantage_weight {self.advantage_weight}" if self.advantage_weight > 0 else None

@@ -123,6 +123,11 @@ class ReplaySettings(OptimizerSettings):
         """Whether the base's top-k rows are read."""
         return self.kl_estimator == "exact"
 
+    @property
+    def advantages_for(self) -> str | None:
+        """The setting that learns from advantages, as `loss sapo`; None where they are only measured with."""
+        return None if self.loss in ("ce", "sft") else f"loss {self.loss}"
+
 
 class OnPolicySettings(TrainingSettings):
     """GRPO on policy: each optimizer step is one update on fresh rollouts of the policy as it is (a baseline)."""

@@ -22,8 +22,8 @@ from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
-from megatron_erpd.objectives.advantages import compute_advantages
-from megatron_erpd.settings import Layout, OptimizerSettings, TrainingSettings
+from megatron_erpd.settings import DistillSettings, Layout, ReplaySettings, TrainingSettings
+from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
 from megatron_erpd.training.early_stop import Stop, read_stop
@@ -77,6 +77,14 @@ class TrainingRun(ABC):
         """Called on every rank after each optimizer step with this rank's model, where `args.do_valid` is set."""
         return None
 
+    def note(self) -> str | None:
+        """What people should know of the data; printed before the training."""
+        return None
+
+    def figures(self) -> dict[str, int]:
+        """What the manifest's summary says of the data."""
+        return {}
+
     @property
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest keeps them."""
@@ -95,6 +103,8 @@ class TrainingRun(ABC):
             StageError: the run was stopped before its end; its last checkpoint is kept and the same command continues.
         """
         prepare_output(self.output, self.stage, self.identity, self.inputs)
+        if rank() == 0 and (note := self.note()):
+            print(note, flush=True)
         with stage_process() as store:
             flags = self._megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
@@ -111,7 +121,8 @@ class TrainingRun(ABC):
             if rank() == 0:
                 prune(self.output / "megatron", self.save_intervals.retain)
                 copy_sidecar(self.base / "hf", self.output / "hf")
-                finish_artifact(self.output, {"iterations": done, **({"stopped": str(stop)} if stop else {})})
+                stopped = {"stopped": str(stop)} if stop else {}
+                finish_artifact(self.output, {"iterations": done, **stopped, **self.figures()})
             synchronize()
 
     def _early_stop(self) -> Stop | None:
@@ -219,13 +230,14 @@ class ReplayRun(TrainingRun):
 
     Args:
         rollouts: the data, unverified rollouts left out where rewards are needed.
-        token_rows, sequence_rows: what else the batches carry.
+        advantages: of these rollouts.
+        token_rows: what else the batches carry.
     """
 
-    settings: OptimizerSettings
+    settings: ReplaySettings | DistillSettings
     rollouts: Rollouts
+    advantages: Advantages
     token_rows: dict[str, TokenRow] = field(default_factory=dict)
-    sequence_rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_iterations(self) -> int:
@@ -240,10 +252,23 @@ class ReplayRun(TrainingRun):
     def max_length(self) -> int:
         return int(self.rollouts.lengths.max())
 
+    @property
+    def compares_within_groups(self) -> bool:
+        """Whether something learns from advantages that are 0 in a group of equal rewards."""
+        return self.settings.advantages_for is not None and self.settings.advantage != "raw"
+
+    def note(self) -> str | None:
+        groups = self.advantages
+        return groups.describe() if self.compares_within_groups and groups.without_signal else None
+
+    def figures(self) -> dict[str, int]:
+        return self.advantages.figures() if self.compares_within_groups else {}
+
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
 
-        source = BatchSource(self.rollouts, pad_multiple(self.layout), self.token_rows, self.sequence_rows)
+        sequence_rows = {"rewards": self.rollouts.rewards, "advantages": self.advantages.values}
+        source = BatchSource(self.rollouts, pad_multiple(self.layout), self.token_rows, sequence_rows)
         order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
         return source.replay(
             order,
@@ -275,8 +300,3 @@ def load_data(path: Path, base: Path, scored: bool = True) -> Rollouts:
     if len(kept) == 0:
         raise RolloutError(f"{path}: no rollout has a reward; score them first")
     return rollouts if len(kept) == len(rollouts) else rollouts.select(kept)
-
-
-def advantages_of(rollouts: Rollouts, kind: str) -> np.ndarray:
-    """`[N]` float32 advantages from the rollouts' rewards and groups."""
-    return np.asarray(compute_advantages(rollouts.rewards, rollouts.group_ids, kind), dtype=np.float32)  # type: ignore[arg-type]

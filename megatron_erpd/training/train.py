@@ -16,6 +16,7 @@ from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.reader import CacheReader
+from megatron_erpd.training.advantages import advantages_of
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
 from megatron_erpd.training.batch import TokenRow
 from megatron_erpd.training.cache_rows import (
@@ -29,7 +30,7 @@ from megatron_erpd.training.cache_rows import (
 )
 from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.early_stop import EarlyStop
-from megatron_erpd.training.run import ForwardStep, ReplayRun, TrainingRun, advantages_of, load_data
+from megatron_erpd.training.run import ForwardStep, ReplayRun, TrainingRun, load_data
 from megatron_erpd.training.step_means import StepMeans
 
 
@@ -64,6 +65,7 @@ def train_teacher(argv: list[str]) -> None:
         )
     if settings.loss == "ce":
         _check_probabilities(rollouts, namespace.rollouts)
+    advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts}
     rows: dict[str, TokenRow] = {}
     if namespace.base_log_probs is not None:
@@ -85,11 +87,8 @@ def train_teacher(argv: list[str]) -> None:
         pass_through=pass_through,
         rollouts=rollouts,
         make_step=partial(_replay_step, settings),
+        advantages=advantages,
         token_rows=rows,
-        sequence_rows={
-            "rewards": rollouts.rewards,
-            "advantages": advantages_of(rollouts, settings.advantage),
-        },
     ).execute()
 
 
@@ -118,6 +117,7 @@ def distill(argv: list[str]) -> None:
         raise RecipeError("--base-log-probs: make it with `megatron-erpd precompute --kind token` and give the folder")
 
     rollouts = load_data(namespace.rollouts, namespace.base)
+    advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
     cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
@@ -143,11 +143,8 @@ def distill(argv: list[str]) -> None:
         make_step=partial(
             _policy_gradient_step if settings.form == "policy_gradient" else _projection_step, resolved, policies
         ),
+        advantages=advantages,
         token_rows=rows,
-        sequence_rows={
-            "rewards": rollouts.rewards,
-            "advantages": advantages_of(rollouts, settings.advantage),
-        },
     ).execute()
 
 

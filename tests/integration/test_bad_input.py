@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.utils.cpp_extension  # noqa: F401  # logs at its import where there is nvcc and no GPU; Megatron imports it
 
 from megatron_erpd import cli
 from megatron_erpd.data.rollouts import write_rollouts
@@ -154,6 +155,39 @@ def test_rewards_that_are_no_probabilities(fails: Fails, made: Path, tmp_path: P
     file = rollout_file(tmp_path / "r.parquet", reward=3.0)
     message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file), "--loss", "ce")
     assert "reward 3.0" in message and "[0, 1]" in message
+
+
+def test_groups_without_a_signal(fails: Fails, made: Path, tmp_path: Path) -> None:
+    equal = write_random_rollouts(tmp_path / "equal.parquet", reward=1.0)
+    single = write_random_rollouts(tmp_path / "single.parquet", group_size=1)
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=equal), "--loss", "sapo")
+    assert "equal.parquet: in none of the 10 groups do the rewards differ" in message
+    assert "--advantage group_norm is 0 for every rollout" in message and "--loss sapo" in message
+    mean = ["--loss", "mse", "--advantage", "group_mean"]
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=single), *mean)
+    assert "single.parquet: each of the 10 groups holds one scored rollout" in message
+    assert "--advantage group_mean" in message and "--advantage raw" in message
+    control = ["--form", "policy_gradient", "--signal-weight", 0, "--advantage-weight", 1]
+    message = fails("distill", *training(made, tmp_path / "out", rollouts=equal), *control)
+    assert "--advantage-weight 1.0 has nothing to learn from" in message
+
+
+@pytest.mark.parametrize("flag", ["--delta", "--eta-max", "--projection-clip"])
+@pytest.mark.parametrize("value", [0, -1, "nan", "inf"])
+def test_trust_region_without_a_size(flag: str, value: object, fails: Fails, made: Path, tmp_path: Path) -> None:
+    policy = ["--policy", f"teacher={made}/other"]
+    for command, flags in {
+        "precompute": training(made, tmp_path / "out", base_log_probs=None),
+        "distill": [*training(made, tmp_path / "out"), "--teacher", "live"],
+    }.items():
+        message = fails(command, *flags, *policy, flag, value)
+        assert message.startswith(f"error: {flag}: Input should be ")
+
+
+def test_signal_whose_weights_cancel(fails: Fails, made: Path, tmp_path: Path) -> None:
+    flags = [*training(made, tmp_path / "out", base_log_probs=None), "--policy", f"teacher={made}/other"]
+    message = fails("precompute", *flags, "--signal", "0.5*strong - 0.5*teacher/base")
+    assert "signal '0.5*strong - 0.5*teacher/base'" in message and "the signal is 0 everywhere" in message
 
 
 def test_log_probs_that_are_missing(fails: Fails, made: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_erpd.checkpoint.iterations import saved_iterations
+from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest, verify_manifest
+from megatron_erpd.objectives.advantages import zero_variance_groups
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, make_round, run_stages
 from tests.tolerances import LAYOUT
@@ -48,6 +50,15 @@ def test_checkpoints_between_the_kept_ones_are_removed(made: Path) -> None:
     assert saved_iterations(made / "whole" / "megatron") == [4, 8, 10]
     manifest = verify_manifest(made / "whole")
     assert manifest.summary["iterations"] == 10 and "stopped" not in manifest.summary
+
+
+def test_groups_without_a_signal_are_counted(made: Path) -> None:
+    rollouts = read_rollouts(made / "rollouts.parquet")
+    constant = zero_variance_groups(rollouts.rewards, rollouts.group_ids)
+    num_constant = len(set(rollouts.group_ids[constant].tolist()))
+    assert num_constant > 0, "the case should have some"
+    summary = verify_manifest(made / "whole").summary
+    assert (summary["groups"], summary["groups_without_signal"], summary["groups_of_one"]) == (10, num_constant, 0)
 
 
 @pytest.mark.parametrize("layout", ["--pipeline-parallel", "--data-parallel"])

@@ -35,15 +35,24 @@ def write_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
     return folder
 
 
-def write_random_rollouts(path: Path, num_prompts: int = 10, group_size: int = 4, seed: int = 0) -> Path:
-    """Prompts and responses of many lengths, with rewards of 0 and 1."""
+def write_random_rollouts(
+    path: Path, num_prompts: int = 10, group_size: int = 4, seed: int = 0, reward: float | None = None
+) -> Path:
+    """Prompts and responses of many lengths, with rewards of 0 and 1, or this reward."""
     generator = np.random.default_rng(seed)
     rows = []
     for group in range(num_prompts):
         prompt = generator.integers(0, VOCAB_SIZE, generator.integers(2, 8))
         for _ in range(group_size):
             response = generator.integers(0, VOCAB_SIZE, generator.integers(1, 20))
-            reward = float(generator.random() < 0.5)
-            rows.append(Rollout(prompt_token_ids=prompt, response_token_ids=response, group_id=group, reward=reward))
+            drawn = float(generator.random() < 0.5)
+            rows.append(
+                Rollout(
+                    prompt_token_ids=prompt,
+                    response_token_ids=response,
+                    group_id=group,
+                    reward=drawn if reward is None else reward,
+                )
+            )
     write_rollouts(path, rows)
     return path

@@ -97,6 +97,8 @@ def test_parse_settings_names_places():
         (PrecomputeSettings, {"projection_clip": 0}, "projection_clip: Input should be greater than 0"),
         (PrecomputeSettings, {"delta": 0}, "delta: Input should be greater than 0"),
         (PrecomputeSettings, {"eta_max": -1}, "eta_max: Input should be greater than 0"),
+        (PrecomputeSettings, {"delta": float("nan")}, "delta: Input should be a finite number"),
+        (PrecomputeSettings, {"eta_max": float("inf")}, "eta_max: Input should be a finite number"),
         (DistillSettings, {"projection_clip": 9}, "projection_clip 9.0 has no effect .*teacher: cache"),
         (DistillSettings, {"teacher": "live", "delta": -1}, "delta: Input should be greater than 0"),
         (DistillSettings, {"kl_budget": 0.1}, "kl_budget 0.1 has no effect with form: projection"),
@@ -147,6 +149,21 @@ def test_which_distillations_read_what():
     assert [s.reads_cache for s in (cached, live, control)] == [True, False, False]
     assert [s.reads_live_teacher for s in (cached, live, control)] == [False, True, False]
     assert [s.needs_teacher for s in (cached, live, control)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        *((ReplaySettings(loss=loss), f"loss {loss}") for loss in ("ppo", "gspo", "cispo", "sapo", "mse")),
+        *((ReplaySettings(loss=loss), None) for loss in ("ce", "sft")),
+        (DistillSettings(), None),
+        (DistillSettings(form="policy_gradient"), None),
+        (DistillSettings(form="policy_gradient", advantage_weight=0.5), "advantage_weight 0.5"),
+        (DistillSettings(form="policy_gradient", sign_agreement=True), "sign_agreement"),
+    ],
+)
+def test_what_learns_from_advantages(settings, expected):
+    assert settings.advantages_for == expected
 
 
 def test_processes_of_a_layout():

@@ -134,6 +134,11 @@ def test_bad_overrides(read, override, expected):
         read(MINIMAL, override)
 
 
+def test_groups_of_one_where_nothing_compares_within_them(read):
+    overrides = ("teacher.loss=ce", "unlearned={loss: ppo, advantage: raw}", "student={form: policy_gradient}")
+    assert read(MINIMAL, "rollouts.num_rollouts=1", *overrides).unlearned
+
+
 def test_a_reader_of_the_signal_inherits_the_caches(read):
     recipe = read(
         MINIMAL,
@@ -179,6 +184,29 @@ def test_an_on_policy_control_samples_as_the_rollouts_do(read):
         (["warm_up={rollouts: d.parquet, max_kl: 0.1}"], "warm_up: max_kl: the warm-up has no base policy"),
         (["rollouts={file: x.jsonl}", "controls.grpo={kind: on_policy}"], "controls.grpo: on_policy samples from"),
         (["controls.grpo={kind: on_policy, epochs: 2}"], "controls.grpo.epochs: unknown key"),
+        (["cache.delta=0"], "cache.delta: Input should be greater than 0"),
+        (["cache.eta_max=-1"], "cache.eta_max: Input should be greater than 0"),
+        (["cache.eta_max=.inf"], "cache.eta_max: Input should be a finite number"),
+        (["student={teacher: live, delta: -0.5}"], "student.delta: Input should be greater than 0"),
+        (["student={teacher: live, eta_max: 0}"], "student.eta_max: Input should be greater than 0"),
+        (["controls.x={kind: distill, teacher: live, eta_max: 0}"], "controls.x.eta_max: Input should be greater than"),
+        (
+            ["rollouts.num_rollouts=1", "teacher.loss=sapo"],
+            "teacher.advantage: group_norm compares the rollouts of a prompt, and rollouts.num_rollouts is 1",
+        ),
+        (
+            ["rollouts.num_rollouts=1", "unlearned={loss: mse, advantage: group_mean}"],
+            "unlearned.advantage: group_mean",
+        ),
+        (
+            ["rollouts.num_rollouts=1", "teachers.x={loss: ppo, advantage: leave_one_out}"],
+            "teachers.x.advantage: leave",
+        ),
+        (["rollouts.num_rollouts=1", "controls.x={kind: replay, loss: gspo}"], "controls.x.advantage: group_norm"),
+        (
+            ["rollouts.num_rollouts=1", "student={form: policy_gradient, sign_agreement: true}"],
+            "student.advantage: group_norm compares the rollouts of a prompt",
+        ),
         (["rounds=2"], "rounds: the next round starts from the student"),
         (
             ["rounds=2", "student={}", "rollouts={file: r.jsonl}"],
