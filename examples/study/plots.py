@@ -14,7 +14,11 @@ from sections import AXES, AXIS_METHODS, CHECKPOINTS, FORMS, METHODS, ROUND_METH
 
 ACCURACY, KL = "accuracy_sampled", "kl_per_sequence"
 MARKERS = {"projection": "o", "policy gradient": "^"}
-COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+COLOURS = [
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b", "#7f7f7f", "#17becf"),
+    *("#bcbd22", "#9467bd"),
+]
+"""Twelve colours that also differ for the colour-blind as far as twelve can."""
 TITLES = {method.name: method.title for method in METHODS}
 
 
@@ -160,5 +164,5 @@ def _point(results: Results, section: str, setting: str, arm: str) -> tuple[floa
     return (kl.mean, accuracy.mean) if kl and accuracy else None
 
 
-def _colour(i: int) -> tuple[float, ...]:
+def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
