@@ -104,7 +104,7 @@ METHODS = (
     Method("erpd_gradient", "ERPD, policy gradient", _gradient, _grid(budget=(0.05, 0.1, 0.2), steps=(32, 64))),
     Method(
         "sequence_advantage",
-        "sequence advantage, KL budget, no teacher",
+        "sequence advantage under a KL budget",
         _sequence_advantage,
         _grid(budget=(0.05, 0.1, 0.2), steps=(32, 64)),
     ),
@@ -117,13 +117,13 @@ METHODS = (
     ),
     Method(
         "ppo_tight",
-        "PPO, clip 0.2",
+        "PPO with clip 0.2",
         _replay("ppo-tight", loss="ppo"),
         _grid(steps=(64, 256), learning_rate=(1e-4, 4e-4, 1e-3)),
     ),
     Method(
         "ppo_loose",
-        "PPO, clip 0.9 / 9",
+        "PPO with clip 0.9 / 9",
         _replay("ppo-loose", loss="ppo", clip_low=0.9, clip_high=9.0),
         _grid(steps=(16, 32, 64), learning_rate=(1e-4, 4e-4)),
     ),
@@ -135,13 +135,13 @@ METHODS = (
     ),
     Method(
         "on_policy_same_data",
-        "on-policy GRPO, as many rollouts",
+        "on-policy GRPO on as many rollouts",
         _on_policy,
         _grid(updates=(4,), learning_rate=(1e-4, 2e-4, 4e-4, 1e-3, 2e-3, 4e-3)),
     ),
     Method(
         "on_policy",
-        "on-policy GRPO, 8 to 16 times as many rollouts",
+        "on-policy GRPO on 16 times as many rollouts",
         _on_policy,
         _grid(updates=(32, 64), learning_rate=(1e-4, 4e-4, 1e-3)),
     ),
@@ -303,7 +303,7 @@ AXES: dict[str, dict[str, Task]] = {
     },
     "quality of the base": {
         "carries dropped at .2": Task("good", 3, 0.2),
-        "at .4": MAIN,
+        "carries dropped at .4": MAIN,
         "under-trained": Task("young", 3, 0.4, epochs=2),
     },
 }
