@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from report import write_report
 
     folder = root if given.no_docs else REPOSITORY / "docs"
-    page = write_report(results, chosen, folder / ("report.md" if given.no_docs else "study.md"))
+    page = write_report(results, folder / ("report.md" if given.no_docs else "study.md"))
     if not given.no_docs:
         shutil.copyfile(root / "results.json", folder / "study.json")
     print(page)
