@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+ENOUGH = 3
+"""Seeds below which a comparison gets no verdict."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def verdict(gap: Spread | None) -> str:
     """Whether a paired difference is more than two standard errors from 0."""
     if gap is None:
         return "not run"
-    if gap.count < 2:
-        return "one seed"
+    if gap.count < ENOUGH:
+        return "too few seeds"
     if gap.mean > 2 * gap.error:
         return "ahead"
     return "behind" if gap.mean < -2 * gap.error else "level"

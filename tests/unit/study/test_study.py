@@ -143,7 +143,7 @@ def test_tuning_takes_the_most_accurate_setting(modules: dict[str, ModuleType], 
         ([0.8, 0.82, 0.81], [0.5, 0.7, 0.6], "ahead"),
         ([0.5, 0.9, 0.7], [0.7, 0.7, 0.7], "level"),
         ([0.5, 0.51, 0.49], [0.7, 0.71, 0.69], "behind"),
-        ([0.5], [0.7], "one seed"),
+        ([0.5, 0.51], [0.7, 0.71], "too few seeds"),
     ],
 )
 def test_verdict(modules: dict[str, ModuleType], left: list[float], right: list[float], expected: str) -> None:
