@@ -37,6 +37,11 @@ from sections import (  # noqa: E402
     tuning,
 )
 
+KEPT = (
+    *("accuracy_sampled", "accuracy_greedy", "kl_per_sequence", "kl_per_token", "entropy", "mean_length"),
+    "kl_from_origin_per_sequence",
+)
+"""What of an evaluation goes into the results."""
 SECTIONS = ("stage1", "signals", "ablations", "baselines", "rounds", "axes")
 
 
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"arms: {len(study.records)}", flush=True)
             run_graph(study.graph, given.workers, _say)
     results = collect(study.records)
-    (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (root / "results.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
     from report import write_report
 
     folder = root if given.no_docs else REPOSITORY / "docs"
@@ -128,7 +133,7 @@ def collect(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _metrics(file: Path) -> dict[str, Any]:
     metrics = json.loads(file.read_text())["metrics"]
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    return {name: round(metrics[name], 6) for name in KEPT if metrics.get(name) is not None}
 
 
 def _say(line: str) -> None:

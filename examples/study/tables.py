@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from figures import Results, difference, verdict
+from figures import Results, Spread, difference, verdict
 from sections import (
     AXES,
     AXIS_METHODS,
@@ -284,13 +284,13 @@ def axis_tables(results: Results) -> dict[str, list[dict[str, Any]]]:
             greedy = difference(
                 results.values(section, setting, ours, GREEDY), results.values(section, setting, best, GREEDY)
             )
-            teachers = ("stage1", "ce") if task.name == "main" else (section, setting)
+            teacher = _best_teacher(results, *(("stage1", "ce") if task.name == "main" else (section, setting)))
             tables.setdefault(axis, []).append(
                 {
                     "setting": title,
                     "base": results.spread(section, setting, "base", ACCURACY),
                     "base_greedy": results.spread(section, setting, "base", GREEDY),
-                    "teacher": _best_teacher(results, *teachers),
+                    "teacher": teacher,
                     "arms": {m: results.spread(section, setting, m, ACCURACY) for m in AXIS_METHODS},
                     "ours": ours,
                     "best": best,
@@ -303,9 +303,14 @@ def axis_tables(results: Results) -> dict[str, list[dict[str, Any]]]:
                     "ours_kl": results.spread(section, setting, ours, KL),
                     "best_kl": results.spread(section, setting, best, KL),
                     "verdict": verdict(gap),
+                    "teacher_better": _mean_of(teacher) > _mean_of(results.spread(section, setting, ours, ACCURACY)),
                 }
             )
     return tables
+
+
+def _mean_of(found: Spread | None) -> float:
+    return found.mean if found else -1.0
 
 
 def _best_teacher(results: Results, section: str, setting: str) -> Any:
