@@ -124,7 +124,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     tokenizer.save_pretrained(arguments.output / "model")
 
     rng = random.Random(arguments.seed)
-    problems = distinct_problems(rng, arguments.num_summands)
+    problems = distinct_problems(rng, arguments.num_summands, arguments.aligned)
     heldout, prompts, demonstrated = (list(itertools.islice(problems, size)) for size in sizes)
     write_problems(arguments.output / "heldout.jsonl", heldout)
     write_problems(arguments.output / "prompts.jsonl", prompts)
@@ -144,6 +144,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; made if missing")
     parser.add_argument("--seed", type=int, default=1, help="seed of the weights, the problems and the wrong steps")
     parser.add_argument("--num-summands", type=int, default=3, help="numbers in a chain sum (default 3)")
+    parser.add_argument(
+        "--aligned", action="store_true", help="write summands as wide as the sums: long sums are learned far sooner"
+    )
     parser.add_argument("--num-demonstrations", type=int, default=20_000, help="default 20000")
     parser.add_argument("--num-prompts", type=int, default=256, help="prompts of the round (default 256)")
     parser.add_argument("--num-heldout", type=int, default=512, help="prompts of the evaluation (default 512)")

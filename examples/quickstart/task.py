@@ -27,6 +27,11 @@ class Problem:
     """The summands of one chain sum, in the order in which they are added."""
 
     summands: tuple[int, ...]
+    aligned: bool = False
+    """Whether summands are written as wide as the sums, so that every addition reads its summand at the same distance.
+
+    Without it the distance grows with every addition, which a small model hardly learns beyond a few of them.
+    """
 
     @property
     def width(self) -> int:
@@ -35,7 +40,8 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        return "+".join(str(number)[::-1] for number in self.summands) + "="
+        width = self.width if self.aligned else 1
+        return "+".join(_digits(number, width) for number in self.summands) + "="
 
     @property
     def answer(self) -> str:
@@ -63,7 +69,7 @@ def score(record: dict[str, object], response: str) -> float:
     return float(numbers[-1] == record["answer"])
 
 
-def distinct_problems(rng: random.Random, num_summands: int) -> Iterator[Problem]:
+def distinct_problems(rng: random.Random, num_summands: int, aligned: bool = False) -> Iterator[Problem]:
     """Random problems, none of them twice.
 
     Raises `ValueError` for fewer than two summands. It never ends: take no more than the 90 ** num_summands there are.
@@ -75,7 +81,7 @@ def distinct_problems(rng: random.Random, num_summands: int) -> Iterator[Problem
         summands = tuple(rng.randint(SMALLEST, LARGEST) for _ in range(num_summands))
         if summands not in seen:
             seen.add(summands)
-            yield Problem(summands)
+            yield Problem(summands, aligned)
 
 
 def _digits(number: int, width: int) -> str:

@@ -37,6 +37,8 @@ class Task:
     """Epochs over the demonstrations: how well the base is trained."""
     num_prompts: int = 64
     num_rollouts: int = 16
+    aligned: bool = False
+    """Summands as wide as the sums: a base of this size learns long sums so, and not otherwise."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -226,7 +228,7 @@ class Round:
 
 def prepared(graph: Graph, task: Task, seed: int) -> Path:
     """Prompts, demonstrations and an untrained model."""
-    flags = {"num_summands": task.num_summands, "carry_drop": task.carry_drop, "seed": seed}
+    flags = {"num_summands": task.num_summands, "carry_drop": task.carry_drop, "seed": seed, "aligned": task.aligned}
     return graph.add(f"{_base_key(task)}/seed-{seed}", "prepare", flags)
 
 
@@ -263,4 +265,5 @@ def next_round(previous: Round, student: Path, label: str) -> Round:
 
 def _base_key(task: Task) -> str:
     """What tells bases apart; tasks that differ in the number of prompts alone share theirs."""
-    return f"n{task.num_summands}-drop{task.carry_drop}-epochs{task.epochs:g}"
+    aligned = "-aligned" if task.aligned else ""
+    return f"n{task.num_summands}{aligned}-drop{task.carry_drop}-epochs{task.epochs:g}"

@@ -290,12 +290,14 @@ def baselines(study: Study, round_: Round, chosen: Mapping[str, Config], setting
     study.evaluate("baselines", setting, round_, arms, dict(chosen), base=True)
 
 
+SIX = Task("six", 6, 0.18, aligned=True)
 AXES: dict[str, dict[str, Task]] = {
     "response length": {
         "3 summands": MAIN,
-        "6 summands": Task("six", 6, 0.18),
+        "6 summands": SIX,
+        "12 summands": Task("twelve", 12, 0.07, aligned=True),
     },
-    "sparse rewards": {"6 summands, dense": Task("six", 6, 0.18), "6 summands, sparse": Task("sparse", 6, 0.4)},
+    "sparse rewards": {"6 summands, dense": SIX, "6 summands, sparse": replace(SIX, name="sparse", carry_drop=0.4)},
     "number of prompts": {
         "16 prompts": replace(MAIN, name="16p", num_prompts=16),
         "64 prompts": MAIN,

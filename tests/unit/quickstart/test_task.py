@@ -131,3 +131,11 @@ def test_more_problems_than_there_are_is_refused(tmp_path):
     arguments = argparse.Namespace(**vars(prepare.parse_arguments(["--output", str(tmp_path)])) | {"num_summands": 2})
     with pytest.raises(SystemExit, match="num-summands"):
         prepare.prepare(arguments)
+
+
+def test_aligned_summands_are_as_wide_as_the_sums() -> None:
+    problem = next(task.distinct_problems(random.Random(3), 12, aligned=True))
+    written = problem.prompt.removesuffix("=").split("+")
+    assert {len(number) for number in written} == {problem.width} == {4}
+    assert tuple(int(number[::-1]) for number in written) == problem.summands
+    assert problem.answer == task.Problem(problem.summands).answer
