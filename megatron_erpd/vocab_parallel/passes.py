@@ -1,0 +1,243 @@
+"""The passes over a rank's logits in plain PyTorch: for CPUs, and what the Triton kernels are checked against.
+
+Three passes are all that log-probs, entropy and every divergence need: `statistics` before the ranks talk to each
+other, `js_terms` between their two collectives (Jensen-Shannon alone needs the normalisers first), and `gradient`.
+`triton_passes` has the same functions; `kernels` chooses between them.
+
+Rows are tokens, columns this rank's valid part of the vocabulary. Everything is computed in float32 (float64 for
+float64 logits), a block of rows at a time, so that temporaries stay in a CPU's cache or within a fixed budget of a
+GPU's memory.
+
+A distribution is given by its logits `[n, v]` of any floating type and a `scale`, 1 / temperature; z below stands for
+logits * scale of the policy, y for those of the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.vocab_parallel.shard import accumulation_dtype
+
+NUM_STATISTICS = 6
+"""m, s, u of the policy, n, t of the target, and their cross term."""
+
+CPU_BLOCK_BYTES = 2**19
+"""One temporary of a block on a CPU: a few of them stay in the cache of a core."""
+GPU_BLOCK_BYTES = 128 * 2**20
+
+
+def statistics(
+    logits: Tensor,
+    scale: float,
+    target: Tensor | None = None,
+    target_scale: float = 1.0,
+    kind: DivergenceKind | None = None,
+    excluded: Tensor | None = None,
+    with_entropy: bool = False,
+) -> Tensor:
+    """What a rank knows of its columns, in one read of the logits (and of the target's).
+
+    Args:
+        logits, target: [n, v]; -inf allowed, v may be 0. Without a target its statistics are 0.
+        kind: of the cross term; for `js` it is 0 (see `js_terms`).
+        excluded: int64 [n, K], columns of the policy that are left out; a column outside [0, v) means none.
+        with_entropy: whether u is computed; 0 otherwise.
+
+    Returns:
+        [n, NUM_STATISTICS], with m = max z and n = max y (the lowest finite number where there is no column or none
+        above -inf):
+        m, s = sum exp(z - m), u = sum exp(z - m) (z - m),
+        n, t = sum exp(y - n), and the cross term, for `forward_kl` sum exp(y - n) ((y - n) - (z - m)),
+        for `reverse_kl` sum exp(z - m) ((z - m) - (y - n)). Terms whose weight is 0 are 0.
+    """
+    result = logits.new_zeros((len(logits), NUM_STATISTICS), dtype=accumulation_dtype(logits))
+    lowest = torch.finfo(result.dtype).min
+    if logits.shape[-1] == 0:
+        result[:, 0] = result[:, 3] = lowest
+        return result
+    for rows in _blocks(logits):
+        block = result[rows]
+        z = _scaled(logits[rows], scale)
+        if excluded is not None:
+            z = _without(z, excluded[rows])
+        z, weights = _shifted(z, block[:, 0]), None
+        if target is not None:
+            y = _shifted(_scaled(target[rows], target_scale), block[:, 3])
+            mass = y.exp()
+            block[:, 4] = mass.sum(dim=-1)
+            excludes = _excludes(z) or _excludes(y)
+            if kind == "forward_kl":
+                block[:, 5] = _weighted_(y.sub_(z), mass, excludes).sum(dim=-1)
+            elif kind == "reverse_kl":
+                weights = z.exp()
+                block[:, 5] = _weighted_(torch.sub(z, y, out=y), weights, excludes).sum(dim=-1)
+        weights = z.exp() if weights is None else weights
+        block[:, 1] = weights.sum(dim=-1)
+        if with_entropy:
+            block[:, 2] = weights.mul_(z.clamp_min_(lowest)).sum(dim=-1)
+    return result
+
+
+def js_terms(
+    logits: Tensor,
+    scale: float,
+    normalizer: tuple[Tensor, Tensor],
+    target: Tensor,
+    target_scale: float,
+    target_normalizer: tuple[Tensor, Tensor],
+) -> Tensor:
+    """This rank's part of 1/2 sum p log(p/m) and 1/2 sum q log(q/m), with m = (p + q) / 2; [n, 2].
+
+    Args:
+        normalizer, target_normalizer: log sum exp over the whole vocabulary in two parts, maximum and remainder, [n].
+    """
+    result = logits.new_zeros((len(logits), 2), dtype=accumulation_dtype(logits))
+    if logits.shape[-1] == 0:
+        return result
+    for rows in _blocks(logits):
+        log_p = _log_probs(logits[rows], scale, normalizer, rows)
+        difference = _log_probs(target[rows], target_scale, target_normalizer, rows)
+        excludes = _excludes(log_p) or _excludes(difference)
+        mass = difference.exp()
+        difference.sub_(log_p)
+        probs = log_p.exp_()
+        policy_part, target_part = _log_ratios_to_mixture(difference)
+        result[rows, 0] = _weighted_(policy_part, probs, excludes).sum(dim=-1).mul_(0.5)
+        result[rows, 1] = _weighted_(target_part, mass, excludes).sum(dim=-1).mul_(0.5)
+    return result
+
+
+def gradient(
+    out: Tensor,
+    logits: Tensor,
+    scale: float,
+    normalizer: tuple[Tensor, Tensor],
+    constant: Tensor,
+    slope: Tensor | None,
+    tokens: Tensor | None = None,
+    on_token: Tensor | None = None,
+    kind: DivergenceKind | None = None,
+    weight: Tensor | None = None,
+    target: Tensor | None = None,
+    target_scale: float = 1.0,
+    target_normalizer: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Writes a gradient with respect to the logits, in one read of each and one write.
+
+    With p and q the probabilities of policy and target, and a, b, w, o the `constant`, `slope`, `weight` and `on_token`
+    of a row, all [n] and already multiplied by `scale`, column v of `out` becomes
+
+        p_v (a + b log p_v) + o [v is the row's token] + w times
+
+        forward_kl  -q_v        reverse_kl  p_v log(p_v / q_v)        js  p_v 1/2 log(p_v / m_v)
+
+    and exactly 0 where p_v (and q_v) is. Rows in which a, b, w and o are all 0 become exactly 0.
+
+    Args:
+        out: [n, v], may be `logits` itself.
+        tokens: int64 [n], the column of the row's token; outside [0, v) where it is another rank's.
+        kind, weight, target, target_scale, target_normalizer: given together, or none of them.
+    """
+    if logits.shape[-1] == 0:
+        return
+    for rows in _blocks(logits):
+        log_p = _log_probs(logits[rows], scale, normalizer, rows)
+        probs = log_p.exp()
+        excludes = _excludes(log_p)
+        used = constant[rows] != 0
+        factor: Tensor | None = None
+        mass: Tensor | None = None
+        if kind is not None:
+            assert target is not None and target_normalizer is not None and weight is not None
+            used |= weight[rows] != 0
+            log_q = _log_probs(target[rows], target_scale, target_normalizer, rows)
+            if kind == "forward_kl":
+                mass = log_q.exp_()
+            else:
+                excludes = excludes or _excludes(log_q)
+                if kind == "reverse_kl":
+                    factor = torch.sub(log_p, log_q, out=log_q)
+                else:
+                    factor = _log_ratios_to_mixture(log_q.sub_(log_p))[0].mul_(0.5)
+                factor.mul_(weight[rows].unsqueeze(-1)).add_(constant[rows].unsqueeze(-1))
+        if slope is not None:
+            used |= slope[rows] != 0
+            entropy_part = log_p.clamp_min_(torch.finfo(log_p.dtype).min).mul_(slope[rows].unsqueeze(-1))
+            factor = entropy_part.add_(constant[rows].unsqueeze(-1)) if factor is None else factor.add_(entropy_part)
+        if factor is None:
+            block = probs.mul_(constant[rows].unsqueeze(-1))
+        else:
+            block = _weighted_(factor, probs, excludes)
+        if mass is not None and weight is not None:
+            block.addcmul_(mass, weight[rows].unsqueeze(-1), value=-1.0)
+        if tokens is not None:
+            assert on_token is not None
+            used |= on_token[rows] != 0
+            owned = (tokens[rows] >= 0) & (tokens[rows] < logits.shape[-1])
+            column = torch.where(owned, tokens[rows], 0).unsqueeze(-1)
+            block.scatter_add_(-1, column, torch.where(owned, on_token[rows], 0.0).unsqueeze(-1))
+        if block.device.type != "cpu" or not used.all():
+            block.masked_fill_(~used.unsqueeze(-1), 0.0)
+        out[rows] = block
+
+
+def _weighted_(values: Tensor, weights: Tensor, excludes: bool) -> Tensor:
+    """`values * weights` in place of `values`, 0 where the weight is 0 whatever the value."""
+    values.mul_(weights)
+    return values.masked_fill_(weights == 0, 0.0) if excludes else values
+
+
+def _excludes(values: Tensor) -> bool:
+    """Whether there may be a -inf: on a CPU looking for one costs less than masking what it would make of zeros."""
+    return values.device.type != "cpu" or bool(values.amin() == -torch.inf)
+
+
+def _log_ratios_to_mixture(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(q / m) with m = (p + q) / 2, from log(q / p), which is overwritten.
+
+    log(p / m) = log 2 - log(1 + q / p), and with the sides exchanged log(q / m) = log 2 - log(1 + p / q). Both
+    logarithms share log(1 + exp(-|log(q / p)|)), which can't overflow; its absolute error is that of log 2.
+    """
+    shared = difference.abs().neg_().exp_().add_(1.0).log_().neg_().add_(math.log(2.0))
+    policy_part = shared - difference.clamp_min(0.0)
+    return policy_part, shared.add_(difference.clamp_max_(0.0))
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    budget = CPU_BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES
+    step = max(1, budget // (accumulation_dtype(logits).itemsize * logits.shape[-1]))
+    for start in range(0, len(logits), step):
+        yield slice(start, start + step)
+
+
+def _scaled(block: Tensor, scale: float) -> Tensor:
+    values = block.to(accumulation_dtype(block))
+    return values if scale == 1.0 else values * scale
+
+
+def _shifted(values: Tensor, maximum: Tensor) -> Tensor:
+    """`values` less their maximum, a new tensor; the maximum is written to `maximum`."""
+    maximum.copy_(values.amax(dim=-1)).clamp_min_(torch.finfo(values.dtype).min)
+    return values - maximum.unsqueeze(-1)
+
+
+def _without(values: Tensor, columns: Tensor) -> Tensor:
+    """A copy with some columns set to -inf."""
+    width = values.shape[-1]
+    # One column more than there are takes those that are no column of this rank.
+    copy = values.new_empty((len(values), width + 1))
+    copy[:, :width] = values
+    copy.scatter_(-1, torch.where((columns >= 0) & (columns < width), columns, width), -torch.inf)
+    return copy[:, :width]
+
+
+def _log_probs(block: Tensor, scale: float, normalizer: tuple[Tensor, Tensor], rows: slice) -> Tensor:
+    """Log-probs of a block, a new tensor. The two parts of the normaliser are subtracted one after the other:
+    `(z - maximum) - remainder` is exact to the last bits for large logits, `z - logsumexp` is not."""
+    maximum, remainder = normalizer
+    return (_scaled(block, scale) - maximum[rows].unsqueeze(-1)).sub_(remainder[rows].unsqueeze(-1))
