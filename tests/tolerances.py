@@ -48,6 +48,10 @@ FINITE_DIFFERENCE = Tolerance(1e-5, 1e-7)
 FP32 = Tolerance(1e-5, 1e-6)
 # fp32 with partial sums over ranks in another order, or against float64.
 FP32_PARALLEL = Tolerance(2e-5, 2e-6)
+# Values and gradients of the vocabulary-parallel operations in fp32 against a dense float64 computation.
+VOCAB_PARALLEL = Tolerance(1e-6, relative_to_max=True)
+# The same in float64.
+VOCAB_PARALLEL_FLOAT64 = Tolerance(1e-10, relative_to_max=True)
 # bf16 keeps 8 bits.
 BF16 = Tolerance(2e-2, 2e-2)
 # Losses, gradients and weights under another TP, PP, DP or micro-batch size, fp32.

@@ -6,9 +6,9 @@ logits is its slice of the dense gradient (see `shard`).
 """
 
 from megatron_erpd.vocab_parallel.chunks import token_chunks
-from megatron_erpd.vocab_parallel.divergences import LiveTarget, divergence, gathered_divergence
+from megatron_erpd.vocab_parallel.divergences import divergence, gathered_divergence
+from megatron_erpd.vocab_parallel.fused import OutputLayer, fused_token_terms
 from megatron_erpd.vocab_parallel.log_probs import (
-    IGNORED_TOKEN,
     entropy,
     gather_log_probs,
     token_log_probs,
@@ -23,18 +23,26 @@ from megatron_erpd.vocab_parallel.projection import (
     signal_law,
 )
 from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.targets import HiddenTarget, LiveTarget, Target
+from megatron_erpd.vocab_parallel.terms import IGNORED_TOKEN
+from megatron_erpd.vocab_parallel.token_terms import TokenTerms, token_terms
 from megatron_erpd.vocab_parallel.topk import NO_TOKEN, TopKTarget, vocab_parallel_topk
 
 __all__ = [
     "IGNORED_TOKEN",
     "NO_TOKEN",
+    "HiddenTarget",
     "LiveTarget",
+    "OutputLayer",
     "Projection",
+    "Target",
+    "TokenTerms",
     "TopKTarget",
     "VocabShard",
     "apply_eta",
     "divergence",
     "entropy",
+    "fused_token_terms",
     "gather_log_probs",
     "gathered_divergence",
     "kl_from_base",
@@ -43,6 +51,7 @@ __all__ = [
     "token_chunks",
     "token_log_probs",
     "token_log_probs_and_entropy",
+    "token_terms",
     "vocab_parallel_log_softmax",
     "vocab_parallel_topk",
 ]

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_erpd.vocab_parallel.shard import VocabShard, zero_where_unused
-
-IGNORED_TOKEN = -100
-"""A label that stands for no token, as in PyTorch's cross entropy: log-probability 0, no gradient."""
+from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.token_terms import token_terms
 
 
 def vocab_parallel_log_softmax(logits: Tensor, shard: VocabShard, temperature: float = 1.0) -> Tensor:
@@ -30,29 +28,21 @@ def vocab_parallel_log_softmax(logits: Tensor, shard: VocabShard, temperature: f
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, shard: VocabShard, temperature: float = 1.0) -> Tensor:
-    """`log softmax(logits / temperature)` at the global ids `tokens [...]`, `[...]`, the same on every rank.
-
-    `IGNORED_TOKEN` gives 0 and no gradient. Any other id outside the true vocabulary gives NaN: looking for it on
-    the host would stall a device, and a wrong number would pass unseen.
-    Collectives: one MAX of `[...]` and one SUM of `[..., 2]` forward, none backward.
-    """
-    return _TokenStatistics.apply(logits, tokens, shard, temperature, False)[0]
+    """`log softmax(logits / temperature)` at the global ids `tokens [...]`, `[...]`; 0 and no gradient for
+    `IGNORED_TOKEN`. See `token_terms`."""
+    return token_terms(logits, shard, tokens, temperature=temperature, with_entropy=False).log_probs
 
 
 def entropy(logits: Tensor, shard: VocabShard, temperature: float = 1.0) -> Tensor:
-    """The entropy in nats of `softmax(logits / temperature)`, `[...]`, the same on every rank.
-
-    Collectives: one MAX of `[...]` and one SUM of `[..., 3]` forward, none backward.
-    """
-    tokens = torch.full(logits.shape[:-1], IGNORED_TOKEN, dtype=torch.int64, device=logits.device)
-    return token_log_probs_and_entropy(logits, tokens, shard, temperature)[1]
+    """The entropy in nats of `softmax(logits / temperature)`, `[...]`. See `token_terms`."""
+    return token_terms(logits, shard, temperature=temperature).entropy
 
 
 def token_log_probs_and_entropy(
     logits: Tensor, tokens: Tensor, shard: VocabShard, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`token_log_probs` and `entropy` together, for one pass and the collectives of one."""
-    return _TokenStatistics.apply(logits, tokens, shard, temperature, True)
+    """`token_log_probs` and `entropy` together, for one pass and the collective of one."""
+    return token_terms(logits, shard, tokens, temperature=temperature)[:2]
 
 
 def gather_log_probs(log_probs: Tensor, shard: VocabShard) -> Tensor:
@@ -101,73 +91,6 @@ class _LogSoftmax(torch.autograd.Function):
         probs = log_softmax_of(shard.values(logits, ctx.temperature), maximum, remainder).exp_()
         gradient = (gradient - probs.mul_(total.unsqueeze(-1))).div_(ctx.temperature)
         return shard.with_padding(gradient, like=logits), None, None
-
-
-class _TokenStatistics(torch.autograd.Function):
-    """Log-probability of one token and, where asked, the entropy.
-
-    With p = softmax(z), H its entropy and y the token:
-    d log p_y / dz_v = [v = y] - p_v and dH / dz_v = -p_v (log p_v + H).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, shard: VocabShard, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        values = shard.values(logits, temperature)
-        maximum = shard.all_reduce_max(shard.local_max(values))
-        shifted = values - maximum.unsqueeze(-1)
-        token_shifted = shard.select(shifted, tokens.unsqueeze(-1)).squeeze(-1)
-        weights = shifted.exp()
-        sums = [weights.sum(dim=-1), token_shifted]
-        if with_entropy:
-            # A logit of -inf has weight 0; the lowest finite number keeps 0 * inf away.
-            lowest = torch.finfo(shifted.dtype).min
-            sums.append(weights.mul_(shifted.clamp_min_(lowest)).sum(dim=-1))
-        del weights, shifted
-        packed = shard.all_reduce_sum(torch.stack(sums, dim=-1))
-        remainder = packed[..., 0].log()
-        is_token = (tokens >= 0) & (tokens < shard.vocab_size)
-        outside = torch.where(tokens == IGNORED_TOKEN, 0.0, torch.nan).to(remainder.dtype)
-        log_probs = torch.where(is_token, packed[..., 1] - remainder, outside)
-        entropies = remainder - packed[..., 2] / packed[..., 0] if with_entropy else torch.zeros_like(remainder)
-        ctx.shard, ctx.temperature = shard, temperature
-        ctx.save_for_backward(logits, tokens, maximum, remainder, entropies)
-        ctx.set_materialize_grads(False)
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropies)
-        return log_probs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, upstream_log_probs: Tensor | None, upstream_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None, None]:
-        if upstream_log_probs is None and upstream_entropy is None:
-            return None, None, None, None, None
-        logits, tokens, maximum, remainder, entropies = ctx.saved_tensors
-        shard: VocabShard = ctx.shard
-        log_probs = log_softmax_of(shard.values(logits, ctx.temperature), maximum, remainder)
-        gradient = log_probs.exp()
-        # All terms hold p_v; build their per-token factor first, then multiply once.
-        factor: Tensor = torch.zeros_like(gradient)
-        used = torch.zeros_like(remainder)
-        if upstream_entropy is not None:
-            lowest = torch.finfo(log_probs.dtype).min
-            factor = log_probs.clamp_min_(lowest).add_(entropies.unsqueeze(-1)).mul_(-upstream_entropy.unsqueeze(-1))
-            used = used + upstream_entropy.abs()
-        on_token = torch.zeros_like(remainder)
-        if upstream_log_probs is not None:
-            is_token = (tokens >= 0) & (tokens < shard.vocab_size)
-            on_token = torch.where(is_token, upstream_log_probs, 0.0)
-            factor = factor - on_token.unsqueeze(-1)
-            used = used + on_token.abs()
-        gradient.mul_(factor)
-        if shard.valid_columns:
-            owned, local = shard.locate(tokens.unsqueeze(-1))
-            gradient.scatter_add_(-1, local, torch.where(owned, on_token.unsqueeze(-1), 0.0))
-        gradient = zero_where_unused(gradient, used).div_(ctx.temperature)
-        return shard.with_padding(gradient, like=logits), None, None, None, None
 
 
 class _Gather(torch.autograd.Function):

@@ -9,7 +9,7 @@ float64 logits), a block of rows at a time, so that temporaries stay in a CPU's 
 GPU's memory.
 
 A distribution is given by its logits `[n, v]` of any floating type and a `scale`, 1 / temperature; z below stands for
-logits * scale of the policy, y for those of the target.
+logits * scale of the policy, y for those of the target, which is computed in the policy's type.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def statistics(
         return result
     for rows in _blocks(logits):
         block = result[rows]
-        z = _scaled(logits[rows], scale)
+        z = _scaled(logits[rows], scale, result.dtype)
         if excluded is not None:
             z = _without(z, excluded[rows])
         z, weights = _shifted(z, block[:, 0]), None
         if target is not None:
-            y = _shifted(_scaled(target[rows], target_scale), block[:, 3])
+            y = _shifted(_scaled(target[rows], target_scale, result.dtype), block[:, 3])
             mass = y.exp()
             block[:, 4] = mass.sum(dim=-1)
             excludes = _excludes(z) or _excludes(y)
@@ -215,8 +215,8 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _scaled(block: Tensor, scale: float) -> Tensor:
-    values = block.to(accumulation_dtype(block))
+def _scaled(block: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    values = block.to(dtype)
     return values if scale == 1.0 else values * scale
 
 
@@ -240,4 +240,4 @@ def _log_probs(block: Tensor, scale: float, normalizer: tuple[Tensor, Tensor], r
     """Log-probs of a block, a new tensor. The two parts of the normaliser are subtracted one after the other:
     `(z - maximum) - remainder` is exact to the last bits for large logits, `z - logsumexp` is not."""
     maximum, remainder = normalizer
-    return (_scaled(block, scale) - maximum[rows].unsqueeze(-1)).sub_(remainder[rows].unsqueeze(-1))
+    return (_scaled(block, scale, maximum.dtype) - maximum[rows].unsqueeze(-1)).sub_(remainder[rows].unsqueeze(-1))

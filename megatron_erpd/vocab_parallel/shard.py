@@ -133,7 +133,7 @@ class VocabShard:
         return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        if self.size > 1:
+        if self.size > 1 and tensor.numel():
             # Sums over a transposed view of the logits are laid out as the view is; collectives want row-major.
             tensor = tensor.contiguous()
             dist.all_reduce(tensor, operation, group=self.group)
@@ -147,15 +147,17 @@ class VocabShard:
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
+    def all_gather_partials(self, tensor: Tensor) -> Tensor:
+        """`tensor [n, c]` of all ranks in order, `[size, n, c]`; one collective. No gradient."""
+        if self.group is None or self.size == 1:
+            return tensor.unsqueeze(0)
+        if not tensor.numel():
+            return tensor.expand(self.size, *tensor.shape)
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.stack(parts)
+
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The type that `tensor` is computed in: float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def zero_where_unused(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """`gradient [..., v]` in place, with exact zeros for the tokens whose `upstream [...]` gradient is zero.
-
-    A token that the loss mask leaves out may have an infinite divergence; 0 * inf must not reach the weights.
-    """
-    return gradient.masked_fill_((upstream == 0).unsqueeze(-1), 0.0)

@@ -35,7 +35,16 @@ from megatron_erpd.vocab_parallel import (
     vocab_parallel_topk,
 )
 from tests.distributed.harness import Case, RankError, run_cases, run_ranks
-from tests.tolerances import BF16, FLOAT64, FP32, FP32_PARALLEL, PROJECTION_KL, SIGNAL_LAW, Tolerance
+from tests.tolerances import (
+    BF16,
+    FLOAT64,
+    FP32,
+    PROJECTION_KL,
+    SIGNAL_LAW,
+    VOCAB_PARALLEL,
+    VOCAB_PARALLEL_FLOAT64,
+    Tolerance,
+)
 from tests.unit.vocab_parallel.oracles import buckets, policy_probs, probs_divergence
 
 # True and padded size: no padding; one valid column in the last of four ranges of 48; a last range (of four: the last
@@ -56,9 +65,10 @@ def make_shard(vocab_size: int, padded: int) -> VocabShard:
 
 
 def make_rows(seed: int, vocab_size: int, padded: int, scale: float = 2.0) -> Tensor:
-    """Dense float64 logits `[*BATCH, padded]`, the same on every rank, large in the padding columns."""
+    """Dense float64 logits `[*BATCH, padded]` that fp32 holds exactly, the same on every rank, large in the padding
+    columns."""
     generator = torch.Generator().manual_seed(seed)
-    rows = scale * torch.randn(*BATCH, padded, generator=generator, dtype=torch.float64)
+    rows = (scale * torch.randn(*BATCH, padded, generator=generator)).double()
     rows[..., vocab_size:] = 50.0
     return rows
 
@@ -86,10 +96,11 @@ def per_token_functions(vocab_size: int, padded: int) -> dict[str, tuple[Loss, L
     indices = q.topk(min(TOPK, vocab_size - 1)).indices
 
     def live(shard: VocabShard) -> LiveTarget:
-        return LiveTarget(vocab_parallel_log_softmax(local(teacher, shard), shard))
+        return LiveTarget(local(teacher, shard))
 
     def topk(shard: VocabShard) -> Any:
-        return vocab_parallel_topk(live(shard).log_probs, indices.shape[-1], shard)
+        log_probs = vocab_parallel_log_softmax(local(teacher, shard), shard)
+        return vocab_parallel_topk(log_probs, indices.shape[-1], shard)
 
     def probs(logits: Tensor) -> Tensor:
         return policy_probs(logits, TEMPERATURE)
@@ -141,7 +152,7 @@ def check_against_dense(
     value = sharded(leaf, shard)
     dense_leaf = rows[..., : shard.vocab_size].double().requires_grad_()
     expected = dense(dense_leaf, shard)
-    tolerance_of_value = FP32_PARALLEL if dtype == torch.bfloat16 else tolerance
+    tolerance_of_value = VOCAB_PARALLEL if dtype == torch.bfloat16 else tolerance
     tolerance_of_value.assert_close(value, expected, name)
     copies = shard.all_gather(value.detach().unsqueeze(-1))
     assert (copies == copies[..., :1]).all(), f"{name}: ranks differ"
@@ -158,8 +169,8 @@ def check_against_dense(
 def check_all(rank: int, world_size: int, vocab_size: int, padded: int) -> None:
     shard = make_shard(vocab_size, padded)
     for name, (sharded, dense) in per_token_functions(vocab_size, padded).items():
-        check_against_dense(name, shard, sharded, dense, torch.float64, FLOAT64)
-        check_against_dense(name, shard, sharded, dense, torch.float32, FP32_PARALLEL)
+        check_against_dense(name, shard, sharded, dense, torch.float64, VOCAB_PARALLEL_FLOAT64)
+        check_against_dense(name, shard, sharded, dense, torch.float32, VOCAB_PARALLEL)
         check_against_dense(name, shard, sharded, dense, torch.bfloat16, BF16)
 
 
@@ -273,7 +284,7 @@ def check_extremes(rank: int, world_size: int) -> None:
     for part in (shard, whole):
         leaf = local(rows, part).requires_grad_()
         live = LiveTarget(local(teacher, part))
-        topk = vocab_parallel_topk(live.log_probs, 4, part)
+        topk = vocab_parallel_topk(live.logits, 4, part)
         values = [*token_log_probs_and_entropy(leaf, tokens, part)]
         values += [divergence(kind, leaf, target, part) for kind in ("reverse_kl", "js") for target in (live, topk)]
         # Forward KL is infinite where the policy excludes a token.
@@ -288,10 +299,11 @@ def check_extremes(rank: int, world_size: int) -> None:
 
 
 class CountCollectives:
-    """Counts calls of the collectives while it is entered."""
+    """Counts calls of the collectives while it is entered, and the bytes that each sends."""
 
     def __enter__(self) -> CountCollectives:
         self.calls: list[str] = []
+        self.sizes: list[int] = []
         self.saved = (dist.all_reduce, dist.all_gather)
         dist.all_reduce, dist.all_gather = (self._count(function) for function in self.saved)
         return self
@@ -299,10 +311,15 @@ class CountCollectives:
     def __exit__(self, *exc: object) -> None:
         dist.all_reduce, dist.all_gather = self.saved
 
+    def bytes_per(self, tokens: int) -> list[float]:
+        return [size / tokens for size in self.sizes]
+
     def _count(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             is_max = dist.ReduceOp.MAX in args
             self.calls.append("gather" if function is self.saved[1] else "max" if is_max else "sum")
+            sent = args[0] if function is self.saved[1] else tensor
+            self.sizes.append(sent.numel() * sent.element_size())
             return function(tensor, *args, **kwargs)
 
         return counted
@@ -312,30 +329,31 @@ def check_collectives(rank: int, world_size: int) -> None:
     shard = make_shard(37, 48)
     leaf = local(make_rows(1, 37, 48), shard).requires_grad_()
     live = LiveTarget(vocab_parallel_log_softmax(local(make_rows(9, 37, 48), shard), shard))
-    topk = vocab_parallel_topk(live.log_probs, 4, shard)
-    signal, tokens = live.log_probs - leaf.detach(), make_tokens(37)
+    topk = vocab_parallel_topk(live.logits, 4, shard)
+    signal, tokens = live.logits - leaf.detach(), make_tokens(37)
     expected: list[tuple[Callable[[], Tensor], list[str], list[str]]] = [
         (lambda: vocab_parallel_log_softmax(leaf, shard)[..., :1], ["max", "sum"], ["sum"]),
-        (lambda: token_log_probs(leaf, tokens, shard), ["max", "sum"], []),
-        (lambda: token_log_probs_and_entropy(leaf, tokens, shard)[1], ["max", "sum"], []),
+        (lambda: token_log_probs(leaf, tokens, shard), ["gather"], []),
+        (lambda: token_log_probs_and_entropy(leaf, tokens, shard)[1], ["gather"], []),
         (lambda: gather_log_probs(leaf, shard), ["gather"], []),
-        (lambda: divergence("forward_kl", leaf, live, shard), ["max", "sum"], []),
-        (lambda: divergence("reverse_kl", leaf, live, shard), ["max", "sum"], []),
-        (lambda: divergence("js", leaf, live, shard), ["max", "sum", "sum"], []),
-        *((lambda kind=kind: divergence(kind, leaf, topk, shard), ["max", "sum"], []) for kind in KINDS),
+        *(
+            (lambda kind=kind, target=target: divergence(kind, leaf, target, shard), ["gather", "sum"], [])
+            for kind in KINDS
+            for target in (live, topk)
+        ),
         (lambda: gathered_divergence("js", leaf, live, shard), ["gather", "gather"], []),
-        (lambda: vocab_parallel_topk(live.log_probs, 3, shard).log_probs, ["gather", "max", "sum"], []),
-        (lambda: signal_law(live.log_probs[0], signal[0], shard, 1.0).values, ["sum"], []),
+        (lambda: vocab_parallel_topk(live.logits, 3, shard).log_probs, ["gather", "max", "sum"], []),
+        (lambda: signal_law(live.logits[0], signal[0], shard, 1.0).values, ["sum"], []),
         *(
             (
-                lambda values=values, delta=delta: project_shard(live.log_probs, values, shard, delta, eta_max=1.0).kl,
+                lambda values=values, delta=delta: project_shard(live.logits, values, shard, delta, eta_max=1.0).kl,
                 ["sum"],
                 [],
             )
             for values in (signal, 20 * signal, torch.zeros_like(signal))
             for delta in (0.0, 0.1, 100.0)
         ),
-        (lambda: apply_eta(live.log_probs, signal, 0.5, shard), ["max", "sum"], []),
+        (lambda: apply_eta(live.logits, signal, 0.5, shard), ["max", "sum"], []),
     ]
     for function, forward, backward in expected:
         with CountCollectives() as counted:

@@ -49,11 +49,11 @@ def gradient_of(value: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [None, 1, 6, VOCAB - 1])
 def test_value_and_gradient(kind: str, temperature: float, k: int | None) -> None:
     live = make_target()
-    target = live if k is None else vocab_parallel_topk(live.log_probs, k, SHARD)
+    target = live if k is None else vocab_parallel_topk(live.logits, k, SHARD)
     logits = make_logits(1).requires_grad_()
     dense = logits.detach()[..., :VOCAB].clone().requires_grad_()
     value = divergence(kind, logits, target, SHARD, temperature)
-    p, q = policy_probs(dense, temperature), live.log_probs[..., :VOCAB].exp()
+    p, q = policy_probs(dense, temperature), live.logits[..., :VOCAB].exp()
     if isinstance(target, TopKTarget):
         p, q = buckets(p, target.indices), buckets(q, target.indices)
     expected = probs_divergence(kind, q, p)
@@ -76,16 +76,16 @@ def test_gathered_is_the_same(kind: str) -> None:
 @each_kind
 def test_gradcheck(kind: str) -> None:
     logits = make_logits(1)[:, :2].clone().requires_grad_()
-    live = LiveTarget(make_target().log_probs[:, :2])
+    live = LiveTarget(make_target().logits[:, :2])
     assert torch.autograd.gradcheck(lambda x: divergence(kind, x, live, SHARD, 1.3), logits)
-    topk = vocab_parallel_topk(live.log_probs, 5, SHARD)
+    topk = vocab_parallel_topk(live.logits, 5, SHARD)
     assert torch.autograd.gradcheck(lambda x: divergence(kind, x, topk, SHARD, 1.3), logits)
 
 
 @each_kind
 def test_zero_for_equal_distributions(kind: str) -> None:
     logits = make_logits(9).requires_grad_()
-    for target in (make_target(), vocab_parallel_topk(make_target().log_probs, 4, SHARD)):
+    for target in (make_target(), vocab_parallel_topk(make_target().logits, 4, SHARD)):
         value = divergence(kind, logits, target, SHARD)
         FLOAT64.assert_close(value, torch.zeros_like(value))
         gradient = gradient_of(value, logits, torch.ones_like(value))
@@ -110,7 +110,7 @@ def test_by_hand() -> None:
 def test_all_tokens_in_topk_is_the_full_divergence(kind: str) -> None:
     logits = make_logits(1).requires_grad_()
     live = make_target()
-    topk = vocab_parallel_topk(live.log_probs, VOCAB, SHARD)
+    topk = vocab_parallel_topk(live.logits, VOCAB, SHARD)
     assert (topk.tail_log_prob == -torch.inf).all()
     weights = torch.randn(2, 5, dtype=torch.float64)
     results = [divergence(kind, logits, target, SHARD) for target in (live, topk)]
@@ -122,7 +122,7 @@ def test_all_tokens_in_topk_is_the_full_divergence(kind: str) -> None:
 def test_coarse_graining_bounds_from_below(kind: str) -> None:
     live, logits = make_target(), make_logits(1)
     full = divergence(kind, logits, live, SHARD)
-    coarse = [divergence(kind, logits, vocab_parallel_topk(live.log_probs, k, SHARD), SHARD) for k in (1, 3, 9, 30)]
+    coarse = [divergence(kind, logits, vocab_parallel_topk(live.logits, k, SHARD), SHARD) for k in (1, 3, 9, 30)]
     for smaller, larger in zip(coarse, [*coarse[1:], full], strict=True):
         assert (smaller <= larger + 1e-12).all()
 
@@ -157,9 +157,9 @@ def test_vanishing_tail_is_exact(kind: str) -> None:
 @each_kind
 @pytest.mark.parametrize("k", [None, 3])
 def test_extreme_logits(kind: str, k: int | None) -> None:
-    target: LiveTarget | TopKTarget = LiveTarget(make_target().log_probs.float())
+    target: LiveTarget | TopKTarget = LiveTarget(make_target().logits.float())
     if k is not None:
-        target = vocab_parallel_topk(target.log_probs, k, SHARD)
+        target = vocab_parallel_topk(target.logits, k, SHARD)
     logits = torch.full((2, 5, PADDED), -1e4)
     logits[..., 7] = 1e4
     logits[..., 1, 7:9] = 1e4
@@ -174,7 +174,7 @@ def test_extreme_logits(kind: str, k: int | None) -> None:
 
 def _double(target: LiveTarget | TopKTarget) -> LiveTarget | TopKTarget:
     if isinstance(target, LiveTarget):
-        return LiveTarget(target.log_probs.double())
+        return LiveTarget(target.logits.double())
     return TopKTarget(target.indices, target.log_probs.double(), target.tail_log_prob.double())
 
 
@@ -185,7 +185,7 @@ def test_target_that_excludes_what_the_policy_excludes(kind: str) -> None:
     logits = make_logits(1).masked_fill(~keep, -torch.inf).requires_grad_()
     target = LiveTarget(torch.log_softmax(make_logits(9).masked_fill(~keep, -torch.inf), dim=-1))
     smaller = VocabShard.dense(20)
-    expected = divergence(kind, logits[..., :20], LiveTarget(target.log_probs[..., :20]), smaller)
+    expected = divergence(kind, logits[..., :20], LiveTarget(target.logits[..., :20]), smaller)
     weights = torch.ones_like(expected)
     expected_gradient = gradient_of(expected, logits, weights)
     for function in (divergence, gathered_divergence):
@@ -212,7 +212,7 @@ def test_disjoint_supports() -> None:
 def test_masked_tokens_have_no_gradient(kind: str) -> None:
     logits = make_logits(1).requires_grad_()
     mask = (torch.arange(10).reshape(2, 5) % 2).double()
-    for target in (make_target(), vocab_parallel_topk(make_target().log_probs, 4, SHARD)):
+    for target in (make_target(), vocab_parallel_topk(make_target().logits, 4, SHARD)):
         gradient = gradient_of(divergence(kind, logits, target, SHARD), logits, mask)
         assert (gradient[mask == 0] == 0).all() and (gradient[mask == 1][:, :VOCAB] != 0).all()
 
@@ -221,7 +221,7 @@ def test_masked_tokens_have_no_gradient(kind: str) -> None:
 def test_stored_targets(kind: str) -> None:
     """A cache's types (int32, float16) and its empty entries."""
     logits = make_logits(1, torch.float32)
-    topk = vocab_parallel_topk(make_target().log_probs, 4, SHARD)
+    topk = vocab_parallel_topk(make_target().logits, 4, SHARD)
     stored = TopKTarget(
         torch.nn.functional.pad(topk.indices, (0, 2), value=NO_TOKEN).int(),
         torch.nn.functional.pad(topk.log_probs, (0, 2), value=-torch.inf).half(),
@@ -247,8 +247,8 @@ def test_errors() -> None:
     logits, target = make_logits(1), make_target()
     with pytest.raises(ErpdError, match="'kl' is unknown; choose one of forward_kl, reverse_kl, js"):
         divergence("kl", logits, target, SHARD)  # type: ignore[arg-type]
-    with pytest.raises(ErpdError, match="log_probs of shape"):
+    with pytest.raises(ErpdError, match="the target's logits of shape"):
         divergence("js", logits[:1], target, SHARD)
-    topk = vocab_parallel_topk(target.log_probs, 3, SHARD)
+    topk = vocab_parallel_topk(target.logits, 3, SHARD)
     with pytest.raises(ErpdError, match="tail_log_prob of shape"):
-        divergence("js", logits, topk._replace(tail_log_prob=topk.tail_log_prob[..., None]), SHARD)
+        divergence("js", logits, topk._replace(tail_log_prob=topk.tail_log_prob[..., :2]), SHARD)

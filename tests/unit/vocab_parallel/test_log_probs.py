@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_erpd.errors import LayoutError
+from megatron_erpd.errors import ErpdError, LayoutError
 from megatron_erpd.vocab_parallel import (
     IGNORED_TOKEN,
     VocabShard,
@@ -87,9 +87,11 @@ def test_ignored_tokens_touch_nothing() -> None:
 
 
 @pytest.mark.parametrize("token", [VOCAB, PADDED - 1, PADDED, -1])
-def test_token_outside_the_vocabulary_shows(token: int) -> None:
-    log_probs = token_log_probs(make_logits(), torch.full((2, 5), token), SHARD)
-    assert log_probs.isnan().all()
+def test_token_outside_the_vocabulary_is_refused(token: int) -> None:
+    tokens = make_tokens()
+    tokens[1, 2] = token
+    with pytest.raises(ErpdError, match=rf"tokens\[7\] is {token}; the vocabulary has ids 0 to {VOCAB - 1}"):
+        token_log_probs(make_logits(), tokens, SHARD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -166,5 +168,5 @@ def test_shard_errors() -> None:
         VocabShard(4, 8, 8)
     with pytest.raises(LayoutError, match="don't cover a vocabulary of 40"):
         VocabShard.dense(40, 37)
-    with pytest.raises(LayoutError, match="has 37 columns"):
+    with pytest.raises(LayoutError, match="have 37 columns"):
         entropy(torch.zeros(2, 37), SHARD)
