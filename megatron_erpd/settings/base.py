@@ -27,6 +27,12 @@ class Layout(Settings):
     sequence_parallel: bool = Field(default=False, description="shard activations between layers over TP")
     micro_batch_size: int = Field(default=32, ge=1, description="rollouts in one forward pass of one rank")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of weights and activations")
+    head_chunk_mib: int = Field(
+        default=256, ge=1, description="memory of the output layer's logits: they are made in chunks of tokens"
+    )
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        default="auto", description="passes over the logits: auto is Triton on GPUs and PyTorch on CPUs"
+    )
 
     @property
     def num_processes(self) -> int:

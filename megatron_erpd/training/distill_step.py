@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,23 +19,10 @@ from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.signals import SignalTerm, combine
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
-from megatron_erpd.training.heads import PolicyHead, policy_head
+from megatron_erpd.training.heads import Hidden, HiddenStates, PolicyHead, TargetOf, at_positions, policy_head
 from megatron_erpd.training.metrics import report, token_mean
-from megatron_erpd.training.policies import Logits, forward_stage, join
-from megatron_erpd.vocab_parallel import (
-    LiveTarget,
-    TopKTarget,
-    VocabShard,
-    divergence,
-    gathered_divergence,
-    project_shard,
-    token_chunks,
-    vocab_parallel_log_softmax,
-)
-
-Target = LiveTarget | TopKTarget
-TargetOf = Callable[[Batch, Sequence[Tensor], VocabShard], Target]
-"""Given a batch, the frozen policies' logits `[s, b, v/tp]` and the vocabulary shard: a distribution per token."""
+from megatron_erpd.training.policies import forward_stage, join
+from megatron_erpd.vocab_parallel import HiddenTarget, TopKTarget, VocabShard, log_softmax_of, normalizer, project_shard
 
 
 class DistillStep:
@@ -46,7 +33,7 @@ class DistillStep:
 
     Args:
         kind: `forward_kl` KL(q || student), `reverse_kl` KL(student || q) or `js`.
-        frozen: policies that run beside the student, in the order of the context's outputs; empty for a cache.
+        frozen: policies that run beside the student, in the order that `target` expects; empty for a cache.
         target: gives q.
         vocab_size: true size of the vocabulary, without padding.
         gather: compare against q gathered over the tensor-parallel shards (live targets only).
@@ -70,21 +57,12 @@ class DistillStep:
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
         if self._head is None:
-            self._head = policy_head(model, self.vocab_size, self._divergence)
+            self._head = policy_head(model, self.vocab_size, self.kind, self.target, self.gather)
         models = [model, *self.frozen]
-        processors = [self._head, *(Logits() for _ in self.frozen)]
+        processors = [self._head, *(Hidden() for _ in self.frozen)]
         local = slice_batch(batch, *context_parallel_rank())
         outputs = forward_stage(models, local, processors, {"batch": local})
         return join(outputs, model), partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
-
-    def _divergence(self, logits: Tensor, batch: Batch, context: Any) -> Tensor:
-        assert self._head is not None
-        shard = self._head.shard
-        with torch.no_grad():
-            target = self.target(batch, context["outputs"], shard)
-        if self.gather and isinstance(target, LiveTarget):
-            return gathered_divergence(self.kind, logits, target, shard)
-        return divergence(self.kind, logits, target, shard)
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]}), counted in tokens."""
@@ -102,15 +80,15 @@ class DistillStep:
         return loss_sum, count.to(torch.int32), report("stage2", metrics)
 
 
-def cached_target(batch: Batch, outputs: Sequence[Tensor], shard: VocabShard) -> TopKTarget:
+def cached_target(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> TopKTarget:
     """q as the cache holds it."""
-    rows = batch.token_rows
-    return TopKTarget(rows["topk_indices"], rows["topk_log_probs"], rows["tail_log_prob"])
+    names = ("topk_indices", "topk_log_probs", "tail_log_prob")
+    return TopKTarget(*(at_positions(batch.token_rows[name], positions) for name in names))
 
 
-def live_base(batch: Batch, outputs: Sequence[Tensor], shard: VocabShard) -> LiveTarget:
+def live_base(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> HiddenTarget:
     """The one frozen policy itself, over the whole vocabulary."""
-    return LiveTarget(vocab_parallel_log_softmax(outputs[0].transpose(0, 1), shard))
+    return HiddenTarget(outputs[0].rows[positions], outputs[0].weight)
 
 
 def live_target(
@@ -120,53 +98,95 @@ def live_target(
     eta_max: float,
     clip: float | None,
     batch: Batch,
-    outputs: Sequence[Tensor],
+    positions: Tensor,
+    outputs: Sequence[HiddenStates],
     shard: VocabShard,
-) -> LiveTarget:
+) -> ProjectedTarget:
     """q from policies that run beside the student: the base policy moved along the signal until KL = delta.
 
     Args:
         names: the frozen policies' names, `base` among them, in the order of `outputs`.
         clip: bound of the signal, see `base_and_signal`.
-        outputs: their logits `[s, b, v/tp]`.
-
-    Returns:
-        log q `[b, s, v/tp]`, fp32: all that is kept, log-probs and signal are made for a chunk of tokens at a time.
     """
-    rows = [x.flatten(0, 1) for x in outputs]
-    log_q = rows[0].new_empty(rows[0].shape, dtype=torch.float32)
+    return ProjectedTarget(names, terms, delta, eta_max, clip, positions, outputs, shard)
 
-    def fill(part: slice) -> None:
-        base, signal = base_and_signal(names, terms, clip, [x[part] for x in rows], shard)
-        log_q[part] = project_shard(base, signal, shard, delta=delta, eta_max=eta_max).log_probs
 
-    for part in token_chunks(len(log_q), signal_bytes(len(names), shard)):
-        fill(part)
-    return LiveTarget(log_q.unflatten(0, outputs[0].shape[:2]).transpose(0, 1))
+class _Step(NamedTuple):
+    """Of a chunk: each policy's normaliser in two parts, and the step eta; [c] each."""
+
+    normalizers: list[tuple[Tensor, Tensor]]
+    eta: Tensor
+
+
+class ProjectedTarget:
+    """The base policy moved along a signal between policies, made a chunk of tokens at a time (a `FullTarget`).
+
+    Normalisers and steps, a few numbers per token, are found when a chunk is asked for the first time, in forward, with
+    two collectives per policy and one for the step; they are kept, and backward needs none.
+    """
+
+    temperature = 1.0
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        terms: tuple[SignalTerm, ...],
+        delta: float,
+        eta_max: float,
+        clip: float | None,
+        positions: Tensor,
+        outputs: Sequence[HiddenStates],
+        shard: VocabShard,
+    ) -> None:
+        self.names, self.terms = names, terms
+        self.delta, self.eta_max, self.clip = delta, eta_max, clip
+        self.positions, self.outputs, self.shard = positions, outputs, shard
+        self._steps: dict[int, _Step] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return signal_bytes(len(self.names), self.shard)
+
+    @torch.no_grad()
+    def rows(self, part: slice) -> Tensor:
+        """log q up to a constant per token, `[c, v/tp]` fp32."""
+        logits = [policy.logits(self.positions[part]) for policy in self.outputs]
+        known = self._steps.get(part.start)
+        normalizers = None if known is None else known.normalizers
+        if normalizers is None:
+            normalizers = [normalizer(self.shard.values(x), self.shard) for x in logits]
+        log_probs = [self._log_probs(x, pair) for x, pair in zip(logits, normalizers, strict=True)]
+        base, signal = base_and_signal(self.names, self.terms, self.clip, log_probs)
+        if known is None:
+            eta = project_shard(base, signal, self.shard, delta=self.delta, eta_max=self.eta_max).eta
+            known = self._steps[part.start] = _Step(normalizers, eta)
+        # Where the base excludes a token the signal says nothing: 0 * inf must not become NaN.
+        signal.masked_fill_(base == -torch.inf, 0.0)
+        return base.addcmul_(signal, known.eta.to(base.dtype).unsqueeze(-1))
+
+    def _log_probs(self, logits: Tensor, normalizer: tuple[Tensor, Tensor]) -> Tensor:
+        log_probs = log_softmax_of(self.shard.values(logits), *normalizer)
+        return self.shard.with_padding(log_probs, like=log_probs, fill=-torch.inf)
 
 
 def base_and_signal(
-    names: Sequence[str],
-    terms: tuple[SignalTerm, ...],
-    clip: float | None,
-    logits: Sequence[Tensor],
-    shard: VocabShard,
+    names: Sequence[str], terms: tuple[SignalTerm, ...], clip: float | None, log_probs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Shards of log pi_0 and of the signal, `[n, v/tp]` fp32, from each policy's logits `[n, v/tp]`.
+    """Shards of log pi_0 and of the signal, `[n, v/tp]`, from each policy's log-probs.
 
     Args:
-        names: the policies in the order of `logits`, `base` among them.
+        names: the policies in the order of `log_probs`, `base` among them.
         clip: bound of the combined signal in nats, +-, or None.
-
-    Collectives: one MAX and one SUM of `[n]` per policy.
     """
-    log_probs = {
-        name: vocab_parallel_log_softmax(rows, shard).float() for name, rows in zip(names, logits, strict=True)
-    }
-    signal = combine(terms, log_probs)
-    return log_probs["base"], signal if clip is None else signal.clamp_(-clip, clip)
+    by_name = dict(zip(names, log_probs, strict=True))
+    signal = combine(terms, by_name)
+    return by_name["base"], signal if clip is None else signal.clamp_(-clip, clip)
 
 
 def signal_bytes(num_policies: int, shard: VocabShard) -> int:
-    """Bytes per token of a chunk: fp32 rows of each policy, the signal in the making (3) and log q."""
-    return 4 * shard.width * (num_policies + 4)
+    """Bytes per token of a chunk: logits and fp32 log-probs of each policy, the signal in the making (3) and log q."""
+    return 4 * shard.width * (2 * num_policies + 4)

@@ -14,14 +14,8 @@ from typing import Any
 import torch
 
 from megatron_erpd.data.collate import Batch
+from megatron_erpd.training.heads import HiddenStates
 from megatron_erpd.training.model import unwrap
-
-
-class Logits:
-    """An output processor: the logits shard `[s, b, v/tp]` as the output layer gives it, and nothing else."""
-
-    def __call__(self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, **unused: Any) -> Any:
-        return output_layer(hidden_states, weight=output_weight)[0]
 
 
 def forward_stage(models: Sequence[Any], batch: Batch, processors: Sequence[Any], context: Any = None) -> list[Any]:
@@ -55,7 +49,7 @@ def forward_stage(models: Sequence[Any], batch: Batch, processors: Sequence[Any]
 def join(outputs: list[Any], model: Any) -> torch.Tensor:
     """What a stage hands to the schedule: the first processor's result, or all policies' hidden states side by side."""
     if unwrap(model).post_process or len(outputs) == 1:
-        return outputs[0]
+        return outputs[0].rows if isinstance(outputs[0], HiddenStates) else outputs[0]
     return torch.cat(outputs, dim=-1)
 
 

@@ -34,6 +34,7 @@ from megatron_erpd.training.batch import BatchSource
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
 from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.distill_step import base_and_signal, signal_bytes
+from megatron_erpd.training.heads import Hidden, HiddenStates, at_positions, response_positions, to_grid
 from megatron_erpd.training.run import load_data, pad_multiple
 from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 from megatron_erpd.vocab_parallel import (
@@ -49,8 +50,8 @@ from megatron_erpd.vocab_parallel import (
     vocab_parallel_topk,
 )
 
-Consumer = Callable[[Batch, Sequence[Tensor]], None]
-"""Takes a batch and every policy's logits `[s, b, v/tp]`; runs on last pipeline stages."""
+Consumer = Callable[[Batch, Sequence[HiddenStates]], None]
+"""Takes a batch and every policy's hidden states; runs on last pipeline stages."""
 
 
 def precompute(argv: list[str]) -> None:
@@ -157,11 +158,11 @@ def _compute(
 
 
 class Scores:
-    """What is kept of a batch, from every policy's logits shard.
+    """What is kept of a batch, from every policy's hidden states, a chunk of response tokens at a time.
 
     Args:
         settings: kind, signal, projection.
-        names: the policies, in the order of the logits; `base` among them.
+        names: the policies, in the order of the hidden states; `base` among them.
         model: a model of this rank, for its vocabulary range (on last pipeline stages).
         vocab_size: true size of the vocabulary.
     """
@@ -181,33 +182,28 @@ class Scores:
         assert self._shard is not None, "only last pipeline stages have logits"
         return self._shard
 
-    def log_probs(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Each policy's log-probs of the labels, `[b, s]`."""
-        labels = batch.labels.transpose(0, 1)
-        pairs = zip(self.names, logits, strict=True)
-        return {name: self._token_log_probs(x, labels).transpose(0, 1) for name, x in pairs}
+    def rows(self, batch: Batch, policies: Sequence[HiddenStates]) -> dict[str, list[np.ndarray]]:
+        """By name one array per rollout: each policy's log-probs of the response tokens, under the policy's name; for
+        kind `topk` q's top-k and tail, eta, and KL(q || pi_0) besides."""
+        positions = response_positions(batch)
+        labels = at_positions(batch.labels, positions)
+        parts = []
+        for part, logits in self.chunks(positions, policies):
+            pairs = zip(self.names, logits, strict=True)
+            found = {name: token_log_probs(x, labels[part], self.shard) for name, x in pairs}
+            parts.append(found | (self._target(logits) if self.settings.kind == "topk" else {}))
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: gather_response_rows(to_grid(x, positions, batch), batch) for name, x in columns.items()}
 
-    def _token_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
-        rows, tokens = logits.flatten(0, 1), labels.flatten()
-        # In the making: shifted logits and their exponentials.
-        parts = token_chunks(len(rows), 2 * 4 * self.shard.width)
-        return torch.cat([token_log_probs(rows[x], tokens[x], self.shard) for x in parts]).unflatten(0, labels.shape)
-
-    def chunks(self, batch: Batch, logits: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Each policy's logits of the response tokens, `[n, v/tp]`, a chunk at a time, in the order `[s, b]`."""
-        positions = (batch.loss_mask.transpose(0, 1) > 0).flatten().nonzero().squeeze(-1)
-        rows = [x.flatten(0, 1) for x in logits]
-        for part in token_chunks(len(positions), signal_bytes(len(rows), self.shard)):
-            yield [x[positions[part]] for x in rows]
+    def chunks(self, positions: Tensor, policies: Sequence[HiddenStates]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Each policy's logits `[c, v/tp]` of some of the response tokens, until all have been seen."""
+        for part in token_chunks(len(positions), signal_bytes(len(policies), self.shard)):
+            yield part, [policy.logits(positions[part]) for policy in policies]
 
     def base_and_signal(self, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Shards of log pi_0 and the signal on a chunk, `[n, v/tp]`."""
-        return base_and_signal(self.names, self.terms, self.settings.projection_clip, chunk, self.shard)
-
-    def target(self, batch: Batch, logits: Sequence[Tensor]) -> dict[str, list[np.ndarray]]:
-        """q of every response token as rows per rollout: top-k and tail, eta, and KL(q || pi_0)."""
-        parts = [self._target(chunk) for chunk in self.chunks(batch, logits)]
-        return {name: _unflatten(torch.cat([part[name] for part in parts]), batch) for name in parts[0]}
+        log_probs = [vocab_parallel_log_softmax(x, self.shard).float() for x in chunk]
+        return base_and_signal(self.names, self.terms, self.settings.projection_clip, log_probs)
 
     def _target(self, chunk: Sequence[Tensor]) -> dict[str, Tensor]:
         eta, log_q, kl = self._projection(chunk)
@@ -223,7 +219,7 @@ class Scores:
     def _projection(self, chunk: Sequence[Tensor]) -> Projection:
         """q on a chunk; without a signal the base policy itself, at eta 0."""
         if not self.settings.has_signal:
-            base = vocab_parallel_log_softmax(chunk[self.names.index("base")], self.shard)
+            base = vocab_parallel_log_softmax(chunk[self.names.index("base")], self.shard).float()
             return Projection(base.new_zeros(len(base)), base, base.new_zeros(len(base)))
         base, signal = self.base_and_signal(chunk)
         if self.eta is None:
@@ -231,14 +227,6 @@ class Scores:
         log_q = apply_eta(base, signal, self.eta, self.shard)
         eta = log_q.new_full(log_q.shape[:1], self.eta)
         return Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
-
-
-def _unflatten(values: Tensor, batch: Batch) -> list[np.ndarray]:
-    """`[n, ...]` values of the response tokens, in the order `[s, b]`, as one array per rollout."""
-    b, s = batch.loss_mask.shape
-    grid = torch.zeros((s, b, *values.shape[1:]), dtype=values.dtype, device=batch.loss_mask.device)
-    grid[batch.loss_mask.transpose(0, 1) > 0] = values.to(grid.device)
-    return gather_response_rows(grid.transpose(0, 1), batch)
 
 
 def _broadcast(value: Any) -> Any:
@@ -270,11 +258,11 @@ def _cache_meta(
 
 
 def _scan(rollouts: Rollouts, consume: Consumer, *, models: Sequence[Any], layout: Layout) -> None:
-    """Runs every policy forward over all rollouts, once, and hands their logits to `consume` on last stages."""
+    """Runs every policy forward over all rollouts, once, and hands their hidden states to `consume` on last stages."""
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_erpd.training.policies import Logits, forward_stage, join
+    from megatron_erpd.training.policies import forward_stage, join
 
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     source = BatchSource(rollouts, pad_multiple(layout), {}, {})
@@ -282,7 +270,7 @@ def _scan(rollouts: Rollouts, consume: Consumer, *, models: Sequence[Any], layou
 
     def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
         batch = next(data_iterator)
-        outputs = forward_stage(models, batch, [Logits() for _ in models])
+        outputs = forward_stage(models, batch, [Hidden() for _ in models])
 
         def collect(output: Tensor, non_loss_data: bool = True) -> None:
             consume(batch, outputs)
@@ -310,12 +298,12 @@ def _global_eta(settings: PrecomputeSettings, score: Scores, scan: Callable[[Con
     # Rows: the three of `kl_curve`, and the number of tokens.
     sums = torch.zeros(4, len(etas), dtype=torch.float64, device=platform.device())
 
-    def add(batch: Batch, logits: Sequence[Tensor]) -> None:
-        for chunk in score.chunks(batch, logits):
-            add_chunk(chunk)
+    def add(batch: Batch, policies: Sequence[HiddenStates]) -> None:
+        for _, logits in score.chunks(response_positions(batch), policies):
+            add_chunk(logits)
 
-    def add_chunk(chunk: Sequence[Tensor]) -> None:
-        law = signal_law(*score.base_and_signal(chunk), score.shard, settings.eta_max)
+    def add_chunk(logits: Sequence[Tensor]) -> None:
+        law = signal_law(*score.base_and_signal(logits), score.shard, settings.eta_max)
         sums[:3] += kl_curve(*law, etas)
         sums[3] += len(law.log_masses)
 
@@ -334,11 +322,12 @@ def _write(output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consume
     writes = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
     writer = CacheWriter(output, meta, mpu.get_data_parallel_rank(), resume=True) if writes else None
 
-    def keep(batch: Batch, logits: Sequence[Tensor]) -> None:
-        log_probs = {n: gather_response_rows(v, batch) for n, v in score.log_probs(batch, logits).items()}
-        target = score.target(batch, logits) if meta.kind == "topk" else {}
+    def keep(batch: Batch, policies: Sequence[HiddenStates]) -> None:
+        found = score.rows(batch, policies)
         if writer is None:
             return
+        log_probs = {name: found.pop(name) for name in score.names}
+        target = found
         for b, i in enumerate(batch.row_indices.tolist()):
             if len(log_probs["base"][b]) == 0:  # a filler, see `BatchSource.once`
                 continue

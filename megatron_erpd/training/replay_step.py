@@ -18,16 +18,14 @@ from megatron_erpd.objectives.off_policy import importance_correction, kl_penalt
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.signals import SignalTerm, combine, token_advantages
-from megatron_erpd.objectives.types import Aggregation, KlEstimator, LossOutput, ReplayInputs
+from megatron_erpd.objectives.types import Aggregation, DivergenceKind, KlEstimator, LossOutput, ReplayInputs
 from megatron_erpd.settings import DistillSettings, ReplaySettings
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
-from megatron_erpd.training.distill_step import TargetOf
 from megatron_erpd.training.early_stop import EarlyStop
-from megatron_erpd.training.heads import PolicyHead, policy_head
+from megatron_erpd.training.heads import Hidden, PolicyHead, TargetOf, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.training.metrics import report, token_mean
-from megatron_erpd.training.policies import Logits, forward_stage, join
-from megatron_erpd.vocab_parallel import divergence
+from megatron_erpd.training.policies import forward_stage, join
 
 LossFunction = Callable[[ReplayInputs], LossOutput]
 Advantages = Callable[[Batch], Tensor]
@@ -47,13 +45,13 @@ class ReplayStep:
         kl_coefficient: fixed weight of the KL term, or the controller that moves it.
         kl_estimator: `k1`, `k2` or `k3`; not used with a `kl_target`.
         vocab_size: true size of the vocabulary, without padding.
-        kl_target: the base policy's rows, for the exact KL(policy || base) over the vocabulary in place of an estimate;
-            given the batch, the frozen policies' logits and the vocabulary shard. A `TopKTarget` coarse-grains both
-            policies to its K tokens and one for all others: the value is then a lower bound (see
-            `vocab_parallel.divergence`), exact where K is the vocabulary or the base's tail has no mass to move.
+        kl_target: gives the base policy's rows, for the exact KL(policy || base) over the vocabulary in place of an
+            estimate. A `TopKTarget` coarse-grains both policies to its K tokens and one for all others: the value is
+            then a lower bound (see `vocab_parallel.divergence`), exact where K is the vocabulary or the base's tail has
+            no mass to move.
         correction: given a batch with behaviour log-probs, the importance weights; None for none.
         early_stop: watches KL and entropy; None where nothing ends the training early.
-        frozen: policies that run beside, whose logits `kl_target` gets; empty where it reads the batch.
+        frozen: policies that run beside, whose hidden states `kl_target` gets; empty where it reads the batch.
     """
 
     def __init__(
@@ -86,18 +84,12 @@ class ReplayStep:
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
         if self._head is None:
-            self._head = policy_head(model, self.vocab_size, None if self.kl_target is None else self._base_kl)
+            kind: DivergenceKind | None = None if self.kl_target is None else "reverse_kl"
+            self._head = policy_head(model, self.vocab_size, kind, self.kl_target)
         local = slice_batch(batch, *context_parallel_rank())
-        processors = [self._head, *(Logits() for _ in self.frozen)]
+        processors = [self._head, *(Hidden() for _ in self.frozen)]
         outputs = forward_stage([model, *self.frozen], local, processors, {"batch": local})
         return join(outputs, model), partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
-
-    def _base_kl(self, logits: Tensor, batch: Batch, context: Any) -> Tensor:
-        """KL(policy || base) over the vocabulary per token, `[b, s]`."""
-        assert self._head is not None and self.kl_target is not None
-        with torch.no_grad():
-            target = self.kl_target(batch, context["outputs"], self._head.shard)
-        return divergence("reverse_kl", logits, target, self._head.shard)
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]})."""

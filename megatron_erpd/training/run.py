@@ -27,7 +27,7 @@ from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
 from megatron_erpd.training.early_stop import Stop, read_stop
-from megatron_erpd.training.runtime import common_flags, prepare_output, stage_process
+from megatron_erpd.training.runtime import common_flags, configure_head, prepare_output, stage_process
 
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
 
@@ -108,6 +108,7 @@ class TrainingRun(ABC):
         with stage_process() as store:
             flags = self._megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
+            configure_head(self.layout)
             exited = self._train(args, store)
             from megatron_erpd.training.model import synchronize
 

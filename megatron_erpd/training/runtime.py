@@ -14,6 +14,8 @@ from megatron_erpd import platform
 from megatron_erpd.manifest import begin_artifact, input_digest
 from megatron_erpd.settings import Layout
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank, single_process_store
+from megatron_erpd.vocab_parallel import chunks
+from megatron_erpd.vocab_parallel.kernels import kernels_for, set_kernels
 
 
 def prepare_output(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
@@ -37,10 +39,20 @@ def initialize(
     """Megatron's global state for a stage that does not train: arguments, process groups, seeds."""
     flags = {**common_flags(), "eval_interval": 1, "eval_iters": 0, "save_interval": 1, "lr": 1.0, **run_flags}
     args = parse_megatron_arguments(hf_folder, layout, flags, pass_through, max_length)
+    configure_head(layout)
     from megatron.training.initialize import initialize_megatron
 
     initialize_megatron(allow_no_cuda=platform.is_cpu(), store=store)
     return args
+
+
+def configure_head(layout: Layout) -> None:
+    """Chooses the kernels and the chunks of the output layer for this process, and says so."""
+    set_kernels(layout.kernels)
+    chunks.set_chunk_bytes(layout.head_chunk_mib * 2**20)
+    if rank() == 0:
+        kernels = kernels_for(torch.device(platform.device()))
+        print(f"output layer: {kernels} kernels, logits in chunks of {layout.head_chunk_mib} MiB", flush=True)
 
 
 def common_flags() -> dict[str, object]:

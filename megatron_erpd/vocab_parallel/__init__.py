@@ -11,6 +11,8 @@ from megatron_erpd.vocab_parallel.fused import OutputLayer, fused_token_terms
 from megatron_erpd.vocab_parallel.log_probs import (
     entropy,
     gather_log_probs,
+    log_softmax_of,
+    normalizer,
     token_log_probs,
     token_log_probs_and_entropy,
     vocab_parallel_log_softmax,
@@ -46,6 +48,8 @@ __all__ = [
     "gather_log_probs",
     "gathered_divergence",
     "kl_from_base",
+    "log_softmax_of",
+    "normalizer",
     "project_shard",
     "signal_law",
     "token_chunks",

@@ -1,8 +1,8 @@
 """Which implementation of the passes over the logits is used: plain PyTorch, or Triton's kernels.
 
-By default the device decides: Triton on CUDA devices, PyTorch on CPUs. `ERPD_KERNELS=torch` or `triton` in the
-environment, or `set_kernels`, decides otherwise; under Triton's interpreter (`TRITON_INTERPRET=1`) its kernels run on a
-CPU too.
+By default the device decides: Triton on CUDA devices, PyTorch on CPUs. `set_kernels` (a stage's `--kernels`), and
+`ERPD_KERNELS=torch` or `triton` in the environment where that says `auto`, decide otherwise. Under Triton's interpreter
+(`TRITON_INTERPRET=1`) its kernels run on a CPU too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from megatron_erpd.vocab_parallel import passes
 Kernels = Literal["auto", "torch", "triton"]
 
 ENVIRONMENT = "ERPD_KERNELS"
-_chosen: Kernels | None = None
+_chosen: Kernels = "auto"
 
 
-def set_kernels(kernels: Kernels | None) -> None:
-    """Chooses for this process; None leaves it to the environment, and without that to the device.
+def set_kernels(kernels: Kernels) -> None:
+    """Chooses for this process; `auto` leaves it to the environment, and without that to the device.
 
     Raises:
         RecipeError: no such kernels.
     """
     global _chosen
-    _chosen = None if kernels is None else _known(kernels, "kernels")
+    _chosen = _known(kernels, "kernels")
 
 
 def kernels_for(device: torch.device) -> Literal["torch", "triton"]:
     """What tensors on `device` are computed with."""
-    choice = _chosen or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    choice = _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT) if _chosen == "auto" else _chosen
     if choice == "auto":
         return "triton" if device.type == "cuda" else "torch"
     return choice

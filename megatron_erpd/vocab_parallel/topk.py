@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.objectives.divergences import TopK
+from megatron_erpd.objectives.divergences import TopK as TopKTarget
 from megatron_erpd.vocab_parallel.shard import VocabShard
+
+__all__ = ["NO_TOKEN", "TopKTarget", "exclude", "vocab_parallel_topk"]
 
 NO_TOKEN = -1
 """The index of an entry that is empty (its log-probability is -inf)."""
-
-
-TopKTarget = TopK
-"""A distribution known at K tokens (`indices`, `log_probs`, both [..., K]) and, in one number, everywhere else
-(`tail_log_prob`, [...]). Held whole by every rank; ids are global and differ within a token."""
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,14 +77,10 @@ def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Ten
         vocab_size=VOCAB_SIZE,
         kl_target=cached_target,
     )
-    step._head = PolicyHead(shard, step._base_kl)
-
-    def output_layer(states: Tensor, weight: Tensor) -> tuple[Tensor, None]:
-        return states @ weight.T, None
-
+    step._head = PolicyHead(shard, "reverse_kl", cached_target)
     output = step._head(
         hidden_states=hidden.float().transpose(0, 1),
-        output_layer=output_layer,
+        output_layer=SimpleNamespace(tp_group=shard.group, sequence_parallel=False, gradient_accumulation_fusion=False),
         output_weight=own,
         context={"batch": batch, "outputs": []},
     )
