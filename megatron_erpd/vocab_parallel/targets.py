@@ -107,7 +107,6 @@ def check_target(target: Target, num_tokens: int, shard: VocabShard) -> None:
         found = {"logits": ((target.num_tokens, target.logits.shape[-1]), (num_tokens, shard.width))}
     elif isinstance(target, HiddenTarget):
         found = {
-            "hidden": (tuple(target.hidden.shape), (*target.hidden.shape[:-1], target.weight.shape[-1])),
             "weight": (tuple(target.weight.shape), (shard.width, target.hidden.shape[-1])),
             "tokens": ((target.num_tokens,), (num_tokens,)),
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_erpd.errors import ErpdError, LayoutError, RecipeError
+from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.objectives.divergences import DIVERGENCES
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel.chunks import token_chunks
@@ -55,7 +55,7 @@ def token_terms(
         kind, target: see `divergence`; given together. No gradient flows into the target.
         with_entropy: leave it out where it isn't needed.
         overwrite_logits: backward writes the gradient over the logits instead of into a tensor of its own: for logits
-            that nothing else reads afterwards. Backward can be done once then.
+            that nothing else reads afterwards. A second backward is refused then, by autograd.
 
     Collectives forward: one all-gather of 16 bytes per token and, with a target, one SUM of 16 bytes; none backward.
 
@@ -144,15 +144,11 @@ class _TokenTerms(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         logits, *saved = ctx.saved_tensors
         scalars, request = Scalars(*saved), ctx.request
-        if request is None:
-            raise ErpdError("backward ran over these logits already and wrote the gradient into them")
         upstream = upstream_of(gradients, request, scalars.maximum.dtype)
         if upstream is None:
             return None, None, None
         rows = logits.detach().reshape(-1, logits.shape[-1])
         out = rows if ctx.overwrite else torch.empty_like(rows)
-        if ctx.overwrite:
-            ctx.request = None
         for part in target_chunks(request):
             gradient(request, rows[part], part, scalars, upstream, out[part])
         return out.reshape(logits.shape), None, None
