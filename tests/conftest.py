@@ -15,6 +15,10 @@ import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# Before Triton is imported, which torch leaves to those who need it: without a GPU its kernels can only be interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything under tests/gpu is a GPU test; without a CUDA device the GPU tests are skipped."""

@@ -52,6 +52,8 @@ FP32_PARALLEL = Tolerance(2e-5, 2e-6)
 VOCAB_PARALLEL = Tolerance(1e-6, relative_to_max=True)
 # The same in float64.
 VOCAB_PARALLEL_FLOAT64 = Tolerance(1e-10, relative_to_max=True)
+# fp32 results that differ in their last bits, rounded to bf16 or (by Triton's interpreter) cut to it: neighbours.
+BF16_ROUNDING = Tolerance(2**-7, 1e-6)
 # bf16 keeps 8 bits.
 BF16 = Tolerance(2e-2, 2e-2)
 # Losses, gradients and weights under another TP, PP, DP or micro-batch size, fp32.

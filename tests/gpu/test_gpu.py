@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_erpd.vocab_parallel import LiveTarget, VocabShard, divergence, token_log_probs_and_entropy
-from tests.tolerances import BF16, FP32
+from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.vocab_parallel import (
+    LiveTarget,
+    VocabShard,
+    divergence,
+    passes,
+    token_log_probs_and_entropy,
+    triton_passes,
+)
+from tests.tolerances import BF16, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,6 +25,7 @@ pytestmark = [
 ]
 
 TOKENS, VOCAB = 64, 5003
+FULL_VOCAB = 151_936
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
@@ -49,6 +58,51 @@ def test_divergence_and_gradient_are_those_of_the_cpu(kind: str) -> None:
         results.append((value.detach().cpu(), x.grad.cpu()))
     for ours, reference in zip(results[1], results[0], strict=True):
         FP32.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("kind", [None, "forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32_PARALLEL), (torch.bfloat16, BF16_ROUNDING)])
+@pytest.mark.parametrize("columns", [FULL_VOCAB, FULL_VOCAB - 293])
+def test_triton_passes_are_the_plain_passes(
+    kind: DivergenceKind | None, dtype: torch.dtype, tolerance: Tolerance, columns: int
+) -> None:
+    torch.manual_seed(0)
+    logits, target = (3 * torch.randn(2, TOKENS, FULL_VOCAB, device="cuda")).to(dtype)[..., :columns]
+    excluded = torch.rand(TOKENS, columns, device="cuda").topk(64).indices
+    for chosen in (None, excluded):
+        arguments = (logits, 1.3, target, 0.9, kind, chosen, True)
+        found, expected = triton_passes.statistics(*arguments), passes.statistics(*arguments)
+        for index, name in enumerate("msuntc"):
+            FP32_PARALLEL.assert_close(found[:, index], expected[:, index], name)
+    m, s, _, n, t, _ = passes.statistics(logits, 1.3, target, 0.9).unbind(-1)
+    normalizer, target_normalizer = (m, s.log()), (n, t.log())
+    both = (logits, 1.3, normalizer, target, 0.9, target_normalizer)
+    FP32_PARALLEL.assert_close(triton_passes.js_terms(*both), passes.js_terms(*both))
+
+    constant, slope, on_token, weight = torch.randn(4, TOKENS, device="cuda")
+    tokens = torch.randint(columns, (TOKENS,), device="cuda")
+    options = {} if kind is None else {"kind": kind, "weight": weight, "target": target, "target_scale": 0.9}
+    options |= {} if kind is None else {"target_normalizer": target_normalizer}
+    wanted = torch.empty_like(logits)
+    passes.gradient(wanted, logits, 1.3, normalizer, constant, slope, tokens, on_token, **options)
+    triton_passes.gradient(logits, logits, 1.3, normalizer, constant, slope, tokens, on_token, **options)
+    tolerance.assert_close(logits, wanted)
+
+
+def test_triton_passes_beyond_2_to_the_31_entries() -> None:
+    num_rows = 2**31 // FULL_VOCAB + 2
+    logits = torch.ones(num_rows, FULL_VOCAB, dtype=torch.bfloat16, device="cuda")
+    logits[-1].normal_()
+    last = logits[-1:].clone()
+    found = triton_passes.statistics(logits, 1.0)
+    FP32_PARALLEL.assert_close(found[-1:], passes.statistics(last, 1.0))
+    m, s = found[:, :2].unbind(-1)
+    constant = torch.zeros_like(m)
+    constant[-1] = 1e3
+    passes.gradient(last, last, 1.0, (m[-1:], s[-1:].log()), constant[-1:], None)
+    triton_passes.gradient(logits, logits, 1.0, (m, s.log()), constant, None)
+    BF16_ROUNDING.assert_close(logits[-1:], last)
+    assert not logits[:-1].any()
 
 
 def test_a_round_on_nccl(tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""The passes over a rank's logits as Triton kernels: the functions of `passes`, with the same meaning, for GPUs.
+
+Each pass reads logits and target once, and `gradient` writes once; nothing of the size of the logits is kept
+besides. `statistics` finds maxima and sums in the same read (an online softmax: see `triton_kernels`), where `passes`
+needs the maxima first.
+
+What differs from `passes`:
+
+- Rows may be strided (a view of padded logits), but their columns must be adjacent.
+- The `excluded` columns of a row must be distinct. They become bits, an eighth of a byte per column: 1/16 of bf16
+  logits, written and read once, however many are excluded.
+- A column whose weight vanishes only beside a later, larger one may already have made a cross term infinite.
+
+A CUDA device is needed. With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in
+Triton's interpreter on a CPU, slowly; tests do that.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_erpd.errors import ErpdError
+from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.vocab_parallel import passes
+from megatron_erpd.vocab_parallel.passes import NUM_STATISTICS
+from megatron_erpd.vocab_parallel.shard import accumulation_dtype
+
+BLOCK = 4096
+"""Columns of a block; a power of two, at least 32."""
+NUM_WARPS = 8
+"""Warps of a program. With 16 columns per thread a thread has two to four loads of 16 bytes from each tensor under way,
+and registers are left for several programs on a multiprocessor: some load while others compute."""
+
+
+def statistics(
+    logits: Tensor,
+    scale: float,
+    target: Tensor | None = None,
+    target_scale: float = 1.0,
+    kind: DivergenceKind | None = None,
+    excluded: Tensor | None = None,
+    with_entropy: bool = False,
+) -> Tensor:
+    """`passes.statistics`: `[n, NUM_STATISTICS]`, in one read of logits and target.
+
+    Raises:
+        ErpdError: no Triton or no CUDA device; columns that aren't adjacent; a target of another shape or device.
+    """
+    if not logits.numel():
+        return passes.statistics(logits, scale)
+    _check("logits", logits, logits)
+    _check("target", target, logits)
+    dtype = accumulation_dtype(logits)
+    result = logits.new_empty((len(logits), NUM_STATISTICS), dtype=dtype)
+    words = None if excluded is None else _excluded_bits(excluded, logits.shape[-1])
+    _launch(
+        "statistics_kernel",
+        len(logits),
+        dtype,
+        result,
+        *_rows(logits),
+        scale,
+        *_rows(target),
+        target_scale,
+        words,
+        0 if words is None else words.shape[-1],
+        logits.shape[-1],
+        KIND=kind,
+        WITH_ENTROPY=with_entropy,
+        LOWEST=torch.finfo(dtype).min,
+    )
+    return result
+
+
+def js_terms(
+    logits: Tensor,
+    scale: float,
+    normalizer: tuple[Tensor, Tensor],
+    target: Tensor,
+    target_scale: float,
+    target_normalizer: tuple[Tensor, Tensor],
+) -> Tensor:
+    """`passes.js_terms`: `[n, 2]`, in one read of logits and target. Raises as `statistics` does."""
+    result = logits.new_zeros((len(logits), 2), dtype=accumulation_dtype(logits))
+    if not logits.numel():
+        return result
+    _check("logits", logits, logits)
+    _check("target", target, logits)
+    scalars = torch.stack([*normalizer, *target_normalizer], dim=-1).to(result.dtype)
+    arguments = (*_rows(logits), scale, *_rows(target), target_scale, scalars, logits.shape[-1])
+    _launch("js_terms_kernel", len(logits), result.dtype, result, *arguments)
+    return result
+
+
+def gradient(
+    out: Tensor,
+    logits: Tensor,
+    scale: float,
+    normalizer: tuple[Tensor, Tensor],
+    constant: Tensor,
+    slope: Tensor | None,
+    tokens: Tensor | None = None,
+    on_token: Tensor | None = None,
+    kind: DivergenceKind | None = None,
+    weight: Tensor | None = None,
+    target: Tensor | None = None,
+    target_scale: float = 1.0,
+    target_normalizer: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """`passes.gradient`: writes `out [n, v]`, which may be `logits`, in one read of logits and target.
+
+    Everything is added up in the type of the computation before it is rounded to that of `out`. Rows that become 0
+    because `constant`, `slope`, `on_token` and `weight` are 0 aren't read. Raises as `statistics` does.
+    """
+    if not logits.numel():
+        return
+    assert (kind is None) == (weight is None) == (target is None) == (target_normalizer is None)
+    assert (tokens is None) == (on_token is None)
+    for name, tensor in (("logits", logits), ("out", out), ("target", target)):
+        _check(name, tensor, logits)
+    dtype = accumulation_dtype(logits)
+    zero = torch.zeros_like(constant)
+    scalars = torch.stack(
+        [
+            *normalizer,
+            *(target_normalizer or (zero, zero)),
+            constant,
+            zero if slope is None else slope,
+            zero if on_token is None else on_token,
+            zero if weight is None else weight,
+        ],
+        dim=-1,
+    ).to(dtype)
+    _launch(
+        "gradient_kernel",
+        len(logits) * -(-logits.shape[-1] // BLOCK),
+        dtype,
+        *_rows(out),
+        *_rows(logits),
+        scale,
+        *_rows(target),
+        target_scale,
+        scalars,
+        None if tokens is None else tokens.contiguous(),
+        logits.shape[-1],
+        KIND=kind,
+        WITH_SLOPE=slope is not None,
+    )
+
+
+def _check(name: str, tensor: Tensor | None, logits: Tensor) -> None:
+    """A kernel would read past the end of a tensor, or other columns, and not say so."""
+    if tensor is None:
+        return
+    if tensor.shape != logits.shape or tensor.dim() != 2 or tensor.device != logits.device:
+        raise ErpdError(
+            f"{name} of shape {list(tensor.shape)} on {tensor.device} don't fit logits of shape "
+            f"{list(logits.shape)} on {logits.device}: both must be [n, v] on one device"
+        )
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ErpdError(
+            f"the Triton kernels need the columns of {name} next to each other in memory, not {tensor.stride(-1)} "
+            "entries apart: call .contiguous() on them first"
+        )
+
+
+def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """What a kernel is told of a tensor's rows: where they are and how far apart."""
+    return (None, 0) if tensor is None else (tensor, tensor.stride(0))
+
+
+def _excluded_bits(excluded: Tensor, num_columns: int) -> Tensor:
+    """int32 `[n, ceil(num_columns / 32)]`: bit v % 32 of word v // 32 is set where column v is excluded.
+
+    Distinct columns have distinct bits, so that adding them up is setting them.
+    """
+    is_column = (excluded >= 0) & (excluded < num_columns)
+    column = torch.where(is_column, excluded, 0)
+    bits = is_column.int() << (column % 32).int()
+    words = excluded.new_zeros((len(excluded), -(-num_columns // 32)), dtype=torch.int32)
+    return words.scatter_add_(-1, column // 32, bits)
+
+
+def _launch(name: str, num_programs: int, dtype: torch.dtype, *arguments: Any, **constants: Any) -> None:
+    """Starts a kernel; `dtype` is the type of the computation, `arguments` start with the tensor that is written."""
+    device = arguments[0].device
+    kernels = _kernels(device)
+    # Triton launches on the current device, which may be another one than that of the tensors.
+    with torch.cuda.device_of(arguments[0]):
+        getattr(kernels, name)[(num_programs,)](
+            *arguments, **constants, DTYPE=kernels.TYPES[dtype], BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    try:
+        from megatron_erpd.vocab_parallel import triton_kernels
+    except ImportError as error:
+        raise ErpdError(
+            "the Triton kernels need Triton, which can't be imported here: install it (pip install triton), "
+            "or use the same functions of megatron_erpd.vocab_parallel.passes"
+        ) from error
+    if device.type != "cuda" and not triton_kernels.INTERPRETED:
+        raise ErpdError(
+            f"the Triton kernels need a CUDA device and got tensors on {device}: "
+            "use the same functions of megatron_erpd.vocab_parallel.passes there"
+        )
+    return triton_kernels
