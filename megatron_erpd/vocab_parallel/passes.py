@@ -43,7 +43,7 @@ def statistics(
     """What a rank knows of its columns, in one read of the logits (and of the target's).
 
     Args:
-        logits, target: [n, v]; -inf allowed, v may be 0. Without a target its statistics are 0.
+        logits, target: [n, v]; -inf allowed, v may be 0. Without a target its statistics don't matter.
         kind: of the cross term; for `js` it is 0 (see `js_terms`).
         excluded: int64 [n, K], columns of the policy that are left out; a column outside [0, v) means none.
         with_entropy: whether u is computed; 0 otherwise.
@@ -194,7 +194,7 @@ def _weighted_(values: Tensor, weights: Tensor, excludes: bool) -> Tensor:
 
 def _excludes(values: Tensor) -> bool:
     """Whether there may be a -inf: on a CPU looking for one costs less than masking what it would make of zeros."""
-    return values.device.type != "cpu" or bool(values.amin() == -torch.inf)
+    return values.device.type != "cpu" or not bool(values.amin() > -torch.inf)  # also true where there is a NaN
 
 
 def _log_ratios_to_mixture(difference: Tensor) -> tuple[Tensor, Tensor]:
