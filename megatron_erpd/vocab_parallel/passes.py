@@ -26,7 +26,7 @@ from megatron_erpd.vocab_parallel.shard import accumulation_dtype
 NUM_STATISTICS = 6
 """m, s, u of the policy, n, t of the target, and their cross term."""
 
-CPU_BLOCK_BYTES = 2**19
+CPU_BLOCK_BYTES = 2**20
 """One temporary of a block on a CPU: a few of them stay in the cache of a core."""
 GPU_BLOCK_BYTES = 128 * 2**20
 

@@ -148,7 +148,7 @@ class VocabShard:
         return torch.cat(parts, dim=-1)
 
     def all_gather_partials(self, tensor: Tensor) -> Tensor:
-        """`tensor [n, c]` of all ranks in order, `[size, n, c]`; one collective. No gradient."""
+        """`tensor [...]` of all ranks in order, `[size, ...]`; one collective. No gradient."""
         if self.group is None or self.size == 1:
             return tensor.unsqueeze(0)
         if not tensor.numel():
