@@ -46,6 +46,10 @@ class WarmUp(ReplaySettings):
     def _has_no_base(self) -> Self:
         if self.max_kl is not None:
             raise ValueError("max_kl: the warm-up has no base policy to measure a KL from; use min_entropy or epochs")
+        if self.kl_coefficient > 0:
+            raise ValueError("kl_coefficient: the warm-up has no base policy to stay near; remove it")
+        if self.loss != "sft":
+            raise ValueError(f"loss {self.loss}: a warm-up has no log-probs of its demonstrations; use sft")
         return self
 
 

@@ -65,6 +65,8 @@ def train_teacher(argv: list[str]) -> None:
         )
     if settings.loss == "ce":
         _check_probabilities(rollouts, namespace.rollouts)
+    if settings.loss == "sft":
+        _check_imitated(rollouts, namespace.rollouts, settings)
     advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts}
     rows: dict[str, TokenRow] = {}
@@ -201,6 +203,18 @@ def _check_probabilities(rollouts: Rollouts, path: Path) -> None:
         raise RolloutError(
             f"{path}: sample {rollouts.sample_ids[row]} has reward {rollouts.rewards[row]}; loss ce reads rewards as "
             "probabilities of success in [0, 1]: rescale them, or use loss mse, sapo or ppo"
+        )
+
+
+def _check_imitated(rollouts: Rollouts, path: Path, settings: ReplaySettings) -> None:
+    rewards, threshold = rollouts.rewards, settings.sft_threshold
+    chosen = rewards <= threshold if settings.unlearn else rewards > threshold
+    if not chosen.any():
+        side = "at most" if settings.unlearn else "above"
+        raise RolloutError(
+            f"{path}: loss sft{' --unlearn' * settings.unlearn} imitates rollouts with a reward {side} --sft-threshold "
+            f"{threshold}, and there are none (they go from {np.nanmin(rewards):g} to {np.nanmax(rewards):g}); change "
+            "the threshold, or sample more rollouts"
         )
 
 

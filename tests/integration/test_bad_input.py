@@ -157,6 +157,13 @@ def test_rewards_that_are_no_probabilities(fails: Fails, made: Path, tmp_path: P
     assert "reward 3.0" in message and "[0, 1]" in message
 
 
+@pytest.mark.parametrize(("flags", "words"), [([], "above"), (["--unlearn"], "at most")])
+def test_imitation_of_nothing(flags: list[str], words: str, fails: Fails, made: Path, tmp_path: Path) -> None:
+    file = write_random_rollouts(tmp_path / "r.parquet", reward=0.0 if words == "above" else 1.0)
+    message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file), "--loss", "sft", *flags)
+    assert "r.parquet: loss sft" in message and f"{words} --sft-threshold 0.5, and there are none" in message
+
+
 def test_groups_without_a_signal(fails: Fails, made: Path, tmp_path: Path) -> None:
     equal = write_random_rollouts(tmp_path / "equal.parquet", reward=1.0)
     single = write_random_rollouts(tmp_path / "single.parquet", group_size=1)

@@ -181,6 +181,8 @@ def test_an_on_policy_control_samples_as_the_rollouts_do(read):
             ["selection={prompts: v.jsonl}", "cache={signal: auto}", "student={teacher: live}"],
             "student: signal: auto is decided where a teacher cache is made",
         ),
+        (["warm_up={rollouts: d.parquet, kl_coefficient: 0.1}"], "warm_up: kl_coefficient: the warm-up has no base"),
+        (["warm_up={rollouts: d.parquet, loss: ce}"], "warm_up: loss ce: a warm-up has no log-probs"),
         (["warm_up={rollouts: d.parquet, max_kl: 0.1}"], "warm_up: max_kl: the warm-up has no base policy"),
         (["rollouts={file: x.jsonl}", "controls.grpo={kind: on_policy}"], "controls.grpo: on_policy samples from"),
         (["controls.grpo={kind: on_policy, epochs: 2}"], "controls.grpo.epochs: unknown key"),
