@@ -50,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of everything that is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
     parser.add_argument(
-        "--extra-seeds", type=int, nargs="+", default=[1, 2, 3], help="of ablations, rounds and axes; default: 1 2 3"
+        "--extra-seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3, 4, 5],
+        help="of ablations, rounds and axes; default: 1 2 3 4 5",
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, a core each")

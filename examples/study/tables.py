@@ -267,6 +267,10 @@ def ablation_tables(results: Results) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
+IGNORANT = 0.05
+"""A base below this accuracy hardly learned the task: what is never sampled cannot be reinforced."""
+
+
 def axis_tables(results: Results) -> dict[str, list[dict[str, Any]]]:
     """Where the task, the data or the base differ: ERPD's better form against the best direct method there."""
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -288,6 +292,7 @@ def axis_tables(results: Results) -> dict[str, list[dict[str, Any]]]:
             tables.setdefault(axis, []).append(
                 {
                     "setting": title,
+                    "ignorant": sum(x < IGNORANT for x in results.values(section, setting, "base", ACCURACY).values()),
                     "base": results.spread(section, setting, "base", ACCURACY),
                     "base_greedy": results.spread(section, setting, "base", GREEDY),
                     "teacher": teacher,
