@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,27 +65,24 @@ def run_until_step(
     step: int, command: list[str], output: Path, stop: signal.Signals
 ) -> subprocess.CompletedProcess[str]:
     """Starts a stage and sends it a signal when its metrics reach a step."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    metrics = output / "metrics.jsonl"
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and metrics.read_text().count("\n") >= step:
-            break
-        time.sleep(0.005)
-    assert process.poll() is None, "ended before it could be stopped"
-    if stop == signal.SIGKILL:  # as a node that goes down: the helper processes of the checkpoint writer too
-        os.killpg(process.pid, stop)
-    else:
-        process.send_signal(stop)
-    out, error = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, out, error)
+    # Into files: a stage that nobody reads would stop where a pipe is full.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen(command, stdout=out, stderr=error, env=environment(), start_new_session=True)
+        deadline = time.monotonic() + 120
+        metrics = output / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.is_file() and metrics.read_text().count("\n") >= step:
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, "ended before it could be stopped"
+        if stop == signal.SIGKILL:  # as a node that goes down: the helper processes of the checkpoint writer too
+            os.killpg(process.pid, stop)
+        else:
+            process.send_signal(stop)
+        process.wait(timeout=120)
+        out.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, out.read(), error.read())
 
 
 def environment() -> dict[str, str]:
