@@ -122,7 +122,7 @@ class ProjectedTarget:
     """The base policy moved along a signal between policies, made a chunk of tokens at a time (a `FullTarget`).
 
     Normalisers and steps, a few numbers per token, are found when a chunk is asked for the first time, in forward, with
-    two collectives per policy and one for the step; they are kept, and backward needs none.
+    one collective per policy and one for the step; they are kept, and backward needs none.
     """
 
     temperature = 1.0

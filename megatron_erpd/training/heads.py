@@ -149,9 +149,8 @@ def _output_layer(layer: Any, tied_weight: Tensor | None, config: Any) -> tuple[
     Raises:
         LayoutError: the layer does something that isn't a plain matrix product.
     """
-    bias = getattr(layer, "bias", None) is not None
     unsupported = {
-        "a bias": bias,
+        "a bias": getattr(layer, "bias", None) is not None,
         "--defer-embedding-wgrad-compute": getattr(config, "defer_embedding_wgrad_compute", False),
         "MuP's scaled logits": getattr(config, "use_mup", False),
         "a weight gathered from data-parallel ranks": getattr(layer, "gtp_remat_size", 1) > 1,

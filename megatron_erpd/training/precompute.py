@@ -327,7 +327,6 @@ def _write(output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consume
         if writer is None:
             return
         log_probs = {name: found.pop(name) for name in score.names}
-        target = found
         for b, i in enumerate(batch.row_indices.tolist()):
             if len(log_probs["base"][b]) == 0:  # a filler, see `BatchSource.once`
                 continue
@@ -335,7 +334,7 @@ def _write(output: Path, meta: CacheMeta, score: Scores, scan: Callable[[Consume
                 rollouts.sample_ids[i],
                 rollouts.token_crc(i),
                 log_probs={name: rows[b] for name, rows in log_probs.items()},
-                **{name: rows[b] for name, rows in target.items()},
+                **{name: rows[b] for name, rows in found.items()},
             )
 
     scan(keep)

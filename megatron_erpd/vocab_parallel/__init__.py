@@ -12,11 +12,11 @@ from megatron_erpd.vocab_parallel.log_probs import (
     entropy,
     gather_log_probs,
     log_softmax_of,
-    normalizer,
     token_log_probs,
     token_log_probs_and_entropy,
     vocab_parallel_log_softmax,
 )
+from megatron_erpd.vocab_parallel.partial_sums import normalizer
 from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,

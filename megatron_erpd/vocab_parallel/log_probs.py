@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_erpd.vocab_parallel.partial_sums import normalizer
 from megatron_erpd.vocab_parallel.shard import VocabShard
 from megatron_erpd.vocab_parallel.token_terms import token_terms
 
@@ -20,8 +21,8 @@ from megatron_erpd.vocab_parallel.token_terms import token_terms
 def vocab_parallel_log_softmax(logits: Tensor, shard: VocabShard, temperature: float = 1.0) -> Tensor:
     """`log softmax(logits / temperature)` over the whole vocabulary, `[..., v/tp]`; padding columns are -inf.
 
-    Collectives: one MAX and one SUM of `[...]` forward, one SUM of `[...]` backward. Backward needs it because the
-    gradient of a general function of the log-probabilities is only known shard by shard; the functions below, which
+    Collectives: one all-gather of two numbers per token forward, one SUM of `[...]` backward. Backward needs it because
+    the gradient of a general function of the log-probabilities is only known shard by shard; the functions below, which
     know what is done with them, need none. The incoming gradient of padding columns is ignored.
     """
     return _LogSoftmax.apply(logits, shard, temperature)
@@ -52,18 +53,6 @@ def gather_log_probs(log_probs: Tensor, shard: VocabShard) -> Tensor:
     slice of the gradient (the loss is replicated, so each rank has the whole of it).
     """
     return _Gather.apply(log_probs, shard)
-
-
-def normalizer(values: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The log of the sum of `exp(values)` over the whole vocabulary as a maximum and a remainder, both `[...]`.
-
-    `values` is `[..., valid_columns]` as from `VocabShard.values`. The two parts are kept apart because
-    `(value - maximum) - remainder` is exact to the last bits for large logits and `value - logsumexp` is not.
-    Collectives: one MAX and one SUM of `[...]`. No gradient.
-    """
-    maximum = shard.all_reduce_max(shard.local_max(values))
-    total = shard.all_reduce_sum((values - maximum.unsqueeze(-1)).exp_().sum(dim=-1))
-    return maximum, total.log_()
 
 
 def log_softmax_of(values: Tensor, maximum: Tensor, remainder: Tensor) -> Tensor:

@@ -5,6 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_erpd.vocab_parallel.shard import VocabShard
+
+
+def normalizer(values: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """The log of the sum of `exp(values)` over the whole vocabulary as a maximum and a remainder, both `[...]`.
+
+    `values` is `[..., valid_columns]` as from `VocabShard.values`. No gradient. Collectives: one all-gather of two
+    numbers per token.
+    """
+    maximum = shard.local_max(values)
+    total = (values - maximum.unsqueeze(-1)).exp_().sum(dim=-1)
+    parts = shard.all_gather_partials(torch.stack([maximum, total], dim=-1))
+    maximum, total = combine(parts[..., 0], parts[..., 1])
+    return maximum, total.log_()
+
 
 def combine(maxima: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and sum exp(z - maximum) of all parts, from each part's maximum m and sum exp(z - m), `[parts, n]`.

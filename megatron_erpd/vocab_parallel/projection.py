@@ -27,7 +27,8 @@ from megatron_erpd.objectives.signal_law import (
     signal_moments,
 )
 from megatron_erpd.vocab_parallel.chunks import token_chunks
-from megatron_erpd.vocab_parallel.log_probs import log_softmax_of, normalizer
+from megatron_erpd.vocab_parallel.log_probs import log_softmax_of
+from megatron_erpd.vocab_parallel.partial_sums import normalizer
 from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 
@@ -56,7 +57,7 @@ def apply_eta(base_log_probs: Tensor, signal: Tensor, eta: Tensor | float, shard
         eta: [...] per token, or one number for all.
 
     Returns:
-        float32 (float64 for a float64 base). Collectives: one MAX and one SUM of `[...]`.
+        float32 (float64 for a float64 base). Collectives: one all-gather of two numbers per token.
     """
     base, signal = _values(base_log_probs, signal, shard)
     step = eta.to(base.dtype).unsqueeze(-1) if isinstance(eta, Tensor) and eta.dim() else eta

@@ -124,19 +124,12 @@ class VocabShard:
             return columns.new_full(columns.shape[:-1], lowest)
         return columns.amax(dim=-1).clamp_min(lowest)
 
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """Maximum over the ranks; one collective, none for one rank. May overwrite `tensor`. No gradient."""
-        return self._all_reduce(tensor, dist.ReduceOp.MAX)
-
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks; one collective, none for one rank. May overwrite `tensor`. No gradient."""
-        return self._all_reduce(tensor, dist.ReduceOp.SUM)
-
-    def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1 and tensor.numel():
             # Sums over a transposed view of the logits are laid out as the view is; collectives want row-major.
             tensor = tensor.contiguous()
-            dist.all_reduce(tensor, operation, group=self.group)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:

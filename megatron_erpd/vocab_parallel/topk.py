@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import TopK as TopKTarget
-from megatron_erpd.vocab_parallel.partial_sums import combine
+from megatron_erpd.vocab_parallel.partial_sums import normalizer
 from megatron_erpd.vocab_parallel.shard import VocabShard
 
 __all__ = ["NO_TOKEN", "TopKTarget", "exclude", "vocab_parallel_topk"]
@@ -47,11 +47,8 @@ def vocab_parallel_topk(log_probs: Tensor, k: int, shard: VocabShard) -> TopKTar
     best, place = gathered[..., 0, :].topk(k, dim=-1)
     indices = gathered[..., 1, :].gather(-1, place).long()
     rest = exclude(values, indices, shard, -torch.inf)
-    maximum = shard.local_max(rest)
-    total = rest.sub_(maximum.unsqueeze(-1)).exp_().sum(dim=-1)
-    parts = shard.all_gather_partials(torch.stack([maximum, total], dim=-1))
-    maximum, total = combine(parts[..., 0], parts[..., 1])
-    return TopKTarget(indices, best.to(values.dtype), maximum + total.log_())
+    maximum, remainder = normalizer(rest, shard)
+    return TopKTarget(indices, best.to(values.dtype), maximum + remainder)
 
 
 def exclude(values: Tensor, indices: Tensor, shard: VocabShard, fill: float) -> Tensor:

@@ -316,8 +316,7 @@ class CountCollectives:
 
     def _count(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            is_max = dist.ReduceOp.MAX in args
-            self.calls.append("gather" if function is self.saved[1] else "max" if is_max else "sum")
+            self.calls.append("gather" if function is self.saved[1] else "sum")
             sent = args[0] if function is self.saved[1] else tensor
             self.sizes.append(sent.numel() * sent.element_size())
             return function(tensor, *args, **kwargs)
@@ -332,7 +331,7 @@ def check_collectives(rank: int, world_size: int) -> None:
     topk = vocab_parallel_topk(live.logits, 4, shard)
     signal, tokens = live.logits - leaf.detach(), make_tokens(37)
     expected: list[tuple[Callable[[], Tensor], list[str], list[str]]] = [
-        (lambda: vocab_parallel_log_softmax(leaf, shard)[..., :1], ["max", "sum"], ["sum"]),
+        (lambda: vocab_parallel_log_softmax(leaf, shard)[..., :1], ["gather"], ["sum"]),
         (lambda: token_log_probs(leaf, tokens, shard), ["gather"], []),
         (lambda: token_log_probs_and_entropy(leaf, tokens, shard)[1], ["gather"], []),
         (lambda: gather_log_probs(leaf, shard), ["gather"], []),
@@ -353,7 +352,7 @@ def check_collectives(rank: int, world_size: int) -> None:
             for values in (signal, 20 * signal, torch.zeros_like(signal))
             for delta in (0.0, 0.1, 100.0)
         ),
-        (lambda: apply_eta(live.logits, signal, 0.5, shard), ["max", "sum"], []),
+        (lambda: apply_eta(live.logits, signal, 0.5, shard), ["gather"], []),
     ]
     for function, forward, backward in expected:
         with CountCollectives() as counted:
