@@ -202,11 +202,11 @@ def _kernels(device: torch.device) -> ModuleType:
     except ImportError as error:
         raise ErpdError(
             "the Triton kernels need Triton, which can't be imported here: install it (pip install triton), "
-            "or use the same functions of megatron_erpd.vocab_parallel.passes"
+            "or choose --kernels torch"
         ) from error
     if device.type != "cuda" and not triton_kernels.INTERPRETED:
         raise ErpdError(
             f"the Triton kernels need a CUDA device and got tensors on {device}: "
-            "use the same functions of megatron_erpd.vocab_parallel.passes there"
+            "choose --kernels auto or torch, or start with TRITON_INTERPRET=1 to interpret them, slowly"
         )
     return triton_kernels
