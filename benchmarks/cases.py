@@ -21,6 +21,7 @@ Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS: tuple[DivergenceKind, ...] = ("forward_kl", "reverse_kl", "js")
+TARGETS_OF_LOGITS: tuple[Target, ...] = ("full", "topk")
 
 VOCABS = (32_000, 128_256, 151_936, 256_000)
 """Llama 2, Llama 3, Qwen and Gemma, as their checkpoints pad them."""
@@ -148,6 +149,18 @@ def quick(hidden: int) -> list[Case]:
         _case("hidden", "hidden", "forward_kl", 32_000, 32, 2, "fp32", hidden),
         *(_case("logits", target, "forward_kl", 32_000, 128, 4, "fp32", hidden) for target in ("full", "topk")),
     ]
+
+
+def desk(hidden: int) -> list[Case]:
+    """What two CPU cores and 24 GiB measure within an hour: the quick cases, all vocabularies, a row of lengths."""
+    wide = itertools.product(TPS, VOCABS, DTYPES, TARGETS_OF_LOGITS)
+    found = [
+        *quick(hidden),
+        *(_case("logits", "full", kind, HEADLINE_VOCAB, HEADLINE_TOKENS, 1, "fp32", hidden) for kind in KINDS),
+        *(_case("logits", target, "forward_kl", vocab, 1024, tp, dtype, hidden) for tp, vocab, dtype, target in wide),
+        *(_case("logits", "full", "forward_kl", 32_000, count, 1, "fp32", hidden) for count in (2048, 4096, 8192)),
+    ]
+    return sorted(dict.fromkeys(found), key=lambda case: case.tp)
 
 
 def _case(

@@ -2,7 +2,8 @@
 
     python benchmarks/divergences.py --quick                  two minutes on two CPU cores
     python benchmarks/divergences.py --quick --docs docs      the same, and docs/performance.md with its plots
-    python benchmarks/divergences.py --json figures.json      the whole grid (on a CPU: hours)
+    python benchmarks/divergences.py --desk --docs docs       what fits two CPU cores and 24 GiB, within an hour
+    python benchmarks/divergences.py --json figures.json      the whole grid, for a GPU (on a CPU: hours)
     python benchmarks/divergences.py --vocab 151936 --tokens 2048 --tp 1 --dtype bf16 --target full
 
 Ours (plain PyTorch, Triton, fused with the output layer), a straightforward `log_softmax` implementation, Megatron-LM's
@@ -87,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks/divergences.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases; the filters below choose among them")
+    fewer = parser.add_mutually_exclusive_group()
+    fewer.add_argument("--quick", action="store_true", help="a few cases; the filters below choose among them")
+    fewer.add_argument(
+        "--desk", action="store_true", help="the cases for a computer without a GPU; the filters choose among them"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure, a list of records")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write DIR/performance.md and DIR/images/")
     sizes = parser.add_argument_group("filters (each takes several values)")
@@ -106,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--hidden", type=int, default=grids.HIDDEN, help="width of hidden states; default: %(default)s")
     how.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     how.add_argument("--threads", type=int, help="of a CPU with TP 1; default: what PyTorch takes")
-    how.add_argument("--repeats", type=int, help=f"runs that are timed; default: {REPEATS}, quick {QUICK_REPEATS}")
+    how.add_argument(
+        "--repeats", type=int, help=f"runs that are timed; default: {REPEATS}, quick and desk {QUICK_REPEATS}"
+    )
     return parser
 
 
@@ -124,7 +131,7 @@ def _describe(options: argparse.Namespace, arguments: list[str]) -> Run:
         date=datetime.date.today().isoformat(),
         command=shlex.join(["python", "benchmarks/divergences.py", *arguments]),
         busy=os.getloadavg()[0] / (os.cpu_count() or 1),
-        repeats=options.repeats or (QUICK_REPEATS if options.quick else REPEATS),
+        repeats=options.repeats or (QUICK_REPEATS if options.quick or options.desk else REPEATS),
         unavailable={},
         skipped=[],
     )
@@ -144,6 +151,8 @@ def _choose(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """The cases, and lines about those that can't be."""
     if options.quick:
         found = grids.quick(options.hidden)
+    elif options.desk:
+        found = grids.desk(options.hidden)
     else:
         found = grids.grid(
             options.vocab or grids.VOCABS,

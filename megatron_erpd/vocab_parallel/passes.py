@@ -28,6 +28,8 @@ NUM_STATISTICS = 6
 
 CPU_BLOCK_BYTES = 2**20
 """One temporary of a block on a CPU: a few of them stay in the cache of a core."""
+CPU_GRADIENT_BLOCK_BYTES = 2**21
+"""The same where a gradient is written: fewer temporaries, and no sums over columns."""
 GPU_BLOCK_BYTES = 128 * 2**20
 
 
@@ -70,13 +72,13 @@ def statistics(
             y = _shifted(_scaled(target[rows], target_scale, result.dtype), block[:, 3])
             mass = y.exp()
             block[:, 4] = mass.sum(dim=-1)
-            excludes = _excludes(z) or _excludes(y)
             if kind == "forward_kl":
-                block[:, 5] = _weighted_(y.sub_(z), mass, excludes).sum(dim=-1)
+                block[:, 5] = _weighted_sum(y.sub_(z), mass)
             elif kind == "reverse_kl":
                 weights = z.exp()
-                block[:, 5] = _weighted_(torch.sub(z, y, out=y), weights, excludes).sum(dim=-1)
-        weights = z.exp() if weights is None else weights
+                block[:, 5] = _weighted_sum(torch.sub(z, y, out=y), weights)
+        if weights is None:
+            weights = z.exp() if with_entropy else z.exp_()
         block[:, 1] = weights.sum(dim=-1)
         if with_entropy:
             block[:, 2] = weights.mul_(z.clamp_min_(lowest)).sum(dim=-1)
@@ -145,36 +147,24 @@ def gradient(
     """
     if logits.shape[-1] == 0:
         return
-    for rows in _blocks(logits):
-        log_p = _log_probs(logits[rows], scale, normalizer, rows)
-        probs = log_p.exp()
-        excludes = _excludes(log_p)
+    for rows in _blocks(logits, CPU_GRADIENT_BLOCK_BYTES):
         used = constant[rows] != 0
-        factor: Tensor | None = None
-        mass: Tensor | None = None
         if kind is not None:
             assert target is not None and target_normalizer is not None and weight is not None
             used |= weight[rows] != 0
-            log_q = _log_probs(target[rows], target_scale, target_normalizer, rows)
-            if kind == "forward_kl":
-                mass = log_q.exp_()
-            else:
-                excludes = excludes or _excludes(log_q)
-                if kind == "reverse_kl":
-                    factor = torch.sub(log_p, log_q, out=log_q)
-                else:
-                    factor = _log_ratios_to_mixture(log_q.sub_(log_p))[0].mul_(0.5)
-                factor.mul_(weight[rows].unsqueeze(-1)).add_(constant[rows].unsqueeze(-1))
         if slope is not None:
             used |= slope[rows] != 0
-            entropy_part = log_p.clamp_min_(torch.finfo(log_p.dtype).min).mul_(slope[rows].unsqueeze(-1))
-            factor = entropy_part.add_(constant[rows].unsqueeze(-1)) if factor is None else factor.add_(entropy_part)
-        if factor is None:
-            block = probs.mul_(constant[rows].unsqueeze(-1))
+        if slope is None and kind in (None, "forward_kl"):
+            own = out[rows] if out.dtype == normalizer[0].dtype and scale == 1.0 else None
+            block = _probs(logits[rows], scale, normalizer, rows, constant, own)
         else:
-            block = _weighted_(factor, probs, excludes)
-        if mass is not None and weight is not None:
-            block.addcmul_(mass, weight[rows].unsqueeze(-1), value=-1.0)
+            block = _gradient_of_log_ratios(
+                *(rows, logits, scale, normalizer, constant, slope, kind, weight, target, target_scale),
+                target_normalizer,
+            )
+        if kind == "forward_kl":
+            assert target is not None and target_normalizer is not None and weight is not None
+            block.sub_(_probs(target[rows], target_scale, target_normalizer, rows, weight))
         if tokens is not None:
             assert on_token is not None
             used |= on_token[rows] != 0
@@ -183,13 +173,72 @@ def gradient(
             block.scatter_add_(-1, column, torch.where(owned, on_token[rows], 0.0).unsqueeze(-1))
         if block.device.type != "cpu" or not used.all():
             block.masked_fill_(~used.unsqueeze(-1), 0.0)
-        out[rows] = block
+        if block.data_ptr() != out[rows].data_ptr():
+            out[rows] = block
+
+
+def _probs(
+    block: Tensor,
+    scale: float,
+    normalizer: tuple[Tensor, Tensor],
+    rows: slice,
+    factor: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Probabilities of a block times a factor per row, in `out` or a new tensor, in as few passes as a CPU can."""
+    maximum, remainder = normalizer
+    shifted = torch.sub(_scaled(block, scale, maximum.dtype), maximum[rows].unsqueeze(-1), out=out)
+    return shifted.exp_().mul_((remainder[rows].neg().exp_() * factor[rows]).unsqueeze(-1))
+
+
+def _gradient_of_log_ratios(
+    rows: slice,
+    logits: Tensor,
+    scale: float,
+    normalizer: tuple[Tensor, Tensor],
+    constant: Tensor,
+    slope: Tensor | None,
+    kind: DivergenceKind | None,
+    weight: Tensor | None,
+    target: Tensor | None,
+    target_scale: float,
+    target_normalizer: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """p_v (a + b log p_v + w log-ratio_v) of a block: the part of `gradient` that needs logarithms."""
+    log_p = _log_probs(logits[rows], scale, normalizer, rows)
+    probs = log_p.exp()
+    excludes = _excludes(log_p)
+    factor: Tensor | None = None
+    if kind in ("reverse_kl", "js"):
+        assert target is not None and target_normalizer is not None and weight is not None
+        log_q = _log_probs(target[rows], target_scale, target_normalizer, rows)
+        excludes = excludes or _excludes(log_q)
+        if kind == "reverse_kl":
+            factor = torch.sub(log_p, log_q, out=log_q)
+        else:
+            factor = _log_ratios_to_mixture(log_q.sub_(log_p))[0].mul_(0.5)
+        factor.mul_(weight[rows].unsqueeze(-1)).add_(constant[rows].unsqueeze(-1))
+    if slope is not None:
+        entropy_part = log_p.clamp_min_(torch.finfo(log_p.dtype).min).mul_(slope[rows].unsqueeze(-1))
+        factor = entropy_part.add_(constant[rows].unsqueeze(-1)) if factor is None else factor.add_(entropy_part)
+    assert factor is not None
+    return _weighted_(factor, probs, excludes)
 
 
 def _weighted_(values: Tensor, weights: Tensor, excludes: bool) -> Tensor:
     """`values * weights` in place of `values`, 0 where the weight is 0 whatever the value."""
     values.mul_(weights)
     return values.masked_fill_(weights == 0, 0.0) if excludes else values
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum over columns of `values * weights`, 0 where the weight is 0 whatever the value; `values` is overwritten."""
+    values.mul_(weights)
+    total = values.sum(dim=-1)
+    # A column that one side excludes makes a NaN; on a CPU looking at the sums costs less than masking every column.
+    if values.device.type != "cpu" or bool(total.isnan().any()):
+        total = values.masked_fill_(weights == 0, 0.0).sum(dim=-1)
+    return total
 
 
 def _excludes(values: Tensor) -> bool:
@@ -208,8 +257,8 @@ def _log_ratios_to_mixture(difference: Tensor) -> tuple[Tensor, Tensor]:
     return policy_part, shared.add_(difference.clamp_max_(0.0))
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    budget = CPU_BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES
+def _blocks(logits: Tensor, cpu_bytes: int = CPU_BLOCK_BYTES) -> Iterator[slice]:
+    budget = cpu_bytes if logits.device.type == "cpu" else GPU_BLOCK_BYTES
     step = max(1, budget // (accumulation_dtype(logits).itemsize * logits.shape[-1]))
     for start in range(0, len(logits), step):
         yield slice(start, start + step)
