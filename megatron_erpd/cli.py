@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_erpd import __version__
+from megatron_erpd.errors import RecipeError
 from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.recipe import Recipe, load_recipe
 from megatron_erpd.pipeline.stages import launcher_flags
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
@@ -42,6 +45,7 @@ _TRAINING = "megatron_erpd.training"
 COMMANDS: dict[str, Command] = {
     "run": Command(_HERE, "run", "run a recipe, all stages that are not done", "run recipe.yaml --tensor-parallel 2"),
     "status": Command(_HERE, "status", "where a run stands", "status runs/quickstart"),
+    "plan": Command(_HERE, "plan", "what a run will need: memory, cache, disk", "plan recipe.yaml --tensor-parallel 2"),
     "report": Command(_COMMANDS, "report", "write the report of a run", "report runs/quickstart"),
     "verify": Command(_COMMANDS, "verify", "check that artifacts are whole", "verify runs/quickstart"),
     "import": Command(
@@ -164,36 +168,23 @@ def overview() -> str:
 
 def run(argv: list[str]) -> None:
     """Runs every stage of a recipe that is not done, and prints what came out."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd run",
-        description=f"{run.__doc__} Started again, it goes on where it was; what has changed in the recipe is made "
-        "anew, with all that depends on it.",
-        epilog="example: megatron-erpd run recipe.yaml --tensor-parallel 2 --set student.epochs=4 --dry-run",
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", type=Path, help="the recipe, or the folder of a run to go on with")
-    parser.add_argument("--output", help="the run's folder (default: the recipe's, or runs/NAME)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a value over the recipe's; repeatable"
+    parser = _recipe_parser(
+        "run",
+        f"{run.__doc__} Started again, it goes on where it was; what has changed in the recipe is made anew, with all "
+        "that depends on it.",
+        "run recipe.yaml --tensor-parallel 2 --set student.epochs=4 --dry-run",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands of all stages and run nothing")
     parser.add_argument("--jobs", type=int, help="most stages side by side (default: as there are GPUs or cores)")
     parser.add_argument(
         "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_settings_arguments(parser, Layout, "layout, over the recipe's (a layout given for one stage still counts)")
     given = parser.parse_args(argv)
-
-    from megatron_erpd.pipeline.planner import plan
-    from megatron_erpd.pipeline.recipe import load_recipe
-
-    layout = settings_from_namespace(given, Layout)
-    recipe = load_recipe(given.recipe, given.set, {n: getattr(layout, n) for n in layout.model_fields_set})
-    if given.output:
-        recipe = recipe.model_copy(update={"output": given.output})
+    recipe = _recipe(given)
     if given.dry_run:
-        for stage in plan(recipe):
+        from megatron_erpd.pipeline import planner
+
+        for stage in planner.plan(recipe):
             print(f"# {stage.name}\n{stage.shown()}\n")
         return
     from megatron_erpd.pipeline.local import run_recipe
@@ -203,6 +194,35 @@ def run(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def plan(argv: list[str]) -> None:
+    """Shows what a recipe will need before anything runs: stages, memory of each process, teacher cache, disk."""
+    parser = _recipe_parser(
+        "plan",
+        f"{plan.__doc__} Takes what `run` takes; nothing is run or changed.",
+        "plan recipe.yaml --tensor-parallel 8 --set cache.k=32 --json plan.json",
+    )
+    parser.add_argument(
+        "--teraflops-per-device",
+        type=float,
+        metavar="TERAFLOPS",
+        help="what a device reaches, for the cache's rates (default: 400, an H100 in bf16 at 40%% of its peak)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = parser.parse_args(argv)
+    recipe = _recipe(given)
+    from megatron_erpd.pipeline.resources import TERAFLOPS_PER_DEVICE, estimate
+    from megatron_erpd.pipeline.resources_tables import show
+
+    speed = TERAFLOPS_PER_DEVICE if given.teraflops_per_device is None else given.teraflops_per_device
+    resources = estimate(recipe, speed)
+    show(resources)
+    if given.json:
+        try:
+            given.json.write_text(json.dumps(resources.to_json(), indent=1) + "\n")
+        except OSError as error:
+            raise RecipeError(f"--json {given.json}: can't be written ({error.strerror}); give another file") from None
 
 
 def status(argv: list[str]) -> None:
@@ -215,9 +235,33 @@ def status(argv: list[str]) -> None:
     from rich.console import Console
 
     from megatron_erpd.pipeline.local import status_table
-    from megatron_erpd.pipeline.recipe import load_recipe
 
     Console().print(status_table(load_recipe(given.run)).table())
+
+
+def _recipe_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The flags of the commands that take a recipe."""
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-erpd {name}",
+        description=description,
+        epilog=f"example: megatron-erpd {example}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", type=Path, help="the recipe, or the folder of a run to go on with")
+    parser.add_argument("--output", help="the run's folder (default: the recipe's, or runs/NAME)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a value over the recipe's; repeatable"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_settings_arguments(parser, Layout, "layout, over the recipe's (a layout given for one stage still counts)")
+    return parser
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
+    """The recipe that the flags of `_recipe_parser` name and change."""
+    layout = settings_from_namespace(given, Layout)
+    recipe = load_recipe(given.recipe, given.set, {n: getattr(layout, n) for n in layout.model_fields_set})
+    return recipe.model_copy(update={"output": given.output}) if given.output else recipe
 
 
 def _dispatch(name: str, argv: list[str]) -> None:

@@ -1,0 +1,233 @@
+"""What a recipe will need, known before anything runs: stages, memory, the teacher cache, disk.
+
+Read are the recipe, the model's `config.json`, the prompts, and the footers of Parquet files with rollouts, as far as
+they are there. What can't be known yet is told, and the rest is planned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.parameter_count import count_parameters
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.pipeline.cache_plan import (
+    CacheOption,
+    Speed,
+    cache_options,
+    forward_flop,
+    recommendation,
+    training_flop,
+)
+from megatron_erpd.pipeline.disk_plan import DiskPlan, disk_plan
+from megatron_erpd.pipeline.memory_plan import StageMemory, frozen_policies, stage_memory, uncounted_flags
+from megatron_erpd.pipeline.planner import plan
+from megatron_erpd.pipeline.recipe import Imported, Recipe
+from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, dependencies
+
+TERAFLOPS_PER_DEVICE = 400.0
+"""What an H100 reaches in bf16 at 40% of its peak of 989."""
+_HF_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage as it will run."""
+
+    name: str
+    command: str
+    num_processes: int
+    layout: str
+    reads: list[str]
+    is_done: bool
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """A round's rollouts; `is_upper_bound` where the responses aren't sampled yet."""
+
+    num_rollouts: int
+    prompt_tokens: int | None
+    response_tokens: int
+    is_upper_bound: bool
+    source: str
+
+    @property
+    def response_share(self) -> float:
+        """Response tokens among all that run through the model; 1 where the prompts aren't known."""
+        return self.response_tokens / (self.response_tokens + (self.prompt_tokens or 0))
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The base model, without padding rows of the vocabulary."""
+
+    architecture: str
+    parameters: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run will need. Sizes are in bytes; the cache is that of one round."""
+
+    name: str
+    stages: list[StageRow]
+    model: ModelSize | None
+    data: DataSize | None
+    memory: list[StageMemory]
+    teraflops_per_device: float
+    cache: list[CacheOption]
+    recommendation: str | None
+    disk: DiskPlan
+    notes: list[str]
+    """What isn't known, and what is assumed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, with the sums that the tables show."""
+        found = asdict(self)
+        for row, memory in zip(found["memory"], self.memory, strict=True):
+            row["total"] = memory.total
+        return found | {"disk": found["disk"] | {"needed": self.disk.needed, "fits": self.disk.fits}}
+
+
+def estimate(recipe: Recipe, teraflops_per_device: float = TERAFLOPS_PER_DEVICE) -> Resources:
+    """Plans a recipe. Nothing is run, and nothing is written.
+
+    Args:
+        teraflops_per_device: what a device reaches, in units of 1e12 operations per second; for the rates.
+
+    Raises:
+        RecipeError, CheckpointError, LayoutError: the recipe, the model or a layout can't be used (see `plan`).
+    """
+    if not teraflops_per_device > 0:
+        raise RecipeError(f"--teraflops-per-device {teraflops_per_device:g}: give a number above 0")
+    stages, notes = plan(recipe), list[str]()
+    shape, hf_dtype = _model(stages, notes)
+    data = _data(recipe, stages, notes)
+    counts = (data.num_rollouts, data.response_tokens) if data else None
+    disk = disk_plan(recipe.folder, stages, shape, hf_dtype, counts)
+    cache, advice = _cache(recipe, stages, shape, data, disk, teraflops_per_device)
+    if ignored := uncounted_flags(stages):
+        notes.append(f"{', '.join(ignored)} of Megatron's change the memory in ways that are not counted")
+    return Resources(
+        name=recipe.name,
+        stages=[_row(stage, stages) for stage in stages],
+        model=ModelSize(shape.family.name, count_parameters(shape), shape.hidden_size, shape.vocab_size)
+        if shape
+        else None,
+        data=data,
+        memory=[stage_memory(s, shape) for s in stages if s.command in RUNS_MODEL] if shape else [],
+        teraflops_per_device=teraflops_per_device,
+        cache=cache,
+        recommendation=advice,
+        disk=disk,
+        notes=notes,
+    )
+
+
+def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
+    before = dependencies(stage, list(stages))
+    outputs = [s.output for s in stages]
+    own = [str(path) for path in stage.inputs.values() if not any(path.is_relative_to(o) for o in outputs)]
+    sizes = stage.layout
+    parts = {"TP": sizes.tensor_parallel, "PP": sizes.pipeline_parallel, "CP": sizes.context_parallel}
+    parts["DP"] = sizes.data_parallel
+    words = [f"{name} {size}" for name, size in parts.items() if size > 1] + [sizes.precision]
+    layout = ", ".join(words) if stage.command in USES_MEGATRON else ""
+    done = (stage.output / MANIFEST).is_file()
+    return StageRow(stage.name, stage.command, stage.num_processes, layout, [*before, *own], done)
+
+
+def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None, int]:
+    """The model's geometry, and the bytes of a parameter in its Hugging Face folder."""
+    folder = next(stage.inputs["hf"] for stage in stages if stage.command == "import")
+    prepared = any(stage.command == "prepare" and folder.is_relative_to(stage.output) for stage in stages)
+    if not (folder / "config.json").is_file():
+        if not prepared:
+            raise RecipeError(
+                f"model {folder}: has no config.json; give the Hugging Face folder (a plan reads this file alone, the "
+                "weights may come later)"
+            )
+        notes.append(f"the model {folder} is not prepared yet: memory, cache and checkpoints can't be known")
+        return None, 0
+    shape = read_model_shape(folder)
+    config = json.loads((folder / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in _HF_TYPES:
+        notes.append(f"{folder}/config.json names no dtype: exports are taken for float32")
+    return shape, _HF_TYPES.get(dtype, 4)
+
+
+def _data(recipe: Recipe, stages: Sequence[Stage], notes: list[str]) -> DataSize | None:
+    """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
+    from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts
+
+    stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))
+    section, place, columns = recipe.rollouts, stage.output, {}
+    finished = (place / MANIFEST).is_file()
+    if isinstance(section, Imported) and not finished:
+        names = {"prompt": PROMPT, "response": RESPONSE}
+        place, columns = stage.inputs["source"], {name: section.fields.get(ours, ours) for name, ours in names.items()}
+    if finished or isinstance(section, Imported):
+        count = count_rollouts(place, **columns)
+        if count:
+            tokens = (count.prompt_tokens, count.response_tokens)
+            return DataSize(count.num_rollouts, *tokens, is_upper_bound=False, source=str(place))
+        why = "hold no columns of token ids to count" if place.exists() else "are not there yet"
+        notes.append(f"the rollouts {place} {why}: the size of the whole data set can't be known")
+        return None
+    prompts = _num_prompts(stage)
+    if prompts is None:
+        notes.append(
+            f"the prompts {stage.inputs['prompts']} are not there yet, and rollouts.num_prompts is not given: the size "
+            "of the whole data set can't be known"
+        )
+        return None
+    rollouts = prompts * section.num_rollouts
+    source = f"{prompts} prompts x {section.num_rollouts} rollouts x {section.max_new_tokens} tokens"
+    return DataSize(rollouts, None, rollouts * section.max_new_tokens, is_upper_bound=True, source=source)
+
+
+def _num_prompts(stage: Stage) -> int | None:
+    """Prompts of a round that is still to be sampled; None while their file isn't there and nothing bounds them."""
+    from megatron_erpd.sampling.prompts import load_prompts
+
+    wanted: int | None = stage.settings["num_prompts"]
+    file = stage.inputs.get("prompts")
+    if file is not None and not file.is_file():
+        return wanted
+    spec = stage.arguments[stage.arguments.index("--prompts") + 1]
+    return len(load_prompts(spec, wanted))
+
+
+def _cache(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shape: ModelShape | None,
+    data: DataSize | None,
+    disk: DiskPlan,
+    teraflops: float,
+) -> tuple[list[CacheOption], str | None]:
+    """The teacher cache of the first round and its alternatives, and which to choose."""
+    maker = next((s for s in stages if s.name == "cache"), None)
+    if maker is None:
+        return [], recommendation(None, [], None, disk.free)
+    if shape is None:
+        return [], None
+    reader = next(s for s in stages if s.inputs.get("cache") == maker.output)
+    parameters, share = count_parameters(shape), data.response_share if data else 1.0
+    flop = forward_flop(parameters, frozen_policies(maker)), training_flop(parameters, frozen_policies(reader))
+    speeds = [teraflops * 1e12 * s.num_processes / f * share for s, f in zip((maker, reader), flop, strict=True)]
+    policies = ["base", *(name.removeprefix("policy-") for name in maker.inputs if name.startswith("policy-"))]
+    counts = (data.num_rollouts, data.response_tokens) if data else None
+    sizes = (shape.vocab_size, shape.hidden_size)
+    options = cache_options(policies, recipe.cache, *sizes, counts, Speed(*speeds))
+    others = sum(item.bytes or 0 for item in disk.items if item.stage != maker.name and not item.is_there)
+    form = "projection" if any(d.form == "projection" for d in recipe.distillations().values()) else "policy_gradient"
+    return options, recommendation(form, options, others if disk.is_complete else None, disk.free)

@@ -1,0 +1,268 @@
+"""What a run will need, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_erpd import cli
+from megatron_erpd.data.rollouts import write_rollouts
+from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
+from megatron_erpd.manifest import write_manifest
+from megatron_erpd.pipeline import disk_plan
+from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.resources import Resources, estimate
+from megatron_erpd.pipeline.resources_tables import tables
+
+ROOT = Path(__file__).parents[3]
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+PARAMETERS = 70_553_706_496
+"""As published for Llama 3 70B."""
+# A process of the last of four stages, TP 8: 20 layers, the final norm, and an eighth of the output layer, whose rows
+# are padded from 128,256 to 126 x 1,024.
+LAYER = (8192 + 2 * 1024 + 8192) * 8192 // 8 + 3 * 28672 * 8192 // 8 + 2 * 8192
+HEAD = 129_024 // 8 * 8192
+HELD = 20 * LAYER + 8192 + HEAD
+TB = 10**12
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resources]:
+    """Plans a recipe of the 70B model on 64 devices, but for what a test changes; 10 TB are free."""
+    monkeypatch.chdir(tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(disk_plan.shutil, "disk_usage", lambda path: usage(20 * TB, 10 * TB, 10 * TB))
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(LLAMA_70B))
+    Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n' * 1000)
+
+    def plan(teraflops: float = 400.0, **sections: Any) -> Resources:
+        recipe = {
+            "name": "mine",
+            "model": "model",
+            "rollouts": {"prompts": "prompts.jsonl", "verifier": "math-verify", "max_new_tokens": 2048},
+            "teacher": {"checkpoints": 2},
+            "student": {"save_interval": 10},
+            "layout": {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16"},
+            "megatron": {"use-distributed-optimizer": True},
+        }
+        return estimate(Recipe(**{**recipe, **sections}), teraflops)
+
+    return plan
+
+
+def shown(found: Resources, width: int = 200) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(tables(found))
+    return capture.get()
+
+
+def memory(found: Resources, stage: str) -> dict[str, int]:
+    row = next(m for m in found.memory if m.stage == stage)
+    names = ("weights", "gradients", "optimizer", "frozen", "output_layer", "total")
+    return {name: getattr(row, name) for name in names}
+
+
+def test_memory_of_a_large_model(plan_of: Callable[..., Resources]) -> None:
+    found = plan_of()
+    assert found.model and found.model.parameters == PARAMETERS
+    assert HELD == 2_271_551_488 == found.memory[0].parameters
+    # bf16 weights, fp32 gradients, and of the fp32 copy and Adam's moments the half, as there are two copies.
+    expected = {"weights": 2 * HELD, "gradients": 4 * HELD, "optimizer": 6 * HELD, "frozen": 0}
+    output_layer = 256 * 2**20 + 4 * HEAD
+    assert memory(found, "teacher") == {
+        **expected,
+        "output_layer": output_layer,
+        "total": 12 * HELD + output_layer,
+    }
+    assert memory(found, "cache")["frozen"] == 4 * HELD  # base and teacher
+    assert memory(found, "cache")["total"] == 4 * HELD + 256 * 2**20
+    assert memory(plan_of(megatron={}), "student")["optimizer"] == 12 * HELD
+    layout = {"tensor_parallel": 8, "pipeline_parallel": 4}
+    assert memory(plan_of(megatron={}, layout=layout), "student") == {
+        **{"weights": 4 * HELD, "gradients": 4 * HELD, "optimizer": 8 * HELD, "frozen": 0},
+        **{"output_layer": output_layer, "total": 16 * HELD + output_layer},
+    }
+
+
+def test_live_teachers_and_on_policy_samplers_are_counted(plan_of: Callable[..., Resources]) -> None:
+    found = plan_of(
+        student={"teacher": "live"},
+        controls={"grpo": {"kind": "on_policy"}, "kl": {"kind": "on_policy", "kl_coefficient": 0.1}},
+    )
+    assert memory(found, "student")["frozen"] == 2 * 2 * HELD
+    assert memory(found, "controls/grpo")["frozen"] == 2 * PARAMETERS
+    assert memory(found, "controls/kl")["frozen"] == 2 * PARAMETERS + 2 * HELD
+    assert found.cache == [] and found.recommendation and "none is made" in found.recommendation
+
+
+def test_the_cache_and_its_alternatives(plan_of: Callable[..., Resources]) -> None:
+    found = plan_of()
+    assert found.data and found.data.is_upper_bound and found.data.num_rollouts == 16_000
+    tokens = 16_000 * 2048
+    assert found.data.response_tokens == tokens
+    options = {option.name: option for option in found.cache}
+    per_token = {"token": 8, "topk float16": 288, "topk float32": 416, "topk float16 + hidden states": 288 + 32_768}
+    assert {name: option.bytes_per_token for name, option in options.items()} == per_token
+    assert [name for name, option in options.items() if option.chosen] == ["topk float16"]
+    chosen = options["topk float16"]
+    assert chosen.total_bytes == 288 * tokens + 16_000 * (68 + 68 + 84)
+    assert chosen.read_bytes == 280 * tokens + 16_000 * 84
+    # 64 devices of 400e12 operations per second; two policies forward, one forward and backward.
+    assert chosen.written_per_second == pytest.approx(288 * 64 * 400e12 / (2 * 2 * PARAMETERS))
+    assert chosen.read_per_second == pytest.approx(280 * 64 * 400e12 / (6 * PARAMETERS))
+    faster = plan_of(teraflops=800.0).cache[1]
+    assert faster.written_per_second == pytest.approx(2 * chosen.written_per_second)
+    assert options["token"].read_per_token == 8
+
+
+def test_what_to_keep(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "would fit" in str(plan_of().recommendation)  # 1.1 TB beside 4.4 TB
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(disk_plan.shutil, "disk_usage", lambda path: usage(5 * TB))
+    assert "would not fit" in str(plan_of().recommendation)
+    gradient = {"form": "policy_gradient"}
+    assert str(plan_of(student=gradient, cache={"kind": "token"}).recommendation).startswith("token: ")
+
+
+def test_disk(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan_of()
+    sizes = {item.stage: item.bytes for item in found.disk.items}
+    # Weights in bf16; with Adam's moments and fp32 weights 14 bytes per parameter. The student's save before the last
+    # one is there until that is written.
+    assert sizes["base"] == 2 * PARAMETERS
+    assert sizes["teacher"] == sizes["student"] == 2 * 14 * PARAMETERS
+    assert sizes["export"] == 2 * 2 * PARAMETERS
+    assert sizes["base-log-probs"] == 4 * 16_000 * 2048 + 68 * 16_000
+    assert sizes["cache"] == found.cache[1].total_bytes
+    assert found.disk.needed == sum(size or 0 for size in sizes.values()) < found.disk.free
+    assert "WARNING" not in shown(found)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(disk_plan.shutil, "disk_usage", lambda path: usage(TB))
+    assert "WARNING: the run does not fit" in shown(plan_of())
+
+
+def test_kept_checkpoints_are_exported(plan_of: Callable[..., Resources]) -> None:
+    evaluation = {"prompts": "held.jsonl", "checkpoints": True}
+    sizes = {item.stage: item.bytes for item in plan_of(evaluation=evaluation).disk.items}
+    assert sizes["export"] == 3 * 2 * PARAMETERS  # two of the teacher's and the student
+    selected = plan_of(evaluation=evaluation, selection={"prompts": "validation.jsonl"})
+    sizes = {item.stage: item.bytes for item in selected.disk.items}
+    assert sizes["candidates"] == 2 * 2 * PARAMETERS
+    assert sizes["export"] == 4 * 2 * PARAMETERS  # besides the chosen one
+    assert "selection" not in sizes  # hard links
+
+
+def test_what_is_done_takes_no_more_space(plan_of: Callable[..., Resources]) -> None:
+    before = plan_of().disk.needed
+    Path("runs/mine/round-01/base").mkdir(parents=True)
+    write_manifest(Path("runs/mine/round-01/base"), "import", {}, {})
+    found = plan_of()
+    assert before - found.disk.needed == 2 * PARAMETERS
+    assert [row.name for row in found.stages if row.is_done] == ["base"]
+
+
+def rollouts(path: Path) -> None:
+    row = {"prompt_token_ids": [1, 2], "response_token_ids": [3, 4, 5, 6, 7, 8], "group_id": 1, "reward": 1.0}
+    write_rollouts(path, [row, row])
+
+
+def test_imported_rollouts_are_counted(plan_of: Callable[..., Resources]) -> None:
+    rollouts(Path("dump.parquet"))
+    sections = {"rollouts": {"file": "dump.parquet"}}
+    found = plan_of(**sections)
+    assert found.data and not found.data.is_upper_bound
+    assert (found.data.num_rollouts, found.data.prompt_tokens, found.data.response_tokens) == (2, 4, 12)
+    # A quarter of the tokens that run through the model are the prompts', which nothing is kept of.
+    assert found.cache[1].written_per_second == pytest.approx(0.75 * plan_of().cache[1].written_per_second)
+    Path("dump.parquet").unlink()
+    found = plan_of(**sections)
+    assert found.data is None and found.cache[0].total_bytes is None
+    assert any("are not there yet" in note for note in found.notes)
+    imported = Path("runs/mine/round-01/rollouts")
+    rollouts(imported / "rollouts.parquet")
+    write_manifest(imported, "import-rollouts", {}, {})
+    assert plan_of(**sections).data.response_tokens == 12  # type: ignore[union-attr]
+
+
+def test_rollouts_that_can_not_be_counted(plan_of: Callable[..., Resources]) -> None:
+    Path("dump.jsonl").write_text("{}")
+    found = plan_of(rollouts={"file": "dump.jsonl", "format": "verl"})
+    assert any("hold no columns of token ids" in note for note in found.notes)
+    assert "unknown" in shown(found) and "at least" in shown(found)
+    Path("dump.parquet").write_text("{}")
+    with pytest.raises(RolloutError, match=r"dump\.parquet: isn't a readable Parquet file"):
+        plan_of(rollouts={"file": "dump.parquet"})
+
+
+def test_what_is_to_be_prepared_is_left_open(plan_of: Callable[..., Resources]) -> None:
+    found = plan_of(
+        prepare="python prepare.py {output}",
+        model="prepare/model",
+        rollouts={"prompts": "prepare/prompts.jsonl", "verifier": "math-verify"},
+    )
+    assert found.model is None and found.memory == [] and found.data is None
+    assert [note.split(":")[0] for note in found.notes] == [
+        "the model runs/mine/prepare/model is not prepared yet",
+        "the prompts runs/mine/prepare/prompts.jsonl are not there yet, and rollouts.num_prompts is not given",
+    ]
+    assert "still to be written: unknown" in shown(found)
+
+
+def test_errors(plan_of: Callable[..., Resources]) -> None:
+    with pytest.raises(RecipeError, match="model modle: has no config.json"):
+        plan_of(model="modle")
+    with pytest.raises(LayoutError, match="teacher: tensor parallel size 3 does not divide"):
+        plan_of(stages={"teacher": {"layout": {"tensor_parallel": 3}}})
+    with pytest.raises(RecipeError, match="--teraflops-per-device 0"):
+        plan_of(teraflops=0.0)
+    Path("prompts.jsonl").write_text("{}\n")
+    with pytest.raises(RecipeError, match="prompts.jsonl: line 1"):
+        plan_of()
+
+
+def test_flags_that_are_not_counted_are_named(plan_of: Callable[..., Resources]) -> None:
+    found = plan_of(megatron={"use-precision-aware-optimizer": True})
+    assert any(note.startswith("--use-precision-aware-optimizer of Megatron's") for note in found.notes)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples/quickstart", "examples/quickstart")
+    model = Path("run/prepare/model")
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps({**LLAMA_70B, "hidden_size": 64, "intermediate_size": 128}))
+    argv = ["examples/quickstart/recipe.yaml", "--output", "run", "--set", "cache.k=4", "--data-parallel", "2"]
+    cli.main(["plan", *argv, "--json", "plan.json", "--teraflops-per-device", "1.5"])
+    out = capsys.readouterr().out
+    assert "controls/sapo_kl" in out and "1,024 rollouts" in out and "upper" in out and "1.5 teraflop/s" in out
+    figures = json.loads(Path("plan.json").read_text())
+    assert figures["cache"][1]["bytes_per_token"] == 2 * 4 + 4 * 4 + 1 + 8
+    assert next(row["num_processes"] for row in figures["stages"] if row["name"] == "teacher") == 2
+    assert figures["disk"]["needed"] > 0 and figures["memory"][0]["total"] > 0
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", *argv, "--json", "nowhere/plan.json"])
+    assert caught.value.code == 2 and "--json nowhere/plan.json" in capsys.readouterr().err
