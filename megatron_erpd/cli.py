@@ -102,6 +102,12 @@ COMMANDS: dict[str, Command] = {
         "precompute --base base --policy teacher=teacher --rollouts rollouts --signal strong --output cache",
         launches=True,
     ),
+    "mismatch": Command(
+        "megatron_erpd.pipeline.mismatch_command",
+        "mismatch",
+        "do sampler and training engine agree?",
+        "mismatch --rollouts rollouts --log-probs log-probs",
+    ),
     "distill": Command(
         f"{_TRAINING}.train",
         "distill",

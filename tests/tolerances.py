@@ -68,5 +68,7 @@ PROJECTION_KL_FP32 = Tolerance(1e-4)
 GLOBAL_KL = Tolerance(1e-4)
 # Absolute errors of the law of a signal: of K and of the KL, in nats, and so of log q and its normalisation.
 SIGNAL_LAW = Tolerance(0.0, 1e-6)
+# Percentiles from a histogram with 1,000 bins per decade: half a bin.
+HISTOGRAM = Tolerance(1.2e-3)
 
 TOLERANCES: dict[str, Tolerance] = {name: value for name, value in vars().items() if isinstance(value, Tolerance)}

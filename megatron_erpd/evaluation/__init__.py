@@ -2,4 +2,5 @@
 
 - `divergence`: exact divergences of two policies over given sequences
 - `metrics`: the figures and their file · `evaluate`: measuring all of them, for several policies
+- `mismatch`: whether sampler and training engine agree about the sampled tokens
 """

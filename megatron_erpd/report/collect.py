@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.evaluation.mismatch import MISMATCH, Mismatch, read_mismatch
 from megatron_erpd.evaluation.strength import Selection, read_selection
 from megatron_erpd.manifest import MANIFEST, REQUEST, Manifest, read_manifest
 
@@ -112,6 +113,8 @@ class Round:
     """Of the cached target: mean, min and max over the tokens of `eta` and of `target_kl` (in nats)."""
     selection: Selection | None = None
     """How the teacher was chosen among its checkpoints, where it was."""
+    mismatch: Mismatch | None = None
+    """The sampler's log-probs against the training engine's, where precompute has compared them."""
 
     def policy(self, name: str) -> Policy | None:
         return next((p for p in self.policies if p.name == name), None)
@@ -171,7 +174,7 @@ def collect_run(run_dir: str | Path) -> Run:
 
 def summarise(run: Run) -> dict[str, Any]:
     """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), the same in `rounds` (a name and the
-    policies of each evaluated round), `targets`, `selections` and `stages`.
+    policies of each evaluated round), `targets`, `selections`, `mismatches` and `stages`.
 
     Standard errors are the keys that end in `_se`; rewards are means over held-out prompts, divergences are in nats.
     """
@@ -187,12 +190,14 @@ def summarise(run: Run) -> dict[str, Any]:
     }
     targets = {round_.name: round_.target for round_ in run.rounds if round_.target}
     selections = {round_.name: asdict(round_.selection) for round_ in run.rounds if round_.selection}
+    mismatches = {round_.name: round_.mismatch.to_json() for round_ in run.rounds if round_.mismatch}
     return {
         "name": run.name,
         "policies": policies,
         "rounds": [{"name": r.name, "policies": {p.name: p.metrics for p in r.policies}} for r in rounds],
         "targets": targets,
         "selections": selections,
+        "mismatches": mismatches,
         "stages": stages,
         "versions": run.versions,
     }
@@ -227,7 +232,9 @@ def _collect_round(folder: Path) -> Round:
     chosen = folder / "selection"
     selection = read_selection(chosen) if (chosen / MANIFEST).is_file() else None
     curves = [c for c in curves if c.rows]
-    return Round(folder.name, folder, policies, curves, stages, _target(folder / "cache"), selection)
+    log_probs = folder / "base-log-probs"
+    mismatch = read_mismatch(log_probs) if (log_probs / MISMATCH).is_file() else None
+    return Round(folder.name, folder, policies, curves, stages, _target(folder / "cache"), selection, mismatch)
 
 
 def _target(cache: Path) -> dict[str, dict[str, float]]:

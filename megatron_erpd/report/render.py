@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from megatron_erpd.evaluation.mismatch import Mismatch
+from megatron_erpd.evaluation.mismatch_verdicts import Verdict, verdicts, worst_level
 from megatron_erpd.evaluation.strength import Selection
 from megatron_erpd.report import plots
 from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary, write_text
@@ -91,6 +93,10 @@ class RoundView:
     selection: Selection | None
     selection_rows: list[tuple[str, bool, list[str]]]
     """Name, whether it was chosen, and cells: reward, greedy, difference from the base."""
+    mismatch: Mismatch | None
+    verdicts: list[Verdict]
+    """On the mismatch."""
+    worst_verdict: str
     signal: SignalSample | None
     histogram: Picture | None
     answers: list[tuple[str, list[dict[str, Any]]]]
@@ -151,6 +157,9 @@ def _view(run: Run, round_: Round) -> RoundView:
         target=round_.target,
         selection=round_.selection,
         selection_rows=_selection_rows(round_.selection) if round_.selection else [],
+        mismatch=round_.mismatch,
+        verdicts=verdicts(round_.mismatch) if round_.mismatch else [],
+        worst_verdict=worst_level(round_.mismatch) if round_.mismatch else "",
         signal=signal,
         histogram=_picture(histogram, "Histogram of the signal on the tokens of rewarded and unrewarded rollouts"),
         answers=_answers(round_),

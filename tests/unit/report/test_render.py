@@ -8,8 +8,10 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
 from megatron_erpd.report import render_report
 from megatron_erpd.report.render import duration, shortened, size, tint
 from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
@@ -163,3 +165,20 @@ def test_selection_of_the_teacher(tmp_path: Path) -> None:
     summary = json.loads((folder / "report" / "summary.json").read_text())
     assert summary["selections"]["round-01"]["iteration"] == 16
     assert summary["stages"]["round-01/selection"]["recommended_signal"] == "strong"
+
+
+def test_the_mismatch_of_sampler_and_training_engine(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    heading = "Sampler against training engine"
+    assert heading not in render_report(folder).read_text()
+    log_probs = folder / "round-01" / "base-log-probs"
+    log_probs.mkdir()
+    sampler = -np.arange(1.0, 1001) / 100
+    found = measure_mismatch([("a", sampler, sampler - 0.03), ("b", None, sampler)])
+    (log_probs / MISMATCH).write_text(json.dumps(found.to_json()))
+    page = render_report(folder).read_text()
+    assert f"{heading}: look" in Structure(page).headings
+    assert "1,000 tokens of 1 rollouts; 1 rollouts have none" in page
+    assert "<td>1.03</td><td>look</td>" in page and page.count("What to do: check that the rollouts") == 1
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    assert summary["mismatches"]["round-01"]["mult_error"] == pytest.approx(np.exp(0.03))
