@@ -63,12 +63,14 @@ def cache_options(
     hidden_size: int,
     counts: tuple[int, int] | None,
     speed: Speed,
+    reads_hidden: bool = False,
 ) -> list[CacheOption]:
     """The recipe's cache and its alternatives, side by side.
 
     Args:
         policies: whose log-probs the cache holds.
         counts: rollouts and response tokens, where they are known.
+        reads_hidden: stage 2 makes its target of the hidden states, if they are kept.
 
     Returns:
         `token`, `topk float16`, `topk float32`, and the recipe's (else the first) target with hidden states.
@@ -89,7 +91,7 @@ def cache_options(
             keep_hidden=keep_hidden,
             hidden_size=hidden_size,
         )
-        read = _read_by_stage_2(size, kind)
+        read = _read_by_stage_2(size, "hidden." if keep_hidden and reads_hidden else _TABLES[kind])
         name = "token" if kind == "token" else f"topk {dtype}"
         options.append(
             CacheOption(
@@ -106,9 +108,12 @@ def cache_options(
     return options
 
 
-def _read_by_stage_2(size: CacheSize, kind: str) -> CacheSize:
-    """The tables that a training opens: the target, or the log-probs that a signal is made of."""
-    tables = [name for name in size.token_bytes if name == "topk" or kind == "token"]
+_TABLES = {"topk": "topk", "token": "log_probs."}
+
+
+def _read_by_stage_2(size: CacheSize, prefix: str) -> CacheSize:
+    """The tables that a training opens: the target, the log-probs that a signal is made of, or the hidden states."""
+    tables = [name for name in size.token_bytes if name.startswith(prefix)]
     return CacheSize({t: size.token_bytes[t] for t in tables}, {t: size.row_bytes[t] for t in tables})
 
 

@@ -33,7 +33,8 @@ class StageMemory:
         parameters: of one policy, in this process.
         weights, gradients, optimizer: of the policy in training; 0 where none is.
         num_frozen: policies beside it that only run forward.
-        frozen: their weights and, on policy, the sampler's whole model.
+        frozen: their weights; on policy the sampler's whole model; for targets from cached hidden states the output
+            layers of their policies.
         output_layer: a chunk of logits; in training also the fp32 sum of the layer's gradient, which there is unless
             Apex adds it to the buffer of gradients.
     """
@@ -69,6 +70,8 @@ def stage_memory(stage: Stage, shape: ModelShape) -> StageMemory:
     copies = layout.data_parallel * layout.context_parallel if DISTRIBUTED_OPTIMIZER in stage.megatron else 1
     sampler = count_parameters(shape) if stage.command == "train-on-policy" else 0
     num_frozen = frozen_policies(stage)
+    output_layer = _output_layer(shape, layout.tensor_parallel)
+    layers = (num_policies(stage) if reads_hidden(stage) else 0) * output_layer
     return StageMemory(
         stage=stage.name,
         precision=layout.precision,
@@ -77,19 +80,28 @@ def stage_memory(stage: Stage, shape: ModelShape) -> StageMemory:
         gradients=trains * GRADIENT_BYTES * parameters,
         optimizer=-(-trains * OPTIMIZER_BYTES[layout.precision] * parameters // copies),
         num_frozen=num_frozen,
-        frozen=weight_bytes * (num_frozen * parameters + sampler),
-        output_layer=layout.head_chunk_mib * 2**20 + trains * 4 * _output_layer(shape, layout.tensor_parallel),
+        frozen=weight_bytes * (num_frozen * parameters + sampler + layers),
+        output_layer=layout.head_chunk_mib * 2**20 + trains * 4 * output_layer,
     )
 
 
 def frozen_policies(stage: Stage) -> int:
     """Policies that a stage runs forward only: all of precompute's, live teachers, the base of an exact KL."""
-    named = sum(name.startswith("policy-") for name in stage.inputs)
     if stage.command == "precompute":
-        return named + 1
+        return num_policies(stage)
     if stage.command == "train-on-policy":
         return int(stage.settings["kl_coefficient"] > 0)
-    return named + 1 if named else 0
+    return num_policies(stage) if num_policies(stage) > 1 and not reads_hidden(stage) else 0
+
+
+def num_policies(stage: Stage) -> int:
+    """Policies that a stage is given by name, and the base."""
+    return 1 + sum(name.startswith("policy-") for name in stage.inputs)
+
+
+def reads_hidden(stage: Stage) -> bool:
+    """Whether a stage makes its target of hidden states in the cache."""
+    return stage.settings.get("teacher") == "hidden"
 
 
 def uncounted_flags(stages: list[Stage]) -> list[str]:

@@ -24,7 +24,7 @@ from megatron_erpd.pipeline.cache_plan import (
     training_flop,
 )
 from megatron_erpd.pipeline.disk_plan import DiskPlan, disk_plan
-from megatron_erpd.pipeline.memory_plan import StageMemory, frozen_policies, stage_memory, uncounted_flags
+from megatron_erpd.pipeline.memory_plan import StageMemory, frozen_policies, reads_hidden, stage_memory, uncounted_flags
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Imported, Recipe
 from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, dependencies
@@ -227,7 +227,7 @@ def _cache(
     policies = ["base", *(name.removeprefix("policy-") for name in maker.inputs if name.startswith("policy-"))]
     counts = (data.num_rollouts, data.response_tokens) if data else None
     sizes = (shape.vocab_size, shape.hidden_size)
-    options = cache_options(policies, recipe.cache, *sizes, counts, Speed(*speeds))
+    options = cache_options(policies, recipe.cache, *sizes, counts, Speed(*speeds), reads_hidden(reader))
     others = sum(item.bytes or 0 for item in disk.items if item.stage != maker.name and not item.is_there)
     form = "projection" if any(d.form == "projection" for d in recipe.distillations().values()) else "policy_gradient"
     return options, recommendation(form, options, others if disk.is_complete else None, disk.free)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import pytest
 from rich.console import Console
 
 from megatron_erpd import cli
+from megatron_erpd.checkpoint.hf_config import read_model_shape
 from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.pipeline import disk_plan
+from megatron_erpd.pipeline.cache_plan import Speed, cache_options
+from megatron_erpd.pipeline.memory_plan import stage_memory
+from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.resources import Resources, estimate
 from megatron_erpd.pipeline.resources_tables import tables
+from megatron_erpd.settings import PrecomputeSettings
 
 ROOT = Path(__file__).parents[3]
 LLAMA_70B = {
@@ -117,6 +123,26 @@ def test_live_teachers_and_on_policy_samplers_are_counted(plan_of: Callable[...,
     assert memory(found, "controls/grpo")["frozen"] == 2 * PARAMETERS
     assert memory(found, "controls/kl")["frozen"] == 2 * PARAMETERS + 2 * HELD
     assert found.cache == [] and found.recommendation and "none is made" in found.recommendation
+
+
+def test_targets_from_hidden_states(plan_of: Callable[..., Resources]) -> None:
+    recipe = Recipe(
+        name="mine",
+        model="model",
+        rollouts={"prompts": "prompts.jsonl", "verifier": "math-verify"},
+        teacher={},
+        student={"teacher": "live"},
+        layout={"tensor_parallel": 8, "pipeline_parallel": 4, "precision": "bf16"},
+    )
+    live = next(stage for stage in plan(recipe) if stage.name == "student")
+    stage = replace(live, settings={**live.settings, "teacher": "hidden"})
+    found = stage_memory(stage, read_model_shape("model"))
+    assert (found.num_frozen, found.frozen) == (0, 2 * 2 * HEAD)  # output layers of base and teacher
+    speed, sizes = Speed(1000.0, 10.0), (128_256, 8192)
+    for reads_hidden, expected in ((False, 280), (True, 2 * 2 * 8192)):
+        options = cache_options(["base", "teacher"], PrecomputeSettings(), *sizes, None, speed, reads_hidden)
+        assert [option.read_per_token for option in options] == [8, 280, 408, expected]
+        assert options[-1].read_per_second == 10 * expected
 
 
 def test_the_cache_and_its_alternatives(plan_of: Callable[..., Resources]) -> None:
