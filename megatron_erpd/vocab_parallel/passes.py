@@ -156,7 +156,8 @@ def gradient(
             used |= slope[rows] != 0
         if slope is None and kind in (None, "forward_kl"):
             own = out[rows] if out.dtype == normalizer[0].dtype and scale == 1.0 else None
-            block = _probs(logits[rows], scale, normalizer, rows, constant, own)
+            probs, factor = _probs(logits[rows], scale, normalizer, rows, constant, own)
+            block = probs.mul_(factor)
         else:
             block = _gradient_of_log_ratios(
                 *(rows, logits, scale, normalizer, constant, slope, kind, weight, target, target_scale),
@@ -164,7 +165,7 @@ def gradient(
             )
         if kind == "forward_kl":
             assert target is not None and target_normalizer is not None and weight is not None
-            block.sub_(_probs(target[rows], target_scale, target_normalizer, rows, weight))
+            block.addcmul_(*_probs(target[rows], target_scale, target_normalizer, rows, weight), value=-1.0)
         if tokens is not None:
             assert on_token is not None
             used |= on_token[rows] != 0
@@ -184,11 +185,12 @@ def _probs(
     rows: slice,
     factor: Tensor,
     out: Tensor | None = None,
-) -> Tensor:
-    """Probabilities of a block times a factor per row, in `out` or a new tensor, in as few passes as a CPU can."""
+) -> tuple[Tensor, Tensor]:
+    """Two tensors whose product is the probabilities of a block times a factor per row: the first, in `out` or new, is
+    made in as few passes as a CPU can; the second is [c, 1]."""
     maximum, remainder = normalizer
     shifted = torch.sub(_scaled(block, scale, maximum.dtype), maximum[rows].unsqueeze(-1), out=out)
-    return shifted.exp_().mul_((remainder[rows].neg().exp_() * factor[rows]).unsqueeze(-1))
+    return shifted.exp_(), (remainder[rows].neg().exp_() * factor[rows]).unsqueeze(-1)
 
 
 def _gradient_of_log_ratios(
@@ -233,12 +235,12 @@ def _weighted_(values: Tensor, weights: Tensor, excludes: bool) -> Tensor:
 
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Sum over columns of `values * weights`, 0 where the weight is 0 whatever the value; `values` is overwritten."""
-    values.mul_(weights)
-    total = values.sum(dim=-1)
-    # A column that one side excludes makes a NaN; on a CPU looking at the sums costs less than masking every column.
-    if values.device.type != "cpu" or bool(total.isnan().any()):
-        total = values.masked_fill_(weights == 0, 0.0).sum(dim=-1)
-    return total
+    if values.device.type == "cpu":
+        total = torch.linalg.vecdot(values, weights)
+        # A column that one side excludes makes a NaN: looking at the sums costs less than masking every column.
+        if not bool(total.isnan().any()):
+            return total
+    return values.mul_(weights).masked_fill_(weights == 0, 0.0).sum(dim=-1)
 
 
 def _excludes(values: Tensor) -> bool:

@@ -278,6 +278,17 @@ def test_quick_holds_the_headline_and_small_cases() -> None:
     assert len(set(quick)) == len(quick)
 
 
+def test_desk_holds_the_quick_cases_and_every_vocabulary_at_every_size() -> None:
+    desk = cases.desk(2048)
+    assert set(cases.quick(2048)) < set(desk)
+    assert len(set(desk)) == len(desk)
+    assert [case.tp for case in desk] == sorted(case.tp for case in desk)
+    sizes = {(case.vocab, case.tp, case.dtype, case.target) for case in desk if case.tokens == 1024}
+    assert sizes >= {
+        (v, t, d, k) for v in cases.VOCABS for t in cases.TPS for d in cases.DTYPES for k in ("full", "topk")
+    }
+
+
 def test_filters_choose_cases(capsys: pytest.CaptureFixture[str]) -> None:
     def chosen(*arguments: str) -> tuple[list[Case], list[str]]:
         return divergences._choose(divergences._parser().parse_args(arguments))
