@@ -28,7 +28,7 @@ How long does the divergence between a policy and a target take, how much memory
 tensor-parallel ranks? This page is written by
 
 ```bash
-python benchmarks/divergences.py --docs docs            # on a GPU; --desk: within an hour without one; --quick: two minutes
+python benchmarks/divergences.py --docs docs      # on a GPU; --desk: within an hour without one; --quick: two minutes
 ```
 
 which measures all that is compared in one run, in turns, on the same inputs, and makes sure that all compute the same

@@ -105,17 +105,22 @@ def begin_artifact(folder: Path, stage: str, settings: Mapping[str, Any], inputs
     return False
 
 
-def finish_artifact(folder: Path, summary: dict[str, Any] | None = None) -> Manifest:
+def finish_artifact(
+    folder: Path, summary: dict[str, Any] | None = None, checksums: Mapping[str, str] | None = None
+) -> Manifest:
     """Publishes the manifest of what `begin_artifact` was asked for. Call once, when all else is written.
 
     The summary gets `seconds`, the time since the stage began (since it was last taken up, after an interruption).
+
+    Args:
+        checksums: SHA-256 of files that are known, by their path in the folder; the others are read.
     """
     request = read_request(folder)
     if request is None:
         raise StageError(f"{folder}: has no {REQUEST}, so no stage has begun it")
     seconds = round(time.time() - (folder / REQUEST).stat().st_mtime, 1)
     summary = {"seconds": seconds, **(summary or {})}
-    manifest = write_manifest(folder, request.stage, request.settings, request.inputs, summary)
+    manifest = write_manifest(folder, request.stage, request.settings, request.inputs, summary, checksums)
     (folder / REQUEST).unlink()
     return manifest
 
@@ -133,13 +138,24 @@ def read_request(folder: Path) -> Manifest | None:
 
 
 def write_manifest(
-    folder: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], summary: dict[str, Any] | None = None
+    folder: Path,
+    stage: str,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    summary: dict[str, Any] | None = None,
+    checksums: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hashes every file of `folder` and publishes its manifest by rename. Call when all else is written."""
+    """Hashes every file of `folder` (but for known `checksums`) and publishes its manifest by rename. Call when all
+    else is written."""
+    known = checksums or {}
+    names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
     files = {
-        str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_digest(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and _is_content(p.relative_to(folder))
+        str(name): {
+            "size": (folder / name).stat().st_size,
+            "sha256": known.get(str(name)) or file_digest(folder / name),
+        }
+        for name in names
+        if _is_content(name)
     }
     manifest = Manifest(
         stage=stage,
@@ -254,8 +270,9 @@ def file_digest(path: Path) -> str:
 
 
 def _is_content(path: Path) -> bool:
-    """Logs, TensorBoard files, the request and temporary names are no part of an artifact."""
-    return path.parts[0] not in ("logs", "tensorboard", MANIFEST, REQUEST) and path.suffix != ".tmp"
+    """Logs, TensorBoard files, the request, and hidden and temporary names are no part of an artifact."""
+    first = path.parts[0]
+    return first not in ("logs", "tensorboard", MANIFEST, REQUEST) and first[0] != "." and path.suffix != ".tmp"
 
 
 def _version(name: str) -> str:

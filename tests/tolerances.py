@@ -54,6 +54,10 @@ VOCAB_PARALLEL = Tolerance(1e-6, relative_to_max=True)
 VOCAB_PARALLEL_FLOAT64 = Tolerance(1e-10, relative_to_max=True)
 # fp32 results that differ in their last bits, rounded to bf16 or (by Triton's interpreter) cut to it: neighbours.
 BF16_ROUNDING = Tolerance(2**-7, 1e-6)
+# fp32 results that differ in their last bits, rounded to float16, and what is computed from them.
+HALF_PRECISION = Tolerance(2**-9, 1e-3, relative_to_max=True)
+# Entries of a teacher cache as they are read, and the tail: the normaliser is an fp32 number, rounded once.
+STORED_MASS = Tolerance(0.0, 1e-6)
 # bf16 keeps 8 bits.
 BF16 = Tolerance(2e-2, 2e-2)
 # Losses, gradients and weights under another TP, PP, DP or micro-batch size, fp32.

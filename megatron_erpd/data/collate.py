@@ -5,7 +5,7 @@ and predicts (prompt + response)[1:]; `loss_mask[t] = 1` exactly where `labels[t
 positions [P-1, P-1+R). A value per response token (a log-prob, a top-k row) lives at the position that predicts it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RolloutError
+
+_PACKED = (np.float16, np.int16, np.uint8)
 
 
 class TokenSource(Protocol):
@@ -64,13 +66,20 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         moved: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
-                moved[item.name] = value.to(device, non_blocking=non_blocking)
+                moved[item.name] = change(value)
             elif isinstance(value, dict):
-                moved[item.name] = {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+                moved[item.name] = {name: change(tensor) for name, tensor in value.items()}
         return replace(self, **moved)
 
 
@@ -95,7 +104,8 @@ def collate(
             the tensor-parallel size).
         pad_to: a fixed sequence length instead of the longest row's (for pipelines with static shapes).
         token_rows: name -> one array per index, `[R]` or `[R, ...]`, response-aligned, already fetched for `indices`.
-            Floating types become float32, integer types int64.
+            float16, int16 and uint8 stay (what is packed is unpacked on the device); other floating types become
+            float32, other integer types int64.
         seq_rows: name -> `[b]` values, by the same types.
 
     Returns:
@@ -147,10 +157,10 @@ def scatter_response_rows(rows: Sequence[np.ndarray], starts: np.ndarray | Seque
         length: s.
 
     Returns:
-        `[b, s]` or `[b, s, ...]`, float32 or int64, 0 outside the responses. `gather_response_rows` is the inverse.
+        `[b, s]` or `[b, s, ...]`, of `collate`'s types, 0 outside the responses. `gather_response_rows` is the inverse.
     """
     first = np.asarray(rows[0])
-    dtype = np.float32 if first.dtype.kind == "f" else np.int64
+    dtype = first.dtype if first.dtype in _PACKED else np.dtype(np.float32 if first.dtype.kind == "f" else np.int64)
     grid = np.zeros((len(rows), length, *first.shape[1:]), dtype=dtype)
     for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
         grid[b, start : start + len(row)] = row

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_erpd.data.schema import RowProblem
@@ -35,6 +36,18 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """SHA-256 over the vocabulary (token -> id, added tokens included): equal digests, equal meaning of token ids."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
+
+
+def chat_template_digest(folder: Path) -> str | None:
+    """SHA-256 of a Hugging Face folder's chat templates, as text; None where it has none."""
+    found: dict[str, Any] = {}
+    for path in sorted([*folder.glob("chat_template.*"), *folder.glob("additional_chat_templates/*")]):
+        found[path.name] = path.read_text()
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    if template is not None:
+        found[config.name] = template
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else None
 
 
 def encode_prompt(prompt: str | Messages, tokenizer: Tokenizer, *, user_message: bool) -> tuple[str, list[int]]:

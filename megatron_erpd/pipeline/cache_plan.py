@@ -75,8 +75,8 @@ def cache_options(
     Returns:
         `token`, `topk float16`, `topk float32`, and the recipe's (else the first) target with hidden states.
     """
-    topk_dtype: str = getattr(settings, "topk_dtype", "float16")
-    keeps_hidden: bool = getattr(settings, "keep_hidden", False)
+    topk_dtype: str = settings.topk_dtype
+    keeps_hidden = settings.keep_hidden
     asked = (settings.kind, topk_dtype, keeps_hidden)
     float16, float32 = ("topk", "float16", False), ("topk", "float32", False)
     hidden = asked if keeps_hidden else ("topk", topk_dtype, True)

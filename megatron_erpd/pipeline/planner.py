@@ -221,6 +221,10 @@ class _Planner:
         for where, distillation in readers.items():
             if distillation.form == "policy_gradient":
                 wanted |= _policies(distillation.signal, f"{where}.signal", policies)
+            elif distillation.teacher == "hidden":
+                wanted |= _policies(distillation.signal, f"{where}.signal", policies)
+                if not settings.keep_hidden:
+                    raise RecipeError(f"{where}.teacher: hidden reads hidden states; set cache.keep_hidden to true")
             elif settings.kind != "topk":
                 raise RecipeError(f"{where}: the projection reads top-k targets; set cache.kind to topk")
         inputs = {"base": data["base"], "rollouts": data["rollouts"]}
@@ -241,7 +245,7 @@ class _Planner:
         inputs = dict(data)
         if cache and settings.reads_cache:
             inputs["cache"] = cache
-        if settings.reads_live_teacher:
+        if settings.makes_target:
             wanted = _policies(settings.signal, f"{name}: signal", policies)
             inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
         return self._add(name, "distill", settings_to_argv(settings), inputs, output, settings)

@@ -356,7 +356,7 @@ def _override(values: dict[str, Any], text: str) -> None:
 def _inherited(section: Any, cache: Mapping[str, Any]) -> Any:
     if not isinstance(section, Mapping):
         return section
-    live = section.get("teacher") == "live"
+    live = section.get("teacher") in ("live", "hidden")
     gradient = section.get("form") == "policy_gradient"
     projection = ("signal", "delta", "eta_max", "projection_clip")
     wanted = ("signal",) if gradient else projection if live else ()

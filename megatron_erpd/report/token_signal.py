@@ -13,7 +13,7 @@ import torch
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.objectives.signals import SIGNAL_SHORTHANDS, SignalTerm, combine, parse_signal, policies_of
 from megatron_erpd.settings import NO_SIGNAL
-from megatron_erpd.teacher_cache.format import CACHE_FILE, log_probs_column
+from megatron_erpd.teacher_cache.format import CACHE_FILE
 from megatron_erpd.teacher_cache.reader import CacheReader
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def read_signal(
     caches = [
         CacheReader(folder) for path in cache_paths for folder in (path, *sorted(path.glob("*"))) if _is_cache(folder)
     ]
-    rows = {policy: cache for cache in reversed(caches) for policy in _scored_policies(cache)}
+    rows = {policy: cache for cache in reversed(caches) for policy in cache.policies}
     terms = _terms([c.meta.signal for c in caches if c.meta.signal not in (None, NO_SIGNAL)], set(rows))
     if terms is None:
         return None
@@ -98,12 +98,6 @@ def read_signal(
 
 def _is_cache(folder: Path) -> bool:
     return (folder / CACHE_FILE).is_file()
-
-
-def _scored_policies(cache: CacheReader) -> list[str]:
-    """The policies whose log-probs of the response tokens are in the cache."""
-    columns = cache.meta.payload()
-    return [policy for policy in cache.policies if log_probs_column(policy) in columns]
 
 
 def _terms(asked: list[str], policies: set[str]) -> tuple[SignalTerm, ...] | None:

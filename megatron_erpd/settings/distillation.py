@@ -35,11 +35,19 @@ class PrecomputeSettings(Settings):
         default=None, gt=0, description="clip the signal to +- this many nats before the projection; default: no clip"
     )
     k: int = Field(default=64, ge=1, description="topk: entries kept per token; the rest is one exact tail mass")
+    topk_dtype: Literal["float16", "float32"] = Field(
+        default="float16", description="topk: type of the entries' log-probs, 2 or 4 bytes each"
+    )
+    keep_hidden: bool = Field(
+        default=False,
+        description="keep every policy's final hidden states too (2 bytes x hidden size per token and policy): another "
+        "signal, delta or eta_max then needs no forward pass (precompute --hidden)",
+    )
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:
         projection = ("projection", "delta", "eta_max", "projection_clip")
-        refuse_unread(self, "kind: token", (*projection, "k"), self.kind == "topk")
+        refuse_unread(self, "kind: token", (*projection, "k", "topk_dtype"), self.kind == "topk")
         refuse_unread(self, "signal: none", projection, self.signal != NO_SIGNAL)
         return self
 
@@ -63,23 +71,27 @@ class DistillSettings(OptimizerSettings):
     form: Literal["projection", "policy_gradient"] = Field(
         default="projection", description="(B) divergence to q, or (A) token advantages"
     )
-    teacher: Literal["cache", "live"] = Field(
-        default="cache", description="read the cache, or run the teachers beside the student"
+    teacher: Literal["cache", "hidden", "live"] = Field(
+        default="cache",
+        description="read the cache's rows, make the target of its hidden states (projection), or run the teachers "
+        "beside the student (projection)",
     )
     divergence: Literal["forward_kl", "reverse_kl", "js"] = Field(
         default="reverse_kl", description="projection: what is minimised"
     )
     gather_teacher: bool = Field(
-        default=False, description="projection, live: gather the target over the tensor-parallel shards"
+        default=False, description="projection, live or hidden: gather the target over the tensor-parallel shards"
     )
     signal: str = Field(
         default="strong",
-        description="as in precompute; read by policy_gradient (auto: the cache's) and by a live teacher",
+        description="as in precompute; read by policy_gradient (auto: the cache's) and by teacher live or hidden",
     )
-    delta: float = Field(default=0.5, gt=0, description="projection, live: KL budget per token")
-    eta_max: float = Field(default=1.0, gt=0, description="projection, live: largest step along the signal")
+    delta: float = Field(default=0.5, gt=0, description="projection, live or hidden: KL budget per token")
+    eta_max: float = Field(default=1.0, gt=0, description="projection, live or hidden: largest step along the signal")
     projection_clip: float | None = Field(
-        default=None, gt=0, description="projection, live: clip the signal to +- this many nats; default: no clip"
+        default=None,
+        gt=0,
+        description="projection, live or hidden: clip the signal to +- this many nats; default: no clip",
     )
     loss: Literal["ppo", "sapo"] = Field(default="ppo", description="policy_gradient: the surrogate")
     clip_low: float = Field(default=0.9, gt=0, le=1, description="policy_gradient, ppo: lower clip distance from 1")
@@ -115,7 +127,7 @@ class DistillSettings(OptimizerSettings):
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:
-        gradient, live = self.form == "policy_gradient", self.reads_live_teacher
+        gradient, live = self.form == "policy_gradient", self.makes_target
         form = f"form: {self.form}"
         source = form if gradient else f"{form} and teacher: {self.teacher} (the cache's own settings count)"
         refuse_unread(self, form, ("divergence",), not gradient)
@@ -130,9 +142,10 @@ class DistillSettings(OptimizerSettings):
 
     @model_validator(mode="after")
     def _has_a_signal(self) -> Self:
-        if self.reads_live_teacher and self.signal == AUTO_SIGNAL:
+        if self.makes_target and self.signal == AUTO_SIGNAL:
             raise ValueError(
-                "signal: auto is decided where a teacher cache is made, and teacher: live reads none; name the signal"
+                f"signal: auto is decided where a teacher cache is made, and teacher: {self.teacher} reads no signal "
+                "from there; name the signal"
             )
         if self.form != "policy_gradient":
             return self
@@ -142,10 +155,10 @@ class DistillSettings(OptimizerSettings):
             raise ValueError("sign_agreement compares the signal with the advantage, and signal_weight is 0; unset one")
         if self.signal_weight == 0 and self.shuffle_signal:
             raise ValueError("shuffle_signal permutes the signal, and signal_weight is 0; unset one")
-        if self.teacher == "live":
+        if self.teacher != "cache":
             raise ValueError(
-                "teacher: live is for the projection; the policy gradient reads the teacher's log-probs of fixed "
-                "tokens, which never change: precompute them and use teacher: cache"
+                f"teacher: {self.teacher} is for the projection; the policy gradient reads the teacher's log-probs of "
+                "fixed tokens, which never change: precompute them and use teacher: cache"
             )
         return self
 
@@ -155,9 +168,14 @@ class DistillSettings(OptimizerSettings):
         return self.form == "projection" and self.teacher == "live"
 
     @property
+    def makes_target(self) -> bool:
+        """Whether the target is made beside the student, along a signal of the settings' own."""
+        return self.form == "projection" and self.teacher != "cache"
+
+    @property
     def reads_cache(self) -> bool:
         """Whether a teacher cache is read."""
-        return self.needs_teacher and self.teacher == "cache"
+        return self.needs_teacher and self.teacher != "live"
 
     @property
     def needs_teacher(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from megatron_erpd.errors import CacheError
+from megatron_erpd.teacher_cache.packing import MAX_VOCAB_SIZE, high_bytes
 
 _ENTRY_BYTES = {"float16": 2, "float32": 4}
 """A top-k entry's log-prob."""
@@ -19,7 +20,6 @@ _OFFSET_BYTES = 4
 """Of a rollout in each payload column."""
 _INDEX_BYTES = 16
 """Of a rollout in a table's index: hash, part, row."""
-_LARGEST_VOCABULARY = 2**24
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def cache_size(
         raise CacheError(f"kind: {kind!r} isn't one of token, topk")
     if not policies:
         raise CacheError("policies: a cache holds log-probs of at least one; name it")
-    if not 1 <= vocab_size <= _LARGEST_VOCABULARY:
-        raise CacheError(f"vocab_size: {vocab_size} must be between 1 and {_LARGEST_VOCABULARY}")
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise CacheError(f"vocab_size: {vocab_size} must be between 1 and {MAX_VOCAB_SIZE}")
     columns = {f"log_probs.{policy}": [4] for policy in policies}
     if kind == "topk":
         columns["topk"] = _topk_columns(vocab_size, k, topk_dtype)
@@ -107,6 +107,6 @@ def _topk_columns(vocab_size: int, k: int, dtype: str) -> list[int]:
     if k < 1:
         raise CacheError(f"k: {k} must be at least 1")
     k = min(k, vocab_size)
-    high = 0 if vocab_size <= 2**16 else -(-k // 4) if vocab_size <= 2**18 else k
+    high = high_bytes(k, vocab_size)
     scores, tail, normalizer = k * _ENTRY_BYTES[dtype], 4, 4
     return [scores, 2 * k, *([high] if high else []), normalizer, tail]

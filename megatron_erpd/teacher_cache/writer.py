@@ -1,103 +1,152 @@
 """Writing a teacher cache: each writer (a data-parallel rank) its own parts, then one process closes the cache.
 
-    done = prepare_cache(folder, meta, resume=True)         # one process, before the others start
-    with CacheWriter(folder, meta, writer_rank, resume=True) as writer:     # every writer
-        writer.write(sample_id, crc, log_probs={"base": ..., "teacher": ...})
-    finalize(folder, rollouts.sample_ids)                   # one process, after all writers have closed
+    with exclusive(folder):                                     # one process, as long as anybody writes
+        done = prepare_cache(folder, meta)                      # before the writers start
+        with CacheWriter(folder, meta, writer_rank) as writer:  # every writer
+            writer.write_log_probs("base", sample_id, crc, log_probs)
+        finalize(folder, meta, rollouts.sample_ids)             # after all writers have closed
 
-A part is renamed into place only when whole, so a killed run loses at most the part in progress, and what is there can
-be counted on: `prepare_cache` names the rollouts that need no second scoring, whichever ranks scored them.
+Rows are packed, checked and written on a thread of their own; arrays that were given must not change afterwards. A part
+has its name only when it is whole and on disk, so a killed run loses at most the part in progress of each table, and
+what is there can be counted on: `prepare_cache` names the rollouts that each table has, whichever rank wrote them.
 """
 
-import json
+from __future__ import annotations
+
+import fcntl
 import os
-from collections.abc import Collection, Mapping
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from megatron_erpd.data.ragged import list_array
 from megatron_erpd.errors import CacheError
 from megatron_erpd.teacher_cache.format import (
     CACHE_FILE,
+    LOG_PROB_TYPES,
     TOPK,
-    CacheIndex,
     CacheMeta,
-    log_probs_column,
-    open_part,
-    part_meta,
+    hidden_table,
+    log_probs_table,
     part_name,
     parts_in,
 )
+from megatron_erpd.teacher_cache.packing import pack_ids, pack_log_probs
+from megatron_erpd.teacher_cache.parts import Part, payload_crc, write_part
+from megatron_erpd.teacher_cache.statistics import Statistic
 
-# A part is what a killed run can lose; larger parts make fewer files.
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PART_BYTES = 256 * 2**20
-# Total mass of a token's top-k and tail: fp32 sums over 150k entries are within 1e-5, so this catches wrong tensors.
+"""A part is what a killed run can lose; larger parts make fewer files."""
+QUEUE_BYTES = 512 * 2**20
+"""Rows that wait to be written, at most (one row always may)."""
 MASS_TOLERANCE = 1e-3
+"""Of the total mass of a token's top-k and tail: fp32 sums over 150k entries are within 1e-5."""
+LOCK_FILE = ".lock"
 
 
-def prepare_cache(folder: str | Path, meta: CacheMeta, *, resume: bool = False) -> frozenset[str]:
-    """Makes the folder ready for writers; one process calls it, before any `CacheWriter` exists.
-
-    Args:
-        folder: the cache's folder, made if need be.
-        meta: what is going to be written.
-        resume: keep complete parts of an earlier, interrupted run.
-
-    Returns:
-        The sample ids that are already written and need no scoring.
+@contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Holds a cache's folder for one program; the operating system lets go of it when the program ends, however.
 
     Raises:
-        CacheError: the cache is complete; or it holds parts and `resume` is off; or parts written under another `meta`.
+        CacheError: another program holds it (names host and process).
+    """
+    path = Path(folder) / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "a+") as file:
+            _lock(file, folder)
+            if not _is_same(file, path):
+                continue  # the one who held it has removed the file between our opening and locking it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lock(file: TextIO, folder: str | Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise CacheError(
+            f"{folder}: {holder} is writing this cache; wait for it or stop it, and run the same command again"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: parts still can't be written over each other
+
+
+def _is_same(file: TextIO, path: Path) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def prepare_cache(folder: str | Path, meta: CacheMeta) -> dict[str, frozenset[str]]:
+    """Makes the folder ready for writers; one process calls it, before any `CacheWriter` exists.
+
+    Returns:
+        Table -> the sample ids that it has already, from an interrupted run.
+
+    Raises:
+        CacheError: the cache is complete; or a part is damaged or was written under another meta (names the field).
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     if (root / CACHE_FILE).exists():
         raise CacheError(f"{root}: is a complete cache already; delete the folder to compute it again")
-    if not resume and parts_in(root):
-        raise CacheError(f"{root}: holds parts of an earlier run; resume it, or delete the folder to start anew")
-    for leftover in root.glob(".*.tmp"):
+    for leftover in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
         leftover.unlink()
-    return frozenset(name for path in parts_in(root) for name in _part(path, meta)["sample_id"].to_pylist())
+    return {
+        table: frozenset(name for path in parts_in(root / table) for name in _ids(Part(path, table, meta)))
+        for table in meta.tables
+    }
 
 
 class CacheWriter:
-    """Writes one writer's parts of a cache. A context manager; on an error the part in progress is dropped.
+    """Writes one writer's parts of all tables. A context manager; on an error the parts in progress are dropped.
 
     Args:
         folder: as given to `prepare_cache`.
         meta: the same on every writer.
-        writer_rank: which writer this is; each has its own files.
-        resume: number new parts after this writer's earlier ones instead of refusing them.
+        writer_rank: which writer this is; each has its own files, numbered on from those that are there.
         part_bytes: payload after which a part is closed and published.
+
+    Attributes:
+        checksums: `TABLE/part-...` -> SHA-256 of the parts that were published.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        meta: CacheMeta,
-        writer_rank: int = 0,
-        *,
-        resume: bool = False,
-        part_bytes: int = PART_BYTES,
+        self, folder: str | Path, meta: CacheMeta, writer_rank: int = 0, *, part_bytes: int = PART_BYTES
     ) -> None:
         self.meta = meta
+        self.checksums: dict[str, str] = {}
         self._root = Path(folder)
-        self._root.mkdir(parents=True, exist_ok=True)
         self._rank = writer_rank
-        own = [path for path in parts_in(self._root) if path.name.startswith(part_name(writer_rank, 0)[:11])]
-        if own and not resume:
-            raise CacheError(f"{own[0]}: is of an earlier run; pass resume=True, or delete the cache's folder")
-        self._next_part = int(own[-1].stem.rsplit("-", 1)[1]) + 1 if own else 0
         self._part_bytes = part_bytes
-        self._rows: list[dict[str, Any]] = []
-        self._pending_bytes = 0
+        self._tables: dict[str, _Rows] = {}
+        self._layers: dict[str, str] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-cache")
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._waiting_bytes = 0
 
-    def __enter__(self) -> "CacheWriter":
+    def __enter__(self) -> CacheWriter:
         return self
 
     def __exit__(
@@ -105,195 +154,223 @@ class CacheWriter:
     ) -> None:
         if kind is None:
             self.close()
+        else:
+            self.abort()
 
-    def write(
+    def write_log_probs(self, policy: str, sample_id: str, crc: int, log_probs: np.ndarray) -> None:
+        """Adds a rollout's log-probs under a policy.
+
+        Args:
+            policy: one of the meta's.
+            sample_id: the rollout's name.
+            crc: `Rollouts.token_crc` of the tokens that were scored.
+            log_probs: float `[R]`, nats, finite.
+
+        Raises:
+            CacheError: of this or an earlier row: not finite, of another shape, or it could not be written.
+        """
+        self._submit(log_probs_table(policy), sample_id, crc, lambda: _log_probs_row(log_probs), log_probs.nbytes)
+
+    def write_topk(
         self,
         sample_id: str,
         crc: int,
+        /,
         *,
-        log_probs: Mapping[str, np.ndarray] | None = None,
-        topk_indices: np.ndarray | None = None,
-        topk_log_probs: np.ndarray | None = None,
-        tail_log_prob: np.ndarray | None = None,
-        eta: np.ndarray | None = None,
-        target_kl: np.ndarray | None = None,
+        indices: np.ndarray,
+        log_probs: np.ndarray,
+        tail_log_prob: np.ndarray,
+        eta: np.ndarray,
+        target_kl: np.ndarray,
     ) -> None:
-        """Adds one rollout; the arrays are copied, in the stored type.
+        """Adds a rollout's target q.
 
         Args:
-            sample_id: the rollout's name.
-            crc: `Rollouts.token_crc` of the tokens that were scored.
-            log_probs: policy -> `[R]`, nats, finite.
-            topk_indices, topk_log_probs: kind 'topk' besides: `[R, K]`, distinct vocabulary ids and their log q.
+            indices, log_probs: `[R, K]`, distinct vocabulary ids and their log q.
             tail_log_prob: `[R]`, log of the remaining mass, -inf where there is none.
-            eta, target_kl: `[R]`.
+            eta, target_kl: `[R]`; only their statistics are kept.
 
         Raises:
-            CacheError: arrays missing, of other shapes, not finite, ids beyond the vocabulary, or a top-k and tail
-                whose mass isn't 1 (names sample, field and token).
+            CacheError: as `write_log_probs`; ids beyond the vocabulary or twice in a token, or a mass that isn't 1.
         """
-        given: dict[str, Any] = {log_probs_column(policy): row for policy, row in (log_probs or {}).items()}
-        target = {"topk_indices": topk_indices, "topk_log_probs": topk_log_probs, "tail_log_prob": tail_log_prob}
-        target |= {"eta": eta, "target_kl": target_kl}
-        given |= {name: values for name, values in target.items() if values is not None}
-        expected = self.meta.payload()
-        missing = [name for name in expected if given.get(name) is None]
-        unknown = sorted(given.keys() - expected.keys())
-        if missing or unknown:
-            detail = f"missing {missing}" if missing else f"unknown {unknown}"
-            raise CacheError(f"sample {sample_id}: {detail}; a {self.meta.kind!r} cache takes {sorted(expected)}")
-        row = {name: np.asarray(values) for name, values in given.items()}
-        num_tokens = _check_token(sample_id, {name: row[name] for name in map(log_probs_column, self.meta.policies)})
-        if self.meta.kind == TOPK:
-            self._check_topk(sample_id, num_tokens, {name: row[name] for name in target})
-        if num_tokens == 0:
-            raise CacheError(f"sample {sample_id}: no response tokens; a rollout has at least one")
-        # A copy: the caller's rows may be views that keep a whole batch alive, or buffers it fills again.
-        flat = {name: np.array(row[name], dtype=expected[name].to_pandas_dtype()).reshape(-1) for name in expected}
-        self._rows.append({"sample_id": sample_id, "crc": crc, "num_tokens": num_tokens} | flat)
-        self._pending_bytes += sum(values.nbytes for values in flat.values())
-        if self._pending_bytes >= self._part_bytes:
-            self._publish()
+
+        def row() -> dict[str, np.ndarray]:
+            found = _topk_row(self.meta, indices, log_probs, tail_log_prob)
+            described = {"eta": eta, "target_kl": target_kl}
+            for name, values in described.items():
+                _check(name, values, tail_log_prob.shape)
+            for name, values in described.items():
+                self._rows(TOPK).statistics.setdefault(name, Statistic()).add(values)
+            return found
+
+        self._submit(TOPK, sample_id, crc, row, indices.nbytes + log_probs.nbytes)
+
+    def write_hidden(self, policy: str, sample_id: str, crc: int, hidden: Tensor, output_layer: str) -> None:
+        """Adds a rollout's final hidden states, rounded to the meta's type.
+
+        Args:
+            hidden: `[R, h]`, on the CPU, the states from which the response tokens are predicted.
+            output_layer: the digest of the layer that they go into.
+        """
+        self._layers[hidden_table(policy)] = output_layer
+        size = hidden.numel() * hidden.element_size()
+        self._submit(hidden_table(policy), sample_id, crc, lambda: _hidden_row(self.meta, hidden), size)
+
+    def flush(self) -> None:
+        """Publishes the parts in progress; when it returns, every row that was given is on disk."""
+        self._settle(0)
+        for table in self._tables:
+            self._thread.submit(self._publish, table).result()
 
     def close(self) -> None:
-        """Publishes the part in progress. The cache is complete only after `finalize`."""
-        if self._rows:
-            self._publish()
-
-    def _check_topk(self, sample_id: str, num_tokens: int, row: dict[str, np.ndarray]) -> None:
-        shape = (num_tokens, self.meta.k)
-        for name, values in row.items():
-            expected = shape if name.startswith("topk") else shape[:1]
-            if values.shape != expected:
-                raise CacheError(f"sample {sample_id}: {name} has shape {values.shape}, expected {expected}")
-        indices = row["topk_indices"]
-        vocab_size = self.meta.vocab_size
-        if indices.dtype.kind not in "iu" or ((indices < 0) | (indices >= vocab_size)).any():
-            raise CacheError(f"sample {sample_id}: topk_indices must be integer ids in [0, {vocab_size})")
-        _check_finite(sample_id, "eta", row["eta"])
-        _check_finite(sample_id, "target_kl", row["target_kl"])
-        tail = row["tail_log_prob"].astype(np.float64)
-        mass = np.exp(row["topk_log_probs"].astype(np.float64)).sum(-1) + np.exp(tail)
-        bad = np.flatnonzero(~(np.abs(mass - 1) <= MASS_TOLERANCE))
-        if bad.size:
-            detail = f"top-k and tail have mass {mass[bad[0]]:.6f} at token {bad[0]}, expected 1"
-            raise CacheError(f"sample {sample_id}: {detail}; the log-probs aren't those of a normalised target")
-
-    def _publish(self) -> None:
-        target = self._root / part_name(self._rank, self._next_part)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        schema, payload = self.meta.schema(), self.meta.payload()
-        arrays = [
-            list_array([row[field.name] for row in self._rows], payload[field.name])
-            if field.name in payload
-            else pa.array([row[field.name] for row in self._rows], type=field.type)
-            for field in schema
-        ]
+        """`flush`, and the thread ends. The cache is complete only after `finalize`."""
         try:
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-            _sync_and_rename(temporary, target)
+            self.flush()
         finally:
-            temporary.unlink(missing_ok=True)
-        self._next_part += 1
-        self._rows, self._pending_bytes = [], 0
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def abort(self) -> None:
+        """Ends the thread; the parts in progress are dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(
+        self, table: str, sample_id: str, crc: int, row: Callable[[], dict[str, np.ndarray]], size: int
+    ) -> None:
+        if table not in self.meta.tables:
+            raise CacheError(f"sample {sample_id}: this cache has no table {table!r}, only {list(self.meta.tables)}")
+        self._settle(QUEUE_BYTES - size)
+        self._waiting.append((self._thread.submit(self._add, table, sample_id, crc, row), size))
+        self._waiting_bytes += size
+
+    def _settle(self, limit: int) -> None:
+        """Waits until what waits to be written is small enough; an error of the thread comes out here."""
+        while self._waiting and (self._waiting_bytes > limit or self._waiting[0][0].done()):
+            future, size = self._waiting.popleft()
+            self._waiting_bytes -= size
+            future.result()
+
+    def _add(self, table: str, sample_id: str, crc: int, row: Callable[[], dict[str, np.ndarray]]) -> None:
+        try:
+            payload = row()
+        except ValueError as error:
+            raise CacheError(f"sample {sample_id}: {error}") from None
+        rows = self._rows(table)
+        rows.add(sample_id, crc, payload)
+        if rows.size >= self._part_bytes:
+            self._publish(table)
+
+    def _rows(self, table: str) -> _Rows:
+        if table not in self._tables:
+            own = [p for p in parts_in(self._root / table) if p.name.startswith(part_name(self._rank, 0)[:11])]
+            first = int(own[-1].stem.rsplit("-", 1)[1]) + 1 if own else 0
+            self._tables[table] = _Rows(next(iter(self.meta.columns(table))), first)
+        return self._tables[table]
+
+    def _publish(self, table: str) -> None:
+        rows = self._rows(table)
+        if not rows.payload:
+            return
+        facts: dict[str, Any] = {}
+        if rows.statistics:
+            facts["statistics"] = {name: s.to_json() for name, s in rows.statistics.items()}
+        if table in self._layers:
+            facts["output_layer"] = self._layers[table]
+        name = part_name(self._rank, rows.next_part)
+        path = self._root / table / name
+        self.checksums[f"{table}/{name}"] = write_part(path, self.meta.schema(table, facts), rows.keys, rows.payload)
+        self._tables[table] = _Rows(rows.first_column, rows.next_part + 1)
 
 
-def finalize(folder: str | Path, expected_ids: Collection[str] | None = None) -> CacheIndex:
-    """Checks all parts together and writes `cache.json`; one process calls it, after all writers have closed.
+class _Rows:
+    """The rows of a part in the making."""
 
-    Args:
-        folder: the cache's folder.
-        expected_ids: the sample ids that must be there, no more and no fewer; None takes what is there.
+    def __init__(self, first_column: str, next_part: int) -> None:
+        self.first_column = first_column
+        self.next_part = next_part
+        self.keys: dict[str, list[Any]] = {name: [] for name in ("sample_id", "crc", "num_tokens", "payload_crc")}
+        self.payload: list[dict[str, np.ndarray]] = []
+        self.statistics: dict[str, Statistic] = {}
+        self.size = 0
 
-    Raises:
-        CacheError: no parts, a part of another cache, a sample written twice, missing or not expected (names it).
-    """
-    root = Path(folder)
-    paths = parts_in(root)
-    if not paths:
-        raise CacheError(f"{root}: holds no parts; nothing was written")
-    meta = part_meta(open_part(paths[0]), paths[0])
-    seen: dict[str, str] = {}
-    parts, num_tokens = [], 0
-    statistics = {name: _Statistic() for name in (("eta", "target_kl") if meta.kind == TOPK else ())}
-    for path in paths:
-        table = _part(path, meta)
-        for name in table["sample_id"].to_pylist():
-            if name in seen:
-                detail = f"sample {name} is in {seen[name]} and in {path.name}"
-                raise CacheError(f"{root}: {detail}; delete the folder and precompute again")
-            seen[name] = path.name
-        num_tokens += pc.sum(table["num_tokens"]).as_py()
-        for column, statistic in statistics.items():
-            statistic.add(pc.list_flatten(table[column]).to_numpy())
-        parts.append({"name": path.name, "num_rows": table.num_rows, "bytes": path.stat().st_size})
-    _check_expected(root, seen.keys(), expected_ids)
-    summary = {name: statistic.summary() for name, statistic in statistics.items()}
-    index = CacheIndex(meta, parts, num_rows=len(seen), num_tokens=num_tokens, statistics=summary)
-    temporary = root / f".{CACHE_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(index.to_json(), indent=1) + "\n")
-    _sync_and_rename(temporary, root / CACHE_FILE)
-    return index
+    def add(self, sample_id: str, crc: int, payload: dict[str, np.ndarray]) -> None:
+        num_tokens = len(payload[self.first_column])
+        for values, name in zip((sample_id, crc, num_tokens, payload_crc(payload)), self.keys, strict=True):
+            self.keys[name].append(values)
+        self.payload.append({name: values.reshape(-1) for name, values in payload.items()})
+        self.size += sum(values.nbytes for values in payload.values())
 
 
-class _Statistic:
-    """Mean, minimum and maximum of a column, part by part, in float64."""
-
-    def __init__(self) -> None:
-        self._sum, self._count, self._min, self._max = 0.0, 0, np.inf, -np.inf
-
-    def add(self, values: np.ndarray) -> None:
-        self._sum += float(values.sum(dtype=np.float64))
-        self._count += values.size
-        self._min = min(self._min, float(values.min()))
-        self._max = max(self._max, float(values.max()))
-
-    def summary(self) -> dict[str, float]:
-        return {"mean": self._sum / self._count, "min": self._min, "max": self._max}
+def _ids(part: Part) -> list[str]:
+    return part.sample_ids.to_pylist()
 
 
-def _part(path: Path, meta: CacheMeta) -> pa.Table:
-    table = open_part(path)
-    if part_meta(table, path) != meta:
-        detail = "was written with other settings, policies or rollouts than the rest"
-        raise CacheError(f"{path}: {detail}; delete the folder and precompute again")
-    return table
+def _log_probs_row(log_probs: np.ndarray) -> dict[str, np.ndarray]:
+    if log_probs.ndim != 1:
+        raise ValueError(f"log_probs must be flat, got shape {log_probs.shape}")
+    _check("log_probs", log_probs, log_probs.shape)
+    # A copy: the caller's row may be a view that keeps a whole batch alive, or a buffer that is filled again.
+    return {"log_probs": np.array(log_probs, dtype=np.float32)}
 
 
-def _check_expected(root: Path, present: Collection[str], expected: Collection[str] | None) -> None:
-    if expected is None:
-        return
-    wanted = set(expected)
-    missing = [name for name in expected if name not in present]
-    if missing:
-        detail = f"{len(missing)} of {len(wanted)} samples are missing, the first is {missing[0]}"
-        raise CacheError(f"{root}: {detail}; run the precompute stage again, it resumes")
-    extra = [name for name in present if name not in wanted]
-    if extra:
-        detail = f"{len(extra)} samples aren't among the rollouts, the first is {extra[0]}"
-        raise CacheError(f"{root}: {detail}; delete the folder and precompute again")
+def _topk_row(
+    meta: CacheMeta, indices: np.ndarray, log_probs: np.ndarray, tail_log_prob: np.ndarray
+) -> dict[str, np.ndarray]:
+    shape = (len(tail_log_prob), meta.k)
+    for name, values, expected in (
+        ("indices", indices, shape),
+        ("log_probs", log_probs, shape),
+        ("tail_log_prob", tail_log_prob, shape[:1]),
+    ):
+        if values.shape != expected or not len(values):
+            raise ValueError(f"{name} has shape {values.shape}, expected {expected} and at least one token")
+    if indices.dtype.kind not in "iu" or ((indices < 0) | (indices >= meta.vocab_size)).any():
+        raise ValueError(f"indices must be integer ids in [0, {meta.vocab_size})")
+    ordered = np.sort(indices, axis=-1)
+    twice = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=-1))
+    if twice.size:
+        raise ValueError(f"indices name a vocabulary entry twice at token {twice[0]}")
+    tail = tail_log_prob.astype(np.float64)
+    mass = np.exp(log_probs.astype(np.float64)).sum(-1) + np.exp(tail)
+    bad = np.flatnonzero(~(np.abs(mass - 1) <= MASS_TOLERANCE))
+    if bad.size:
+        raise ValueError(
+            f"top-k and tail have mass {mass[bad[0]]:.6f} at token {bad[0]}, expected 1; the log-probs aren't those "
+            "of a normalised target"
+        )
+    low, high = pack_ids(indices.astype(np.int64), meta.vocab_size)
+    scores = pack_log_probs(log_probs, LOG_PROB_TYPES[meta.topk_dtype].to_pandas_dtype())
+    return {
+        "topk_scores": scores.scores,
+        "topk_ids_low": low,
+        **({} if high is None else {"topk_ids_high": high}),
+        "log_normalizer": scores.log_normalizer,
+        "tail_log_prob": tail.astype(np.float32),
+    }
 
 
-def _check_token(sample_id: str, row: dict[str, np.ndarray]) -> int:
-    shapes = {values.shape for values in row.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-        detail = {name: values.shape for name, values in row.items()}
-        raise CacheError(f"sample {sample_id}: log-probs must be flat and equally long, got {detail}")
-    for name, values in row.items():
-        _check_finite(sample_id, name, values)
-    return next(iter(shapes))[0]
+def _hidden_row(meta: CacheMeta, hidden: Tensor) -> dict[str, np.ndarray]:
+    if hidden.dim() != 2 or hidden.shape[1] != meta.hidden_size or not len(hidden):
+        raise ValueError(f"hidden states have shape {tuple(hidden.shape)}, expected [R, {meta.hidden_size}]")
+    import torch
+
+    assert meta.hidden_dtype is not None
+    rounded = hidden.detach().to(getattr(torch, meta.hidden_dtype))
+    bad = (~rounded.isfinite()).any(dim=-1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"hidden states aren't finite at response token {int(bad[0])} in {meta.hidden_dtype}; has the policy "
+            "diverged, or is it the wrong checkpoint?"
+        )
+    bits = rounded.view(torch.int16).numpy().view(np.uint16) if rounded.dtype == torch.bfloat16 else rounded.numpy()
+    return {"hidden": np.array(bits)}
 
 
-def _check_finite(sample_id: str, name: str, values: np.ndarray) -> None:
+def _check(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape or not len(values):
+        raise ValueError(f"{name} has shape {values.shape}, expected {shape} and at least one token")
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        detail = f"{name} is {values[bad[0]]} at response token {bad[0]}"
-        raise CacheError(f"sample {sample_id}: {detail}; has the policy diverged, or is it the wrong checkpoint?")
-
-
-def _sync_and_rename(temporary: Path, target: Path) -> None:
-    """A name that exists is a file that is whole, a power cut included."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+        raise ValueError(
+            f"{name} is {values[bad[0]]} at response token {bad[0]}; has the policy diverged, or is it the wrong "
+            "checkpoint?"
+        )

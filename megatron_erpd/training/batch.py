@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatron_erpd.data.collate import Batch, TokenSource, collate
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, validate_against_vocabulary
 from megatron_erpd.errors import RolloutError
+from megatron_erpd.training.prefetch import prefetch
 
 TokenRow = Callable[[int], np.ndarray]
 """Given a row of the rollouts, its response-aligned array: `[R]`, or `[R, K]` for top-k targets."""
@@ -33,34 +35,68 @@ class BatchSource:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The micro-batch of these rows of the rollouts, on the device."""
+        return _to_device(self._collate(indices))
+
+    def _collate(self, indices: np.ndarray) -> Batch:
+        # Rollout by rollout, since several values of one may come from the same row of a cache.
+        rows = [{name: row(int(i)) for name, row in self.token_rows.items()} for i in indices]
         batch = collate(
             self.rollouts,
             indices,
             pad_token_id=0,
             pad_multiple=self.pad_multiple,
-            token_rows={name: [row(int(i)) for i in indices] for name, row in self.token_rows.items()},
+            token_rows={name: [row[name] for row in rows] for name in self.token_rows},
             seq_rows={name: values[indices] for name, values in self.sequence_rows.items()},
         )
-        return batch.to(platform.device(), non_blocking=True)
+        return batch if platform.is_cpu() else batch.pinned()
 
     def replay(self, order: BatchOrder, consumed: int, micro_batch_size: int, rank: int, size: int) -> Iterator[Batch]:
-        """Endless micro-batches of one data-parallel rank, from where `consumed` rollouts were trained on."""
-        for indices in order.micro_batches(consumed, micro_batch_size, rank, size):
-            yield self.batch(indices)
+        """Endless micro-batches of one data-parallel rank, from where `consumed` rollouts were trained on.
 
-    def once(self, micro_batch_size: int, rank: int, size: int) -> Iterator[Batch]:
-        """Every rollout once, spread over the data-parallel ranks, those of similar length together.
-
-        All ranks yield the same number of batches, since pipeline schedules and collectives count on it: where the
-        rows run out, a rank yields a filler, a batch whose `loss_mask` is all 0.
+        The next ones are read and collated on a thread of their own while the model works on this one.
         """
-        by_length = np.argsort(self.rollouts.lengths, kind="stable")[::-1]
-        groups = [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
-        for position in range(rank, -(-len(groups) // size) * size, size):
-            batch = self.batch(groups[min(position, len(groups) - 1)])
-            if position >= len(groups):
-                batch.loss_mask.zero_()
-            yield batch
+        with closing(
+            prefetch(map(self._collate, order.micro_batches(consumed, micro_batch_size, rank, size)))
+        ) as ahead:
+            for batch in ahead:
+                yield _to_device(batch)
+
+    def once(self, max_tokens: int, rank: int, size: int) -> Iterator[Batch]:
+        """Every rollout once, spread over the data-parallel ranks, those of similar length together, longest first.
+
+        All ranks yield the same number of batches (`num_batches`), since pipeline schedules and collectives count on
+        it: where the rows run out, a rank yields a filler, a batch whose `loss_mask` is all 0.
+
+        Args:
+            max_tokens: of a batch, padding included; a rollout that is longer has a batch of its own.
+        """
+        groups = length_groups(self.rollouts.lengths, max_tokens, self.pad_multiple)
+        own = [min(at, len(groups) - 1) for at in range(rank, -(-len(groups) // size) * size, size)]
+        with closing(prefetch(self._collate(groups[at]) for at in own)) as ahead:
+            for number, batch in enumerate(ahead):
+                if rank + number * size >= len(groups):
+                    batch.loss_mask.zero_()
+                yield _to_device(batch)
+
+
+def length_groups(lengths: np.ndarray, max_tokens: int, pad_multiple: int) -> list[np.ndarray]:
+    """Rows sorted by length, longest first, cut into groups of at most `max_tokens` tokens with padding.
+
+    Args:
+        lengths: `[N]`, prompt and response; a model reads one token less.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    padded = -(-(lengths[order] - 1) // pad_multiple) * pad_multiple
+    groups, start = [], 0
+    while start < len(order):
+        count = max(1, max_tokens // max(1, int(padded[start])))
+        groups.append(order[start : start + count])
+        start += count
+    return groups
+
+
+def _to_device(batch: Batch) -> Batch:
+    return batch.to(platform.device(), non_blocking=True)
 
 
 def open_rollouts(path: Path, vocab_size: int, max_positions: int) -> Rollouts:

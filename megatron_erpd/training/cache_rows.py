@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.data.tokenizers import chat_template_digest
 from megatron_erpd.errors import CacheError, RecipeError
-from megatron_erpd.manifest import input_digest, read_manifest
+from megatron_erpd.manifest import file_digest, input_digest, read_manifest
 from megatron_erpd.settings import NO_SIGNAL
-from megatron_erpd.teacher_cache.reader import CacheReader
+from megatron_erpd.teacher_cache.format import CACHE_FILE, TOPK, hidden_table
+from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
+from megatron_erpd.teacher_cache.reader import CacheReader, Table
 from megatron_erpd.training.batch import TokenRow
+from megatron_erpd.vocab_parallel import TopKTarget
 
 _SHUFFLE = 1
 """Keeps the noise of a permutation apart from other uses of the seed."""
@@ -21,12 +27,25 @@ _SHUFFLE = 1
 def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path]) -> CacheReader:
     """A finished cache that has a matching row for every rollout and was made from these policies.
 
+    Args:
+        policies: name to artifact, `base` among them.
+
     Raises:
-        StageError, CacheError: the cache is unfinished, lacks a rollout, holds other tokens for one, or was made
-            from another policy than the one given.
+        StageError, CacheError: the cache is unfinished or damaged, lacks a rollout, holds other tokens for one, or was
+            made from another policy, with another chat template or at another temperature (names what differs).
     """
-    read_manifest(folder)
+    manifest = read_manifest(folder)
+    if file_digest(folder / CACHE_FILE) != manifest.files.get(CACHE_FILE, {}).get("sha256"):
+        raise CacheError(f"{folder / CACHE_FILE}: differs from what manifest.json recorded; precompute the cache again")
     cache = CacheReader(folder)
+    template = chat_template_digest(policies["base"] / "hf")
+    if cache.meta.chat_template_digest != template:
+        raise CacheError(
+            f"{folder}: chat_template_digest is {cache.meta.chat_template_digest}, the base policy's is {template}; "
+            "precompute the cache again"
+        )
+    if cache.meta.temperature != 1.0:
+        raise CacheError(f"{folder}: temperature is {cache.meta.temperature}, training compares at 1; precompute again")
     cache.require_policies({name: input_digest(path) for name, path in policies.items()})
     cache.check(rollouts)
     return cache
@@ -65,15 +84,38 @@ def shuffled_rows(rows: Mapping[str, TokenRow], rollouts: Rollouts, seed: int) -
 
 
 def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
-    """The parts of the cached target q: indices and log-probs `[R, K]`, log tail mass `[R]`."""
-    if cache.meta.kind != "topk":
+    """The columns of the cached target q as they are stored: they are unpacked on the device (`unpack_target`)."""
+    if cache.meta.kind != TOPK:
         raise CacheError(f"{cache.folder}: is of kind {cache.meta.kind!r}; the projection needs --kind topk")
     ids = rollouts.sample_ids
-    return {
-        "topk_indices": lambda i: cache.topk_row(ids[i])[0],
-        "topk_log_probs": lambda i: cache.topk_row(ids[i])[1],
-        "tail_log_prob": lambda i: cache.topk_row(ids[i])[2],
-    }
+    # A batch asks for the columns of a rollout one after the other: its row is found and checked once.
+    latest: list[tuple[int, dict[str, np.ndarray]]] = [(-1, {})]
+
+    def column(name: str, i: int) -> np.ndarray:
+        if latest[0][0] != i:
+            latest[0] = (i, cache.packed_topk_row(ids[i]))
+        values = latest[0][1][name]
+        return values.view(np.int16) if values.dtype == np.uint16 else values
+
+    return {name: partial(column, name) for name in cache.meta.columns(TOPK)}
+
+
+def hidden_rows(cache: CacheReader, policies: Iterable[str], rollouts: Rollouts) -> dict[str, TokenRow]:
+    """The policies' hidden states `[R, h]` under their tables' names, float16 or the bits of bfloat16 as int16."""
+    ids = rollouts.sample_ids
+
+    def row(table: Table, i: int) -> np.ndarray:
+        values = table.row(ids[i])["hidden"]
+        return values.view(np.int16) if values.dtype == np.uint16 else values
+
+    return {hidden_table(name): partial(row, cache.table(hidden_table(name))) for name in policies}
+
+
+def unpack_target(columns: Mapping[str, Tensor], vocab_size: int) -> TopKTarget:
+    """The target q of some tokens from the stored columns, `[n]` or `[n, width]` each."""
+    ids = unpack_ids(columns["topk_ids_low"], columns.get("topk_ids_high"), vocab_size)
+    log_probs = unpack_log_probs(columns["topk_scores"], columns["log_normalizer"])
+    return TopKTarget(ids, log_probs, columns["tail_log_prob"])
 
 
 def base_topk_rows(cache: CacheReader, rollouts: Rollouts, k: int) -> dict[str, TokenRow]:

@@ -18,6 +18,8 @@ from megatron_erpd.objectives.off_policy import kl_penalty
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.signals import SignalTerm, combine
 from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.teacher_cache.format import hidden_table
+from megatron_erpd.training.cache_rows import unpack_target
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
 from megatron_erpd.training.heads import Hidden, HiddenStates, PolicyHead, TargetOf, at_positions, policy_head
 from megatron_erpd.training.metrics import report, token_mean
@@ -82,8 +84,9 @@ class DistillStep:
 
 def cached_target(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> TopKTarget:
     """q as the cache holds it."""
-    names = ("topk_indices", "topk_log_probs", "tail_log_prob")
-    return TopKTarget(*(at_positions(batch.token_rows[name], positions) for name in names))
+    names = ("topk_scores", "topk_ids_low", "topk_ids_high", "log_normalizer", "tail_log_prob")
+    columns = {name: at_positions(batch.token_rows[name], positions) for name in names if name in batch.token_rows}
+    return unpack_target(columns, shard.vocab_size)
 
 
 def live_base(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> HiddenTarget:
@@ -109,6 +112,31 @@ def live_target(
         clip: bound of the signal, see `base_and_signal`.
     """
     return ProjectedTarget(names, terms, delta, eta_max, clip, positions, outputs, shard)
+
+
+def hidden_target(
+    names: Sequence[str],
+    terms: tuple[SignalTerm, ...],
+    delta: float,
+    eta_max: float,
+    clip: float | None,
+    dtype: torch.dtype,
+    layers: Sequence[Tensor],
+    batch: Batch,
+    positions: Tensor,
+    outputs: Sequence[HiddenStates],
+    shard: VocabShard,
+) -> ProjectedTarget:
+    """As `live_target`, from cached hidden states.
+
+    Args:
+        dtype: of the hidden states, 16 bits per element.
+        layers: each policy's output layer, `[v/tp, h]`, in the order of `names`.
+    """
+    rows = [at_positions(batch.token_rows[hidden_table(name)], positions).view(dtype) for name in names]
+    states = [HiddenStates(row.to(layer.dtype), layer) for row, layer in zip(rows, layers, strict=True)]
+    own = torch.arange(len(positions), device=positions.device)
+    return ProjectedTarget(names, terms, delta, eta_max, clip, own, states, shard)
 
 
 class _Step(NamedTuple):

@@ -269,7 +269,9 @@ class ReplayRun(TrainingRun):
         from megatron.core import mpu
 
         sequence_rows = {"rewards": self.rollouts.rewards, "advantages": self.advantages.values}
-        source = BatchSource(self.rollouts, pad_multiple(self.layout), self.token_rows, sequence_rows)
+        # Losses are computed on the last stage: no other reads the cached rows.
+        token_rows = self.token_rows if mpu.is_pipeline_last_stage() else {}
+        source = BatchSource(self.rollouts, pad_multiple(self.layout), token_rows, sequence_rows)
         order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
         return source.replay(
             order,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError, RolloutError
@@ -22,6 +23,7 @@ from megatron_erpd.training.batch import TokenRow
 from megatron_erpd.training.cache_rows import (
     base_topk_rows,
     check_policies,
+    hidden_rows,
     open_cache,
     parse_policies,
     shuffled_rows,
@@ -124,13 +126,13 @@ def distill(argv: list[str]) -> None:
     cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
     resolved = settings
-    if settings.needs_teacher and settings.teacher == "cache":
+    teacher_cache = None
+    if settings.reads_cache:
         inputs["cache"] = namespace.cache
         teacher_cache = open_cache(namespace.cache, rollouts, policies)
         resolved = _with_recorded_signal(settings, teacher_cache)
         rows |= _cached_rows(resolved, teacher_cache, rollouts)
-    live = settings.teacher == "live" and settings.form == "projection"
-    if live:
+    if settings.makes_target:
         inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
     ReplayRun(
         stage="distill",
@@ -142,9 +144,9 @@ def distill(argv: list[str]) -> None:
         inputs=inputs,
         pass_through=pass_through,
         rollouts=rollouts,
-        make_step=partial(
-            _policy_gradient_step if settings.form == "policy_gradient" else _projection_step, resolved, policies
-        ),
+        make_step=partial(_policy_gradient_step, resolved)
+        if settings.form == "policy_gradient"
+        else partial(_projection_step, resolved, policies, teacher_cache),
         advantages=advantages,
         token_rows=rows,
     ).execute()
@@ -160,15 +162,12 @@ def _add_paths(parser: argparse.ArgumentParser, log_probs_help: str) -> None:
 def _check_teacher_flags(settings: DistillSettings, namespace: argparse.Namespace, policies: dict[str, Path]) -> None:
     if not settings.needs_teacher:
         return
-    if settings.teacher == "cache" and namespace.cache is None:
-        raise RecipeError("--cache: --teacher cache needs the folder that `megatron-erpd precompute` wrote")
-    if settings.teacher == "cache":
-        return
-    if settings.form == "policy_gradient":
+    if settings.reads_cache and namespace.cache is None:
         raise RecipeError(
-            "--teacher live: the policy gradient reads the teacher's log-probs of fixed tokens, which never change; "
-            "precompute them once (--kind token) and give --cache"
+            f"--cache: --teacher {settings.teacher} needs the folder that `megatron-erpd precompute` wrote"
         )
+    if not settings.makes_target:
+        return
     check_policies(policies_of(parse_signal(settings.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
@@ -187,8 +186,15 @@ def _with_recorded_signal(settings: DistillSettings, cache: CacheReader) -> Dist
     return settings.model_copy(update={"signal": cache.meta.signal})
 
 
+def _policies_of_target(settings: DistillSettings) -> list[str]:
+    """The policies that a target which is made beside the student is made of."""
+    return sorted(policies_of(parse_signal(settings.signal)) | {"base"})
+
+
 def _cached_rows(settings: DistillSettings, cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
     """What the cache must hold for the form of stage 2: top-k targets, or log-probs of the signal's policies."""
+    if settings.makes_target:
+        return hidden_rows(cache, _policies_of_target(settings), rollouts)
     if settings.form == "projection":
         return topk_rows(cache, rollouts)
     names = policies_of(parse_signal(settings.signal))
@@ -277,9 +283,7 @@ def _decides() -> bool:
     return mpu.is_pipeline_last_stage() and first
 
 
-def _policy_gradient_step(
-    settings: DistillSettings, policies: dict[str, Path], run: TrainingRun, args: argparse.Namespace
-) -> ForwardStep:
+def _policy_gradient_step(settings: DistillSettings, run: TrainingRun, args: argparse.Namespace) -> ForwardStep:
     from megatron.core import mpu
 
     from megatron_erpd.training.kl_budget import KlBudget
@@ -307,18 +311,29 @@ def _policy_gradient_step(
 
 
 def _projection_step(
-    settings: DistillSettings, policies: dict[str, Path], run: TrainingRun, args: argparse.Namespace
+    settings: DistillSettings,
+    policies: dict[str, Path],
+    cache: CacheReader | None,
+    run: TrainingRun,
+    args: argparse.Namespace,
 ) -> ForwardStep:
-    from megatron_erpd.training.distill_step import DistillStep, cached_target, live_target
+    from megatron_erpd.training.distill_step import DistillStep, cached_target, hidden_target, live_target
+    from megatron_erpd.training.forward_pass import output_layers
     from megatron_erpd.training.model import build_frozen_model, load_weights, model_config
 
     if settings.teacher == "cache":
         return DistillStep(settings.divergence, [], cached_target, args.vocab_size)
-    terms = parse_signal(settings.signal)
-    names = sorted(policies_of(terms) | {"base"})
+    names = _policies_of_target(settings)
+    region = (settings.delta, settings.eta_max, settings.projection_clip)
+    projected = (names, parse_signal(settings.signal), *region)
+    if cache is not None:
+        assert cache.meta.hidden_dtype is not None
+        layers = output_layers(args, {name: policies[name] for name in names}, cache)
+        target = partial(hidden_target, *projected, getattr(torch, cache.meta.hidden_dtype), layers)
+        return DistillStep(settings.divergence, [], target, args.vocab_size, gather=settings.gather_teacher)
     frozen = []
     for name in names:
         frozen.append(build_frozen_model(model_config(args)))
         load_weights(frozen[-1], policies[name])
-    target = partial(live_target, names, terms, settings.delta, settings.eta_max, settings.projection_clip)
+    target = partial(live_target, *projected)
     return DistillStep(settings.divergence, frozen, target, args.vocab_size, gather=settings.gather_teacher)

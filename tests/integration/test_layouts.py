@@ -17,7 +17,7 @@ from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
 from tests.integration.tiny import write_model, write_random_rollouts
-from tests.tolerances import LAYOUT
+from tests.tolerances import HALF_PRECISION, LAYOUT
 
 LAYOUTS = {
     "tp2": (2, ["--tensor-parallel", "2", "--micro-batch-size", "4"]),
@@ -36,6 +36,7 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
     live = ["--teacher", "live", "--policy", f"teacher={reference}/ce"]
     cached = ["--cache", f"{reference}/cache"]
     exact = ["--base-log-probs", f"{reference}/base-rows", "--kl-estimator", "exact"]
+    hidden = ["--cache", f"{reference}/cache-hidden", "--teacher", "hidden", "--policy", f"teacher={reference}/ce"]
     gradient = ["--form", "policy_gradient", "--kl-budget", "0.001"]
     return {
         "train:ce": [*scored, "--loss", "ce"],
@@ -47,6 +48,7 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
         "distill:forward": [*scored, *cached, "--divergence", "forward_kl"],
         "distill:live": [*scored, *live, "--delta", "0.05"],
         "distill:gathered": [*scored, *live, "--delta", "0.05", "--divergence", "js", "--gather-teacher"],
+        "distill:hidden": [*scored, *hidden, "--delta", "0.05"],
         "distill:gradient": [*scored, *cached, *gradient],
         "distill:shuffled": [*scored, *cached, *gradient, "--shuffle-signal"],
     }
@@ -54,12 +56,14 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
 
 def precompute_stages(reference: Path) -> dict[str, list[str]]:
     data = ["--base", f"{reference}/base", "--rollouts", f"{reference}/rollouts.parquet"]
-    target = [*data, "--policy", f"teacher={reference}/ce", "--k", "8", "--delta", "0.002"]
+    policies = [*data, "--policy", f"teacher={reference}/ce"]
+    target = [*policies, "--k", "8", "--delta", "0.002", "--topk-dtype", "float32"]
     return {
         "base-log-probs": [*data, "--kind", "token"],
         "base-rows": [*data, "--signal", "none", "--k", "8"],
         "cache": target,
         "cache-global": [*target, "--projection", "global"],
+        "cache-hidden": [*target, "--keep-hidden"],
     }
 
 
@@ -85,6 +89,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train("train:ce")
     precompute("cache")
     precompute("cache-global")
+    precompute("cache-hidden")
     for name in trained:
         if name != "train:ce":
             train(name)
@@ -130,10 +135,19 @@ def assert_same_training(ours: list[dict[str, Any]], theirs: list[dict[str, Any]
 
 def assert_same_rows(ours: CacheReader, theirs: CacheReader) -> None:
     assert ours.meta.kind == theirs.meta.kind and len(ours) == len(theirs) == 40
-    for name in theirs._rows:
+    assert set(ours.sample_ids()) == set(theirs.sample_ids())
+    half = theirs.meta.topk_dtype == "float16"
+    for name in theirs.sample_ids():
         for policy in theirs.policies:
             np.testing.assert_allclose(ours.token_row(policy, name), theirs.token_row(policy, name), atol=1e-5)
+            if theirs.meta.hidden_size is not None:
+                a, b = ours.hidden_row(policy, name).float(), theirs.hidden_row(policy, name).float()
+                HALF_PRECISION.assert_close(a, b)
         if theirs.meta.kind == "topk":
-            a, b = ours.topk_row(name), theirs.topk_row(name)
-            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
-            np.testing.assert_allclose(ours.target_kl_row(name), theirs.target_kl_row(name), atol=1e-5)
+            for a, b in zip(ours.topk_row(name)[1:], theirs.topk_row(name)[1:], strict=True):
+                (HALF_PRECISION if half or theirs.meta.hidden_size else LAYOUT).assert_close(a, b)
+    for name, values in theirs.statistics.items():
+        for key, value in values.items():
+            # A small KL is a difference of numbers near 1: its error is absolute.
+            tolerance = 1e-2 if theirs.meta.hidden_size else 1e-4
+            assert ours.statistics[name][key] == pytest.approx(value, rel=tolerance, abs=1e-5), f"{name} {key}"

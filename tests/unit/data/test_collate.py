@@ -81,13 +81,17 @@ def test_scatter_and_gather_are_inverse(rollouts: Rollouts) -> None:
     rows = {
         "flat": [rng.normal(size=n).astype(np.float32) for n in lengths],
         "half": [rng.normal(size=n).astype(np.float16) for n in lengths],
+        "double": [rng.integers(0, 9, size=n).astype(np.float64) for n in lengths],
+        "short": [rng.integers(-9, 9, size=(n, 3)).astype(np.int16) for n in lengths],
+        "bytes": [rng.integers(0, 9, size=(n, 2)).astype(np.uint8) for n in lengths],
         "topk": [rng.normal(size=(n, 3)).astype(np.float32) for n in lengths],
         "ids": [rng.integers(0, 9, size=(n, 3)).astype(np.int32) for n in lengths],
     }
     batch = collate(rollouts, indices, pad_token_id=0, pad_multiple=16, token_rows=rows)
     for name, expected in rows.items():
         grid = batch.token_rows[name]
-        assert grid.dtype == (torch.int64 if name == "ids" else torch.float32)
+        kept = {"half": torch.float16, "short": torch.int16, "bytes": torch.uint8, "ids": torch.int64}
+        assert grid.dtype == kept.get(name, torch.float32)
         assert torch.count_nonzero(grid[batch.loss_mask == 0]) == 0
         for got, row in zip(gather_response_rows(grid, batch), expected, strict=True):
             np.testing.assert_array_equal(got, row)

@@ -13,8 +13,7 @@ import numpy as np
 from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
 from megatron_erpd.evaluation.strength import SELECTION, Selection
 from megatron_erpd.manifest import write_manifest
-from megatron_erpd.teacher_cache.format import CacheMeta
-from megatron_erpd.teacher_cache.writer import CacheWriter, finalize, prepare_cache
+from megatron_erpd.teacher_cache import CacheMeta, CacheWriter, finalize, prepare_cache
 
 CHARACTERS = "0123456789+= "
 NUM_STEPS = 64
@@ -135,8 +134,9 @@ def cache(folder: Path, rollouts_folder: Path, rng: random.Random) -> None:
             base = np.array([-rng.random() - 3.5 for _ in range(length)], np.float32)
             signal = np.array([rng.gauss(0.1, 0.2) for _ in range(length)], np.float32)
             signal[2] = -3.0 if data.rewards[i] == 0 else 1.5
-            writer.write(name, data.token_crc(i), log_probs={"base": base, "teacher": base + signal})
-    finalize(folder)
+            writer.write_log_probs("base", name, data.token_crc(i), base)
+            writer.write_log_probs("teacher", name, data.token_crc(i), base + signal)
+    finalize(folder, meta)
     finish(folder, "precompute", 8.0)
 
 

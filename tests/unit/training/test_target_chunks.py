@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,9 @@ from megatron_erpd.data.collate import Batch
 from megatron_erpd.objectives.projection import project_per_token
 from megatron_erpd.objectives.signals import combine, parse_signal
 from megatron_erpd.settings import PrecomputeSettings
-from megatron_erpd.training import distill_step, model, precompute
+from megatron_erpd.training import distill_step
 from megatron_erpd.training.heads import HiddenStates, response_positions
+from megatron_erpd.training.scores import Scores, hidden_rows, hidden_states
 from megatron_erpd.vocab_parallel import VocabShard, chunks
 from tests.tolerances import FP32, PROJECTION_KL_FP32
 
@@ -51,12 +50,6 @@ MASK = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=t
 TRAINED = MASK > 0
 
 
-@pytest.fixture(autouse=True)
-def last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "vocab_shard", lambda *_: SHARD)
-    monkeypatch.setattr(model, "unwrap", lambda _: SimpleNamespace(post_process=True))
-
-
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_live_target(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, batch = make_logits(), make_batch(MASK)
@@ -80,22 +73,22 @@ def test_live_target(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("eta", [None, 0.3])
 def test_cached_target(clip: float | None, eta: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = PrecomputeSettings(delta=0.2, projection_clip=clip, k=4)
-    scores = precompute.Scores(settings, ["base", "teacher"], None, VOCAB)
+    scores = Scores(settings, ["base", "teacher"], SHARD)
     scores.eta = eta
     logits, batch = make_logits(), make_batch(MASK)
     expected = dense(logits, clip)
     for budget in BUDGETS:
         monkeypatch.setattr(chunks, "CHUNK_BYTES", budget)
-        rows = scores.rows(batch, states(logits))
-        assert [len(row) for row in rows["topk_indices"]] == [3, 3, 0]
+        rows = scores.target(batch, states(logits)) | {"teacher": scores.log_probs(batch, states(logits)[1])}
+        assert [len(row) for row in rows["indices"]] == [3, 3, 0]
         found = {name: torch.from_numpy(np.concatenate(values)) for name, values in rows.items()}
-        assert found["topk_indices"].shape == (6, 4)
+        assert found["indices"].shape == (6, 4)
         if eta is None:
             PROJECTION_KL_FP32.assert_close(found["eta"], expected.eta.T[TRAINED])
             PROJECTION_KL_FP32.assert_close(found["target_kl"], expected.kl.T[TRAINED])
             top = expected.log_probs.transpose(0, 1)[TRAINED].topk(4)
-            assert torch.equal(found["topk_indices"], top.indices)
-            PROJECTION_KL_FP32.assert_close(found["topk_log_probs"], top.values)
+            assert torch.equal(found["indices"], top.indices)
+            PROJECTION_KL_FP32.assert_close(found["log_probs"], top.values)
         else:
             assert torch.equal(found["eta"], torch.full((6,), eta))
         whole = logits[1][..., :VOCAB].log_softmax(-1).transpose(0, 1)
@@ -105,15 +98,28 @@ def test_cached_target(clip: float | None, eta: float | None, monkeypatch: pytes
 
 def test_base_rows_without_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
-    scores = precompute.Scores(PrecomputeSettings(signal="none", k=4), ["base"], None, VOCAB)
+    scores = Scores(PrecomputeSettings(signal="none", k=4), ["base"], SHARD)
     base = make_logits()[0]
-    rows = scores.rows(make_batch(torch.ones(B, S)), states([base]))
+    rows = scores.target(make_batch(torch.ones(B, S)), states([base]))
     expected = base[..., :VOCAB].log_softmax(-1).transpose(0, 1).topk(4).values
-    FP32.assert_close(torch.from_numpy(np.stack(rows["topk_log_probs"])), expected)
+    FP32.assert_close(torch.from_numpy(np.stack(rows["log_probs"])), expected)
     assert not np.stack(rows["eta"]).any() and not np.stack(rows["target_kl"]).any()
 
 
 def test_a_batch_of_fillers_has_no_rows() -> None:
-    scores = precompute.Scores(PrecomputeSettings(k=4), ["base", "teacher"], None, VOCAB)
-    rows = scores.rows(make_batch(torch.zeros(B, S)), states(make_logits()))
+    """Nor has a context-parallel rank any that holds no response token."""
+    scores = Scores(PrecomputeSettings(k=4), ["base", "teacher"], SHARD)
+    rows = scores.target(make_batch(torch.zeros(B, S)), states(make_logits()))
+    rows["teacher"] = scores.log_probs(make_batch(torch.zeros(B, S)), states(make_logits())[1])
     assert all(len(row) == 0 for values in rows.values() for row in values)
+
+
+def test_hidden_states_on_the_grid_and_off_it() -> None:
+    batch, weight = make_batch(MASK), torch.zeros(VOCAB, 4)
+    whole = torch.randn(B, S, 4)
+    found = hidden_rows(batch, HiddenStates(whole.transpose(0, 1).flatten(0, 1), weight))
+    expected = [whole[b][MASK[b] > 0] for b in range(B)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    again = hidden_states(batch, found, weight)
+    assert torch.equal(again.rows[response_positions(batch)], whole.transpose(0, 1)[MASK.T > 0])
+    assert not again.rows[MASK.T.flatten() == 0].any()

@@ -1,0 +1,97 @@
+"""Top-k entries in few bytes: half-precision scores with an exact normaliser, and vocabulary ids of 16, 18 or 24 bits.
+
+Scores are log-probs relative to the token's largest, so that half precision spends its digits where the mass is. The
+normaliser is chosen after rounding: entries as they are read and the tail add up to 1 again.
+
+    log q[token_k] = topk_scores[k] - log_normalizer
+
+An id's low 16 bits are in one column; what is above them, in another that small vocabularies don't need: two bits of
+four entries in a byte (entry 4 i in the lowest bits), or a byte each above 2^18 entries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # what opens or writes a cache needs no torch
+    from torch import Tensor
+
+LOW_BITS = 16
+PACKED_VOCAB_SIZE = 2**18
+"""The largest vocabulary whose ids take 18 bits."""
+MAX_VOCAB_SIZE = 2**24
+
+
+def high_bytes(k: int, vocab_size: int) -> int:
+    """Bytes per token of `topk_ids_high`."""
+    if vocab_size <= 2**LOW_BITS:
+        return 0
+    return -(-k // 4) if vocab_size <= PACKED_VOCAB_SIZE else k
+
+
+def pack_ids(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Vocabulary ids `[R, K]` as uint16 `[R, K]` and uint8 `[R, high_bytes]` (None where it is 0)."""
+    low = (ids & 0xFFFF).astype(np.uint16)
+    width = high_bytes(ids.shape[-1], vocab_size)
+    if width == 0:
+        return low, None
+    high = (ids >> LOW_BITS).astype(np.uint8)
+    if vocab_size > PACKED_VOCAB_SIZE:
+        return low, high
+    padded = np.zeros((len(ids), width * 4), dtype=np.uint8)
+    padded[:, : ids.shape[-1]] = high
+    fours = padded.reshape(len(ids), width, 4)
+    return low, fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
+
+
+def unpack_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
+    """The inverse, on any device.
+
+    Args:
+        low: int16 `[..., K]`, the bits of uint16 (torch computes little with uint16 itself).
+        high: uint8 `[..., high_bytes]` or None.
+
+    Returns:
+        int64 `[..., K]`.
+    """
+    import torch
+
+    ids = low.long() & 0xFFFF
+    if high is None:
+        return ids
+    if vocab_size <= PACKED_VOCAB_SIZE:
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=high.device)
+        high = ((high.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., : low.shape[-1]]
+    return ids | (high.long() << LOW_BITS)
+
+
+class Scores(NamedTuple):
+    """Scores `[R, K]` in the stored type, and the fp32 normaliser `[R]` that makes log-probs of them."""
+
+    scores: np.ndarray
+    log_normalizer: np.ndarray
+
+
+def pack_log_probs(log_probs: np.ndarray, dtype: np.dtype | type) -> Scores:
+    """Log-probs `[R, K]` as scores relative to the largest, and what their normaliser is after rounding."""
+    exact = log_probs.astype(np.float64)
+    largest = exact.max(axis=-1, keepdims=True)
+    largest = np.where(np.isfinite(largest), largest, 0.0)  # a token whose whole mass is in the tail
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scores = (exact - largest).astype(dtype)
+        normalizer = _logsumexp(scores.astype(np.float64)) - _logsumexp(exact)
+    # Without any mass in the entries every normaliser is right.
+    return Scores(scores, np.nan_to_num(normalizer, nan=0.0).astype(np.float32))
+
+
+def unpack_log_probs(scores: Tensor, log_normalizer: Tensor) -> Tensor:
+    """fp32 `[..., K]` log-probs, nats."""
+    return scores.float() - log_normalizer.float().unsqueeze(-1)
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    largest = values.max(axis=-1)
+    shift = np.where(np.isfinite(largest), largest, 0.0)
+    return shift + np.log(np.exp(values - shift[..., None]).sum(axis=-1))

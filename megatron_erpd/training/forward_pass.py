@@ -1,0 +1,214 @@
+"""Running fixed rollouts through a frozen policy, and reading what an earlier pass left."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.errors import CacheError
+from megatron_erpd.settings import Layout
+from megatron_erpd.teacher_cache.format import hidden_table
+from megatron_erpd.teacher_cache.reader import CacheReader
+from megatron_erpd.training.batch import BatchSource, length_groups
+from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch
+from megatron_erpd.training.heads import Hidden, HiddenStates
+from megatron_erpd.training.run import pad_multiple
+from megatron_erpd.training.scores import hidden_states, output_layer_digest
+
+_REPORT_SECONDS = 10.0
+
+
+class Stored(Protocol):
+    """Hidden states on disk: a finished cache's, or those of a cache in the making."""
+
+    def hidden_row(self, policy: str, sample_id: str) -> Tensor: ...
+
+
+def max_tokens(layout: Layout, rollouts: Rollouts) -> int:
+    """Tokens of a batch, with padding: a micro-batch of the longest rollouts, which a training has to hold as well."""
+    multiple = pad_multiple(layout)
+    longest = -(-(int(rollouts.lengths.max()) - 1) // multiple) * multiple
+    return layout.micro_batch_size * longest
+
+
+def run_forward(
+    model: Any,
+    rollouts: Rollouts,
+    layout: Layout,
+    tokens: int,
+    consume: Callable[[Batch, HiddenStates], None],
+    what: str,
+) -> None:
+    """Every rollout once through a policy; on last pipeline stages `consume` gets each batch and its hidden states.
+
+    Args:
+        tokens: of a batch at most, padding included.
+        what: is done, for the lines that tell how far it is.
+    """
+    from megatron.core import mpu
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_erpd.training.policies import forward_stage, join
+
+    size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    source = BatchSource(rollouts, pad_multiple(layout), {}, {})
+    groups = length_groups(rollouts.lengths, tokens, source.pad_multiple)
+    progress = Progress(what, sum(len(group) for group in groups[index::size]))
+
+    def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
+        batch = next(data_iterator)
+        outputs = forward_stage([model], slice_batch(batch, *context_parallel_rank()), [Hidden()])
+
+        def collect(output: Tensor, non_loss_data: bool = True) -> None:
+            if not is_filler(batch):
+                consume(batch, outputs[0])
+                progress.add(rollouts.lengths[batch.row_indices.cpu().numpy()])
+
+        return join(outputs, model), collect
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=source.once(tokens, index, size),
+            model=model,
+            num_microbatches=-(-len(groups) // size),
+            seq_length=int(rollouts.lengths.max()),
+            micro_batch_size=layout.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def run_stored(
+    stored: Stored,
+    layers: Mapping[str, Tensor],
+    rollouts: Rollouts,
+    layout: Layout,
+    tokens: int,
+    consume: Callable[[Batch, Sequence[HiddenStates]], None],
+    what: str,
+) -> None:
+    """The same from stored hidden states, without a forward pass; other than last pipeline stages have nothing to do.
+
+    Args:
+        layers: policy to its output layer, in the order in which `consume` gets the hidden states.
+    """
+    from megatron.core import mpu
+
+    if not mpu.is_pipeline_last_stage():
+        return
+    source = BatchSource(rollouts, pad_multiple(layout), {}, {})
+    progress = Progress(what, -(-len(rollouts) // mpu.get_data_parallel_world_size()))
+    with torch.no_grad():
+        for batch in source.once(tokens, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()):
+            if not is_filler(batch):
+                consume(batch, [from_store(stored, name, batch, rollouts, layers[name]) for name in layers])
+                progress.add(rollouts.lengths[batch.row_indices.cpu().numpy()])
+
+
+def from_store(stored: Stored, policy: str, batch: Batch, rollouts: Rollouts, weight: Tensor) -> HiddenStates:
+    """A policy's hidden states of a batch, this context-parallel rank's."""
+    ids = rollouts.sample_ids
+    rows = [stored.hidden_row(policy, ids[i]) for i in batch.row_indices.tolist()]
+    return hidden_states(batch, rows, weight, context_parallel_rank())
+
+
+def is_filler(batch: Batch) -> bool:
+    """Whether the batch only fills up a rank's number of batches (see `BatchSource.once`); the same on all ranks that
+    work on it together."""
+    return not bool(batch.loss_mask.any())
+
+
+class Progress:
+    """Lines on how far the first data-parallel rank is, every ten seconds, from the one process that knows."""
+
+    def __init__(self, what: str, num_rows: int) -> None:
+        from megatron.core import mpu
+
+        self._speaks = (
+            mpu.is_pipeline_last_stage()
+            and mpu.get_tensor_model_parallel_rank() == 0
+            and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+        )
+        self._ranks = mpu.get_data_parallel_world_size()
+        self._what, self._total = what, num_rows
+        self._rows = self._tokens = 0
+        self._start = self._latest = time.monotonic()
+
+    def add(self, lengths: np.ndarray) -> None:
+        """Counts rollouts that are done, by their lengths in tokens."""
+        self._rows += len(lengths)
+        self._tokens += int(lengths.sum())
+        now = time.monotonic()
+        if self._speaks and now - self._latest > _REPORT_SECONDS:
+            self._latest = now
+            rate = self._ranks * self._tokens / (now - self._start)
+            print(f"{self._what}: {self._rows} of {self._total} rollouts, {rate:,.0f} tokens/s", flush=True)
+
+
+def output_weight(model: Any) -> Tensor:
+    """This rank's part of the output layer, `[v/tp, h]`, of a model of the last pipeline stage."""
+    from megatron_erpd.training.model import unwrap
+
+    core = unwrap(model)
+    shared = core.share_embeddings_and_output_weights
+    return core.shared_embedding_or_output_weight() if shared else core.output_layer.weight
+
+
+def load_output_layer(model: Any, artifact: Path) -> None:
+    """Loads of a policy's weights the output layer alone into a model of the last pipeline stage; collective."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_erpd.checkpoint.iterations import iteration_folder, latest_iteration
+    from megatron_erpd.training.model import unwrap
+
+    core, checkpoint = unwrap(model), artifact / "megatron"
+    names = ("output_layer.", "embedding.word_embeddings.")
+    wanted = {name: value for name, value in core.sharded_state_dict().items() if name.startswith(names)}
+    folder = iteration_folder(checkpoint, latest_iteration(checkpoint))
+    loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
+    core.load_state_dict({name: value for name, value in loaded.items() if value is not None}, strict=False)
+
+
+def output_layers(args: argparse.Namespace, policies: Mapping[str, Path], cache: CacheReader) -> list[Tensor]:
+    """Each policy's output layer, `[v/tp, h]`, for a cache's hidden states; none before the last pipeline stage.
+
+    Raises:
+        CacheError: the hidden states belong to another output layer.
+    """
+    from megatron.core import mpu
+
+    from megatron_erpd.training.model import build_frozen_model, model_config, vocab_shard
+
+    model, layers = build_frozen_model(model_config(args)), []
+    for name, folder in policies.items():
+        load_output_layer(model, folder)
+        if mpu.is_pipeline_last_stage():
+            layers.append(output_weight(model).detach().clone())
+            check_output_layer(cache, name, output_layer_digest(layers[-1], vocab_shard(model, args.vocab_size)))
+    return layers
+
+
+def check_output_layer(cache: CacheReader, policy: str, digest: str) -> None:
+    """Raises `CacheError` unless a cache's hidden states of a policy belong to this output layer."""
+    found = cache.table(hidden_table(policy)).facts.get("output_layer")
+    if found != digest:
+        raise CacheError(
+            f"{cache.folder}: output_layer of policy {policy!r} is {found}, the checkpoint's is {digest}: the hidden "
+            "states are of another policy; precompute again with --keep-hidden"
+        )
+
+
+def share_of(rows: np.ndarray, lengths: np.ndarray, number: int, count: int) -> np.ndarray:
+    """One of `count` parts of `rows` with about equal numbers of tokens and lengths of every kind, ascending."""
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    return np.sort(by_length[number::count])
