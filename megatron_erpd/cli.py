@@ -47,7 +47,9 @@ COMMANDS: dict[str, Command] = {
     "status": Command(_HERE, "status", "where a run stands", "status runs/quickstart"),
     "plan": Command(_HERE, "plan", "what a run will need: memory, cache, disk", "plan recipe.yaml --tensor-parallel 2"),
     "report": Command(_COMMANDS, "report", "write the report of a run", "report runs/quickstart"),
-    "verify": Command(_COMMANDS, "verify", "check that artifacts are whole", "verify runs/quickstart"),
+    "verify": Command(
+        "megatron_erpd.pipeline.verify_command", "verify", "check that artifacts are whole", "verify runs/quickstart"
+    ),
     "import": Command(
         f"{_TRAINING}.convert",
         "import_checkpoint",

@@ -19,12 +19,10 @@ from typing import Any
 
 from megatron_erpd.errors import ErpdError, RecipeError, StageError
 from megatron_erpd.manifest import (
-    MANIFEST,
     begin_artifact,
     finish_artifact,
     input_digest,
     read_manifest,
-    verify_manifest,
 )
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
@@ -227,27 +225,6 @@ def report(argv: list[str]) -> None:
     from megatron_erpd.report.render import render_report
 
     print(render_report(given.run))
-
-
-def verify(argv: list[str]) -> None:
-    """Checks that artifacts are whole: every file there, of the size and content that its manifest recorded."""
-    parser = _parser("verify", verify.__doc__, "runs/quickstart")
-    parser.add_argument("folder", type=Path, nargs="+", help="an artifact, or a folder that holds artifacts (a run)")
-    given = parser.parse_args(argv)
-    problems: list[str] = []
-    for folder in given.folder:
-        artifacts = sorted(path.parent for path in folder.rglob(MANIFEST))
-        if not artifacts:
-            problems.append(f"{folder}: holds no artifact; give a folder that a stage wrote")
-        for artifact in artifacts:
-            try:
-                manifest = verify_manifest(artifact)
-            except StageError as error:
-                problems.append(str(error))
-            else:
-                print(f"{artifact}: {manifest.stage}, {len(manifest.files)} files, whole")
-    if problems:
-        raise StageError("\n".join(problems))
 
 
 _OTHER_RANKS_WAIT = 3.0

@@ -154,7 +154,9 @@ def gradient(
             used |= weight[rows] != 0
         if slope is not None:
             used |= slope[rows] != 0
-        if slope is None and kind in (None, "forward_kl"):
+        if slope is None and kind is None:
+            block = _log_probs(logits[rows], scale, normalizer, rows).exp_().mul_(constant[rows].unsqueeze(-1))
+        elif slope is None and kind == "forward_kl":
             own = out[rows] if out.dtype == normalizer[0].dtype and scale == 1.0 else None
             probs, factor = _probs(logits[rows], scale, normalizer, rows, constant, own)
             block = probs.mul_(factor)
@@ -235,12 +237,11 @@ def _weighted_(values: Tensor, weights: Tensor, excludes: bool) -> Tensor:
 
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Sum over columns of `values * weights`, 0 where the weight is 0 whatever the value; `values` is overwritten."""
-    if values.device.type == "cpu":
-        total = torch.linalg.vecdot(values, weights)
-        # A column that one side excludes makes a NaN: looking at the sums costs less than masking every column.
-        if not bool(total.isnan().any()):
-            return total
-    return values.mul_(weights).masked_fill_(weights == 0, 0.0).sum(dim=-1)
+    total = values.mul_(weights).sum(dim=-1)
+    # A column that one side excludes makes a NaN; on a CPU looking at the sums costs less than masking every column.
+    if values.device.type != "cpu" or bool(total.isnan().any()):
+        total = values.masked_fill_(weights == 0, 0.0).sum(dim=-1)
+    return total
 
 
 def _excludes(values: Tensor) -> bool:

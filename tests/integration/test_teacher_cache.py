@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from megatron_erpd.errors import CacheError, RecipeError, StageError
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import REPOSITORY, RankError, run_ranks
 from tests.integration.stages import Stages, make_round, run_stages
+from tests.integration.tiny import write_random_rollouts
 from tests.tolerances import HALF_PRECISION, LAYOUT
 
 TARGET = ["--k", "8", "--delta", "0.05", "--topk-dtype", "float32"]
@@ -133,6 +135,39 @@ def test_slices_make_the_same_cache(made: Path, tmp_path: Path) -> None:
     student = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--epochs", "0.2"]
     student += ["--base-log-probs", f"{made}/base-log-probs", "--cache", f"{tmp_path}/cache", "--micro-batch-size", "8"]
     run_ranks(run_stages, 1, [("distill", [*student, "--global-batch-size", "8", "--output", f"{tmp_path}/student"])])
+
+
+def test_verify_looks_at_every_row(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_erpd.pipeline.verify_command import verify
+
+    shutil.copytree(made / "hidden", tmp_path / "cache")
+    verify([f"{tmp_path}/cache", "--rollouts", f"{made}/rollouts.parquet"])
+    assert "precompute, " in capsys.readouterr().out
+    write_random_rollouts(tmp_path / "others.parquet", 3, seed=5)
+    with pytest.raises(StageError, match="sample"):
+        verify([f"{tmp_path}/cache", "--rollouts", f"{tmp_path}/others.parquet"])
+    # A number changed in a row, and all checksums of files made to fit.
+    part = next((tmp_path / "cache" / "log_probs.teacher").glob("part-*"))
+    content = bytearray(part.read_bytes())
+    value = np.array(CacheReader(made / "hidden").token_row("teacher", rows_in(part)[0])[:1]).tobytes()
+    content[content.index(value)] ^= 1
+    before = hashlib.sha256(part.read_bytes()).hexdigest()
+    part.write_bytes(content)
+    for name in ("cache.json", "manifest.json"):
+        path = tmp_path / "cache" / name
+        path.write_text(path.read_text().replace(before, hashlib.sha256(content).hexdigest()))
+        if name == "cache.json":
+            record = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+            record["files"][name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            (tmp_path / "cache" / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(StageError, match=r"log_probs\.teacher/part-.*isn't what was written"):
+        verify([f"{tmp_path}/cache"])
+
+
+def rows_in(part: Path) -> list[str]:
+    import pyarrow as pa
+
+    return pa.ipc.open_file(part).get_batch(0).column("sample_id").to_pylist()
 
 
 def test_slices_of_another_teacher_are_refused(made: Path, tmp_path: Path) -> None:
@@ -267,8 +302,6 @@ def test_two_programs_on_one_folder(made: Path, tmp_path: Path) -> None:
 def test_a_cache_of_something_else_is_not_trained_on(
     field: str, value: Any, message: str | None, made: Path, tmp_path: Path
 ) -> None:
-    import hashlib
-
     shutil.copytree(made / "whole", tmp_path / "cache")
     path, manifest = tmp_path / "cache" / "cache.json", tmp_path / "cache" / "manifest.json"
     changed, record = json.loads(path.read_text()), json.loads(manifest.read_text())
