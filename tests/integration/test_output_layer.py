@@ -30,7 +30,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training += ["--global-batch-size", "20", "--micro-batch-size", "10", "--learning-rate", "1e-3"]
     stages = [("train", [*data, *training, "--output", f"{folder}/teacher"])]
     for name in ("plain", "triton"):
-        flags = ["--k", "4", "--delta", "0.05", *VARIANTS[name], "--output", f"{folder}/cache-{name}"]
+        flags = [
+            "--k",
+            "4",
+            "--delta",
+            "0.05",
+            "--topk-dtype",
+            "float32",
+            *VARIANTS[name],
+            "--output",
+            f"{folder}/cache-{name}",
+        ]
         stages.append(("precompute", [*data, *policy, *flags]))
     run_ranks(run_stages, 1, stages)
     return folder
@@ -57,7 +67,7 @@ def test_students(made: Path, tmp_path: Path) -> None:
 
 def test_caches(made: Path) -> None:
     plain, triton = (CacheReader(made / f"cache-{name}") for name in ("plain", "triton"))
-    for name in plain._rows:
+    for name in plain.sample_ids():
         for policy in ("base", "teacher"):
             LAYOUT.assert_close(triton.token_row(policy, name).tolist(), plain.token_row(policy, name).tolist())
         LAYOUT.assert_close(triton.topk_row(name).log_probs.tolist(), plain.topk_row(name).log_probs.tolist())

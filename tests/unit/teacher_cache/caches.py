@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.data.rollouts import Rollouts, write_rollouts
+from megatron_erpd.data.schema import Rollout
 from megatron_erpd.manifest import file_digest
 from megatron_erpd.teacher_cache import CacheMeta, CacheReader, CacheWriter, finalize
 from megatron_erpd.teacher_cache.parts import payload_crc
@@ -29,6 +30,21 @@ TOPK_META = replace(
     topk_dtype="float32",
 )
 HIDDEN_META = replace(TOPK_META, topk_dtype="float16", hidden_size=HIDDEN, hidden_dtype="bfloat16")
+
+
+def write_random_rollouts(path: Path) -> None:
+    """Twelve, of one to eight response tokens."""
+    rng = np.random.default_rng(0)
+    rows = [
+        Rollout(
+            prompt_token_ids=rng.integers(0, VOCAB, rng.integers(1, 5)),
+            response_token_ids=rng.integers(0, VOCAB, rng.integers(1, 9)),
+            group_id=i // 4,
+            reward=float(i % 2),
+        )
+        for i in range(12)
+    ]
+    write_rollouts(path, rows, {"tokenizer_digest": "tok"})
 
 
 def log_probs_of(policy: str, i: int, size: int) -> np.ndarray:

@@ -1,10 +1,16 @@
-"""The size of a cache against numbers worked out by hand."""
+"""The size of a cache against numbers worked out by hand, and against files."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from megatron_erpd.errors import CacheError
+from megatron_erpd.teacher_cache import CacheMeta, CacheWriter, finalize
 from megatron_erpd.teacher_cache.sizes import cache_size
 
 QWEN, LLAMA2, GEMMA = 151_936, 32_000, 262_208
@@ -48,13 +54,55 @@ def test_hidden_states_of_two_policies() -> None:
 
 
 def test_what_no_cache_can_be() -> None:
-    for match, values in {
+    cases: dict[str, dict[str, Any]] = {
         "kind: 'topq'": {"kind": "topq"},
         "policies": {"policies": []},
         "vocab_size: 16777217": {"vocab_size": 2**24 + 1},
         "topk_dtype: 'bfloat16'": {"topk_dtype": "bfloat16"},
         "k: 0": {"k": 0},
         "hidden_size": {"keep_hidden": True},
-    }.items():
+    }
+    for match, values in cases.items():
         with pytest.raises(CacheError, match=match):
-            cache_size(**{"policies": ["base"], "kind": "topk", "vocab_size": QWEN, **values})  # type: ignore[arg-type]
+            cache_size(**{"policies": ["base"], "kind": "topk", "vocab_size": QWEN, **values})
+
+
+NUM_ROWS, NUM_TOKENS, WIDTH = 300, 1024, 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 300 rollouts of 1,024 response tokens, V = 151,936, K = 64, in parts of 32 MiB."""
+    meta = CacheMeta(
+        "topk", ("base",), {"base": "b" * 64}, QWEN, signal="strong", projection={"delta": 0.5}, k=64,
+        tokenizer_digest="t" * 64, chat_template_digest="c" * 64, hidden_size=WIDTH, hidden_dtype="bfloat16",
+    )  # fmt: skip
+    root = tmp_path_factory.mktemp("sizes")
+    rng = np.random.default_rng(0)
+    log_probs = -np.sort(rng.exponential(size=(NUM_TOKENS, 64)))
+    log_probs += np.log(0.9) - np.log(np.exp(log_probs).sum(-1, keepdims=True))
+    indices = np.argsort(rng.random((NUM_TOKENS, 2374)), axis=-1)[:, :64] * 64
+    target = {"indices": indices, "log_probs": log_probs, "tail_log_prob": np.full(NUM_TOKENS, np.log(0.1))}
+    described = {"eta": np.ones(NUM_TOKENS), "target_kl": np.ones(NUM_TOKENS)}
+    hidden = torch.from_numpy(rng.normal(size=(NUM_TOKENS, WIDTH)))
+    with CacheWriter(root, meta, part_bytes=32 * 2**20) as writer:
+        for i in range(NUM_ROWS):
+            key = f"{i:032x}", i
+            writer.write_log_probs("base", *key, log_probs[:, 0])
+            writer.write_topk(*key, **target, **described)
+            writer.write_hidden("base", *key, hidden, "d" * 64)
+    finalize(root, meta)
+    return root
+
+
+@pytest.mark.parametrize(("table", "payload"), [("log_probs.base", 4), ("topk", 280), ("hidden.base", 2 * WIDTH)])
+def test_files_are_as_large_as_predicted(table: str, payload: int, folder: Path) -> None:
+    """Everything in a table's folder: the payload is as it should be, and all else is little."""
+    files = sum(path.stat().st_size for path in (folder / table).iterdir())
+    size = cache_size(["base"], "topk", vocab_size=QWEN, keep_hidden=True, hidden_size=WIDTH)
+    predicted = size.row_bytes[table] * NUM_ROWS + size.token_bytes[table] * NUM_ROWS * NUM_TOKENS
+    assert size.token_bytes[table] == payload
+    assert files == pytest.approx(predicted, rel=0.01)
+    per_token = files / (NUM_ROWS * NUM_TOKENS)
+    print(f"{table}: {per_token:.4f} bytes per token, {per_token / payload - 1:.3%} more than the payload")
+    assert per_token < payload * (1.02 if payload == 4 else 1.002)

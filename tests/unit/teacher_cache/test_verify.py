@@ -83,7 +83,7 @@ def test_no_part_stays_open(tmp_path: Path, rollouts: Rollouts, monkeypatch: pyt
     assert len(list((tmp_path / STATES).glob("part-*"))) >= 8 and 1 <= most[0] <= 3
 
 
-Damage = Callable[[Path, Rollouts], None]
+Damage = Callable[[Path, Rollouts], object]
 
 
 def flip(name: str) -> Damage:
@@ -184,7 +184,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "truncated": (lambda f, _: (f / TARGET / PART).write_bytes((f / TARGET / PART).read_bytes()[:-50]), "is damaged"),
     "missing": (lambda f, _: (f / TARGET / PART).unlink(), f"{TARGET}/{PART}: is listed in cache.json but missing"),
     "not listed": (
-        lambda f, _: shutil.copy(f / TARGET / PART, f / TARGET / "part-00007-00000.arrow") and None,
+        lambda f, _: shutil.copy(f / TARGET / PART, f / TARGET / "part-00007-00000.arrow"),
         "part-00007-00000.arrow: isn't listed in cache.json, nobody reads it; delete it",
     ),
     "index missing": (lambda f, _: (f / BASE / "index.arrow").unlink(), "index.arrow: is damaged"),
