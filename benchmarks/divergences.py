@@ -41,7 +41,7 @@ from benchmarks import cases as grids  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.page import QUIET, Run, write_page  # noqa: E402
 from benchmarks.ranks import Job, Measured, run_ranks  # noqa: E402
-from benchmarks.records import Figures, Record  # noqa: E402
+from benchmarks.records import Figures, Record, read_json  # noqa: E402
 from benchmarks.tables import print_tables  # noqa: E402
 from benchmarks.targets import TARGETS  # noqa: E402
 
@@ -67,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for line in left_out:
         console.print(f"skipped: {line}", highlight=False, soft_wrap=True)
+    earlier = _earlier(options.add, run, chosen)
     figures = Figures()
     try:
         _measure(run, chosen, figures, console)
+        figures.add(earlier)
     finally:  # also of a run that was stopped
         if options.json and figures.records:
             figures.write_json(options.json)
@@ -95,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure, a list of records")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write DIR/performance.md and DIR/images/")
+    parser.add_argument(
+        "--add",
+        type=Path,
+        metavar="FILE",
+        help="what --json wrote in an earlier run on this device: its cases that this run doesn't measure",
+    )
     sizes = parser.add_argument_group("filters (each takes several values)")
     sizes.add_argument("--vocab", type=int, nargs="+", help=f"columns in all; default: {_listed(grids.VOCABS)}")
     sizes.add_argument("--tokens", type=int, nargs="+", help=f"default: {_listed(grids.TOKENS)}")
@@ -169,6 +177,20 @@ def _choose(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
     uneven = [case for case in found if case.vocab % case.tp]
     lines = [f"V={case.vocab:,} isn't a multiple of TP {case.tp}" for case in uneven]
     return [case for case in found if case not in uneven], list(dict.fromkeys(lines))
+
+
+def _earlier(path: Path | None, run: Run, chosen: list[Case]) -> list[Record]:
+    """The records of an earlier run for cases that this one leaves out."""
+    if path is None:
+        return []
+    try:
+        found = read_json(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--add {path}: can't be read ({error!r}); give what --json wrote") from None
+    foreign = {record.device_name for record in found} - {run.device_name}
+    if foreign:
+        raise SystemExit(f"--add {path}: was measured on {', '.join(sorted(foreign))}, this is {run.device_name}")
+    return [record for record in found if record.case not in chosen]
 
 
 def _measure(run: Run, chosen: list[Case], figures: Figures, console: Console) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ class Record:
         }
         return {**first, **fields, **counts, **calls}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """The inverse of `as_json`."""
+        case = Case(**{item.name: values[item.name] for item in dataclasses.fields(Case)})
+        own = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
+        calls = {name: tuple(values[name]) for name in ("calls_forward", "calls_backward")}
+        return cls(**{**own, **calls, "case": case, "passed": values["pass"]})
+
 
 class Figures:
     """Records, and how they compare within their case."""
@@ -118,6 +126,11 @@ class Figures:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(record.as_json()) for record in self.records)
         path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> list[Record]:
+    """The records that `write_json` wrote."""
+    return [Record.from_json(values) for values in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def seconds_text(seconds: float) -> str:

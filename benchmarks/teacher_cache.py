@@ -26,6 +26,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -268,7 +269,13 @@ def training_rate(root: Path, sizes: Sizes) -> float:
 
 def disk_and_rows(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
     """An epoch of two data-parallel ranks, each a process of its own."""
-    files = [path for name in ("cache", "base-log-probs") for path in (root / name).rglob("*.arrow")]
+    # Copies: what a process has mapped stays in the page cache, and this one has read the originals.
+    cold = root / "cold"
+    for name in ("cache", "base-log-probs"):
+        shutil.copytree(root / name, cold / name)
+    os.link(root / "rollouts.parquet", cold / "rollouts.parquet")
+    tables = ("base-log-probs/log_probs.base", "cache/topk")
+    files = [path for table in tables for path in (cold / table).iterdir()]
     total = sum(path.stat().st_size for path in files)
     for path in files:
         with open(path, "rb") as file:
@@ -276,18 +283,18 @@ def disk_and_rows(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
-        found = pool.starmap(_epoch_of_rank, [(root, rank, 2) for rank in range(2)], chunksize=1)
-    read, fetched = sum(f[0] for f in found), sum(f[1] for f in found)
+        found = pool.starmap(_epoch_of_rank, [(cold, rank, 2) for rank in range(2)], chunksize=1)
+    loaded, fetched = sum(f[0] for f in found), sum(f[1] for f in found)
     rows = 2 * 2 * (sizes.num_rollouts // 2)  # of two tables
     return [
         Figure(
             "read from disk in an epoch",
-            read / 1e6,
+            loaded / 1e6,
             "MB",
             "the files",
-            read / total,
+            loaded / total,
             "at most once",
-            read <= 1.1 * total,
+            0.5 * total <= loaded <= 1.1 * total,
         ),
         Figure("rows fetched in an epoch", fetched, "rows", "rows there are", fetched / rows, "once", fetched == rows),
     ]

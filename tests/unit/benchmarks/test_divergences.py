@@ -29,7 +29,7 @@ from benchmarks.implementations import (
 )
 from benchmarks.inputs import Context, make_inputs
 from benchmarks.measure import MemoryMeter, SavedTensors
-from benchmarks.records import Figures, Record, bytes_text, seconds_text
+from benchmarks.records import Figures, Record, bytes_text, read_json, seconds_text
 from benchmarks.tables import rows
 from benchmarks.targets import TARGETS
 from megatron_erpd.vocab_parallel import LiveTarget, divergence
@@ -287,6 +287,26 @@ def test_desk_holds_the_quick_cases_and_every_vocabulary_at_every_size() -> None
     assert sizes >= {
         (v, t, d, k) for v in cases.VOCABS for t in cases.TPS for d in cases.DTYPES for k in ("full", "topk")
     }
+
+
+def test_records_survive_json_and_add_to_a_later_run(tmp_path: Path) -> None:
+    run = divergences._describe(divergences._parser().parse_args([]), [])
+    case = HEADLINE
+    other = dataclasses.replace(case, tokens=7)
+    records = [
+        Record("ours", c, "forward", run.device, run.device_name, 2, 3, 0.5, 0.4, 0.6, 7, 8, 9, ("sum",), (), 0.25)
+        for c in (case, other)
+    ]
+    Figures(records).write_json(tmp_path / "f.json")
+    assert read_json(tmp_path / "f.json") == records
+    assert divergences._earlier(tmp_path / "f.json", run, [case]) == records[1:]
+    foreign = [dataclasses.replace(records[0], device_name="another")]
+    Figures(foreign).write_json(tmp_path / "foreign.json")
+    with pytest.raises(SystemExit, match="was measured on another"):
+        divergences._earlier(tmp_path / "foreign.json", run, [case])
+    (tmp_path / "broken.json").write_text("[{}]")
+    with pytest.raises(SystemExit, match="give what --json wrote"):
+        divergences._earlier(tmp_path / "broken.json", run, [case])
 
 
 def test_filters_choose_cases(capsys: pytest.CaptureFixture[str]) -> None:
