@@ -62,8 +62,13 @@ def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Ten
     padded = torch.cat([weight, torch.full((PADDED - VOCAB_SIZE, HIDDEN), 3.0, dtype=torch.float64)])
     own = padded[shard.start : shard.end].float().requires_grad_()
     top = topk_with_tail(base.log(), k)
-    rows = {"topk_indices": top.indices, "topk_log_probs": top.log_probs, "tail_log_prob": top.tail_log_prob}
-    rows = {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
+    # As the cache holds them, for a vocabulary of 16 bits.
+    rows = {
+        "topk_scores": top.log_probs.float() + 2.0,
+        "topk_ids_low": top.indices.short(),
+        "log_normalizer": torch.full_like(LOSS_MASK, 2.0),
+        "tail_log_prob": top.tail_log_prob.float(),
+    }
     rows["old_log_probs"] = torch.zeros_like(LOSS_MASK)
     advantages = torch.zeros(len(LOSS_MASK))
     batch = Batch(labels, labels, labels, LOSS_MASK, torch.arange(3), rows, {"rewards": advantages})
