@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +19,8 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.objectives.global_eta import eta_grid, kl_curve, solve_global_eta
 from megatron_erpd.settings import Layout, PrecomputeSettings
-from megatron_erpd.teacher_cache.format import TOPK, CacheMeta, hidden_table, log_probs_table, parts_in
-from megatron_erpd.teacher_cache.parts import differences, publish
+from megatron_erpd.teacher_cache.format import TOPK, CacheMeta, hidden_table, log_probs_table
+from megatron_erpd.teacher_cache.parts import differences
 from megatron_erpd.teacher_cache.reader import CacheReader, UnfinishedHidden
 from megatron_erpd.teacher_cache.writer import CacheWriter, prepare_cache
 from megatron_erpd.training.arguments import rank
@@ -108,9 +107,9 @@ class CachePasses:
 
     def run(self) -> None:
         """All passes; when it returns, every row is on disk."""
-        if self._given is not None and rank() == 0:
-            _take_tables(self._given, self.meta, self.output)
         self._missing = self._find_missing(self.output, self.meta)
+        if self._given is not None:
+            self._take_log_probs(self._given)
         for rows in self._rows_of_passes():
             self._pass(rows)
         if rank() == 0:
@@ -171,6 +170,21 @@ class CachePasses:
         from megatron_erpd.training.model import unwrap
 
         return unwrap(self._model).config
+
+    def _take_log_probs(self, given: CacheReader) -> None:
+        """The log-probs of the given cache, which are the same here; the first rank writes them."""
+        tables = [log_probs_table(name) for name in self.names]
+        if rank() == 0:
+            with CacheWriter(self.output, self.meta) as writer:
+                for name, table in zip(self.names, tables, strict=True):
+                    for i in np.flatnonzero(self._missing[table]).tolist():
+                        sample = self.rollouts.sample_ids[i]
+                        row = given.token_row(name, sample)
+                        writer.write_log_probs(name, sample, self.rollouts.token_crc(i), row)
+            self.checksums |= writer.checksums
+        torch.distributed.barrier()
+        for table in tables:
+            self._missing[table][:] = False
 
     # A pass
 
@@ -372,22 +386,3 @@ def _open_hidden(folder: Path, meta: CacheMeta, rollouts: Rollouts) -> CacheRead
         raise CacheError(f"{folder}: {'; '.join(differing)}; run the forward passes again, without --hidden")
     cache.check(rollouts, [table(name) for name in meta.policies for table in (hidden_table, log_probs_table)])
     return cache
-
-
-def _take_tables(given: CacheReader, meta: CacheMeta, output: Path) -> None:
-    """The log-probs of the given cache, which are the same here: the same files under a second name, or copies."""
-    for name in meta.policies:
-        table = log_probs_table(name)
-        source, target = given.table(table), output / table
-        if parts_in(target):
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        for number in range(source.num_parts):
-            path = source.part(number).path
-            copy = target / f".part-00000-{number:05d}.arrow.{os.getpid()}.tmp"
-            try:
-                os.link(path, copy)
-            except OSError:
-                shutil.copyfile(path, copy)
-            publish(copy, target / f"part-00000-{number:05d}.arrow")
-            copy.unlink(missing_ok=True)

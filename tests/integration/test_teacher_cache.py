@@ -207,6 +207,13 @@ def test_another_target_needs_no_forward_pass(made: Path, tmp_path: Path) -> Non
     assert_close_rows(tmp_path / "tp2", tmp_path / "passes")
 
 
+def test_hidden_states_of_more_rollouts_serve_a_slice(made: Path, tmp_path: Path) -> None:
+    given = [*policies(made), *TARGET, "--hidden", f"{made}/hidden", "--output", f"{tmp_path}/cache"]
+    stages: Stages = [("precompute", [*given, "--slice", f"{i}/2"]) for i in (1, 2)]
+    run_ranks(run_stages, 1, [*stages, ("precompute", [*given, "--merge-slices"])])
+    assert_close_rows(tmp_path / "cache", made / "hidden")
+
+
 def _precompute_without_forward(rank: int, world_size: int, argv: list[str]) -> int:
     from megatron_erpd.training import policies as running
 
