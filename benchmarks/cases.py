@@ -158,7 +158,7 @@ def desk(hidden: int) -> list[Case]:
         *quick(hidden),
         *(_case("logits", "full", kind, HEADLINE_VOCAB, HEADLINE_TOKENS, 1, "fp32", hidden) for kind in KINDS),
         *(_case("logits", target, "forward_kl", vocab, 1024, tp, dtype, hidden) for tp, vocab, dtype, target in wide),
-        *(_case("logits", "full", "forward_kl", 32_000, count, 1, "fp32", hidden) for count in (2048, 4096, 8192)),
+        *(_case("logits", "full", "forward_kl", 32_000, count, 1, "fp32", hidden) for count in TOKENS[1:]),
     ]
     return sorted(dict.fromkeys(found), key=lambda case: case.tp)
 

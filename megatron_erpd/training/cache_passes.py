@@ -64,7 +64,6 @@ class CachePasses:
 
     Attributes:
         checksums: of the parts that this run has written, on every rank, after `run`.
-        eta: of a global projection, after `run`.
     """
 
     def __init__(
@@ -100,11 +99,6 @@ class CachePasses:
         self._writer: CacheWriter | None = None
         self._scratch: CacheWriter | None = None
 
-    @property
-    def eta(self) -> float | None:
-        """Of a global projection, on last pipeline stages after `run`."""
-        return None if self._scores is None else self._scores.eta
-
     def run(self) -> None:
         """All passes; when it returns, every row is on disk."""
         self._missing = self._find_missing(self.output, self.meta)
@@ -112,7 +106,7 @@ class CachePasses:
             self._take_log_probs(self._given)
         for rows in self._rows_of_passes():
             self._pass(rows)
-        if rank() == 0:
+        if rank() == 0:  # left by a run that was killed after its last pass
             shutil.rmtree(self.output / SCRATCH, ignore_errors=True)
 
     # What is missing, and in how many passes
@@ -249,7 +243,7 @@ class CachePasses:
         if len(chosen):
             stored = store() if is_live and len(self.names) > 1 else None
             rollouts = self.rollouts.select(chosen)
-            consume = partial(self._consume, name, chosen, rollouts, stores, stored if is_live else None, is_live)
+            consume = partial(self._consume, name, chosen, rollouts, stores, stored, is_live)
             run_forward(self._model, rollouts, self.layout, self._tokens, consume, f"precompute {name}")
         self._flush()
         tables = [log_probs_table(name), *([hidden_table(name)] if stores else []), *([TOPK] if is_live else [])]

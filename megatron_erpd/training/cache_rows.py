@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,8 @@ def parse_policies(items: Iterable[str]) -> dict[str, Path]:
         name, found, folder = item.partition("=")
         if not found or not name or not folder:
             raise RecipeError(f"--policy {item}: write NAME=DIR, for example teacher=runs/mine/teacher")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise RecipeError(f"--policy {item}: a name may hold letters, digits, _, - and . (it becomes a folder's)")
         if name == "base" or name in policies:
             raise RecipeError(f"--policy {item}: {name!r} is given twice (base comes from --base)")
         policies[name] = Path(folder)

@@ -20,12 +20,14 @@ from megatron_erpd.errors import CacheError
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
 from megatron_erpd.manifest import MANIFEST, begin_artifact, finish_artifact, input_digest, verify_manifest
 from megatron_erpd.teacher_cache.finalize import finalize
-from megatron_erpd.teacher_cache.format import CacheMeta, read_index
+from megatron_erpd.teacher_cache.format import CacheIndex, CacheMeta, read_index
 from megatron_erpd.teacher_cache.parts import differences
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.arguments import rank
 from megatron_erpd.training.cache_passes import CachePasses
 
+_BEGIN = ".begin"
+"""Locked while a job takes the folder of the whole."""
 _FOLDER = re.compile(r"slice-(\d{4})-of-(\d{4})")
 
 
@@ -57,7 +59,7 @@ def begin_whole(output: Path, identity: Mapping[str, Any], inputs: Mapping[str, 
     if rank() > 0:
         return
     output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".begin", "w") as file:
+    with open(output / _BEGIN, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         begin_artifact(output, "precompute", identity, {name: input_digest(path) for name, path in inputs.items()})
 
@@ -78,14 +80,11 @@ def close_cache(passes: CachePasses, summary: dict[str, Any]) -> None:
     """`cache.json` and the manifest, on the first rank; the others wait for it."""
     from megatron_erpd.training.model import synchronize
 
-    eta = _from_last_stage(passes.eta)
     synchronize()
     if rank() == 0:
         index = finalize(passes.output, passes.meta, passes.rollouts.sample_ids, passes.checksums)
-        more = {} if eta is None else {"eta": eta}
-        figures = {**summary, **more, "num_rows": index.num_rows, "num_tokens": index.num_tokens, **index.statistics}
         write_mismatch(passes.output, passes.rollouts)
-        finish_artifact(passes.output, figures, _checksums(index.to_json()))
+        finish_artifact(passes.output, _figures(summary, index), _checksums(index))
     synchronize()
 
 
@@ -117,9 +116,9 @@ def merge_slices(output: Path, meta: CacheMeta, rollouts: Rollouts, summary: dic
             raise CacheError(f"{folder}: was made from something else: {'; '.join(differing)}; run its job again")
         checksums |= {f"{folder.name}/{name}": str(record["sha256"]) for name, record in manifest.files.items()}
     index = finalize(output, meta, rollouts.sample_ids, checksums, folders)
-    figures = {**summary, "num_rows": index.num_rows, "num_tokens": index.num_tokens, **index.statistics}
     write_mismatch(output, rollouts)
-    finish_artifact(output, {**figures, "slices": count}, checksums)
+    finish_artifact(output, {**_figures(summary, index), "slices": count}, checksums)
+    (output / _BEGIN).unlink(missing_ok=True)
 
 
 def write_mismatch(output: Path, rollouts: Rollouts) -> None:
@@ -136,16 +135,9 @@ def write_mismatch(output: Path, rollouts: Rollouts) -> None:
     (output / MISMATCH).write_text(json.dumps(found.to_json(), indent=1) + "\n")
 
 
-def _checksums(index: Mapping[str, Any]) -> dict[str, str]:
-    return {part["name"]: part["sha256"] for table in index["tables"].values() for part in table["parts"]}
+def _figures(summary: Mapping[str, Any], index: CacheIndex) -> dict[str, Any]:
+    return {**summary, "num_rows": index.num_rows, "num_tokens": index.num_tokens, **index.statistics}
 
 
-def _from_last_stage(value: float | None) -> float | None:
-    """A value that last pipeline stages have, on every rank of their pipelines."""
-    import torch
-    from megatron.core import mpu
-
-    box = [value]
-    last = mpu.get_pipeline_model_parallel_last_rank()
-    torch.distributed.broadcast_object_list(box, last, mpu.get_pipeline_model_parallel_group())
-    return box[0]
+def _checksums(index: CacheIndex) -> dict[str, str]:
+    return {part["name"]: part["sha256"] for table in index.tables.values() for part in table.parts}

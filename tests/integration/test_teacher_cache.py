@@ -129,6 +129,7 @@ def test_slices_make_the_same_cache(made: Path, tmp_path: Path) -> None:
     run_ranks(run_stages, 2, [("precompute", [*argv, "--slice", "2/3", "--tensor-parallel", "2"])])
     run_ranks(run_stages, 1, merge)
     assert_close_rows(tmp_path / "cache", made / "whole")
+    assert not [path.name for path in (tmp_path / "cache").rglob(".*")]
     settings = [json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "cache", made / "whole")]
     assert settings[0]["settings"] == settings[1]["settings"] and settings[0]["inputs"] == settings[1]["inputs"]
     # Stage 2 reads it as any other.
