@@ -147,11 +147,11 @@ class _Gather:
         needs_gloo = dist.is_initialized() and dist.get_backend() != "gloo"
         self._group: Any = dist.new_group(backend="gloo") if needs_gloo else None
         here = [
-            ((shard.unit.key, shard.unit.layer), _Piece(self.rank, i, shard.row, shard.column, tuple(shard.data.shape)))
+            ((shard.unit.key, shard.unit.at), _Piece(self.rank, i, shard.row, shard.column, tuple(shard.data.shape)))
             for i, shard in enumerate(shards)
             if shard.is_main
         ]
-        self._pieces: dict[tuple[str, int | None], list[_Piece]] = {}
+        self._pieces: dict[tuple[str, tuple[int, ...]], list[_Piece]] = {}
         for rank_pieces in gather_objects(here):
             for place, piece in rank_pieces:
                 self._pieces.setdefault(place, []).append(piece)
@@ -159,14 +159,14 @@ class _Gather:
     def send_all(self, all_units: Sequence[Unit], dtypes: dict[str, torch.dtype]) -> None:
         """What every rank but the first does: send its shards as their turn comes."""
         for unit in all_units:
-            for piece in self._pieces.get((unit.key, unit.layer), []):
+            for piece in self._pieces.get((unit.key, unit.at), []):
                 if piece.rank == self.rank:
                     dist.send(_as_bytes(self._local(piece, _wire_dtype(unit, dtypes))), dst=0, group=self._group)
 
     def collect(self, unit: Unit, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[_Piece, torch.Tensor]]:
         """On the first rank: the shards of a unit, one at a time, on the CPU."""
         dtype = _wire_dtype(unit, dtypes)
-        for piece in self._pieces.get((unit.key, unit.layer), []):
+        for piece in self._pieces.get((unit.key, unit.at), []):
             if piece.rank == self.rank:
                 yield piece, self._local(piece, dtype)
                 continue

@@ -155,14 +155,22 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_e
 
 @dataclass(frozen=True)
 class Unit:
-    """One Megatron tensor of one layer (or of the model), with its source tensors' real names."""
+    """One Megatron tensor of one layer (or of the model), with its source tensors' real names.
+
+    Megatron's global tensor has the leading axes `axes` (its layers), and this unit is its part at the indices `at`.
+    """
 
     key: str
-    layer: int | None
+    at: tuple[int, ...]
+    axes: tuple[int, ...]
     hf_names: tuple[str, ...]
     segments: tuple[Segment, ...]
     columns: int | None
     padded: bool
+
+    @property
+    def layer(self) -> int | None:
+        return self.at[0] if self.at else None
 
     @property
     def num_rows(self) -> int:
@@ -206,7 +214,8 @@ def units(shape: ModelShape) -> list[Unit]:
 def _unit(entry: Entry, shape: ModelShape, layer: int | None) -> Unit:
     columns = None if entry.columns is None else entry.columns(shape)
     names = tuple(name.format(layer=layer) for name in entry.hf_names)
-    return Unit(entry.key, layer, names, entry.rows(shape), columns, entry.padded)
+    at, axes = ((), ()) if layer is None else ((layer,), (shape.num_layers,))
+    return Unit(entry.key, at, axes, names, entry.rows(shape), columns, entry.padded)
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

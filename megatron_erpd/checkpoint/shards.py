@@ -38,17 +38,17 @@ def unwrap(model: Any) -> Any:
 
 def local_shards(model_chunks: Sequence[Any], shape: ModelShape) -> tuple[list[LocalShard], list[str]]:
     """All parameters of this rank's model chunks, and what doesn't fit the table, a line each. No communication."""
-    by_place = {(unit.key, unit.layer): unit for unit in units(shape)}
+    by_place = {(unit.key, unit.at): unit for unit in units(shape)}
     shards: list[LocalShard] = []
     problems: list[str] = []
     for model in map(unwrap, model_chunks):
         filled: set[str] = set()
         for name, tensor in _sharded_tensors(model):
             filled.add(name)
-            key, layer = _place(tensor)
-            unit = by_place.get((key, layer))
+            key, at = _place(tensor)
+            unit = by_place.get((key, at))
             if unit is None:
-                where = "" if layer is None else f" of layer {layer}"
+                where = f" of layer {at[0]}" if at else ""
                 problems.append(f"the model's parameter {key}{where} is unknown for {shape.family.name}")
                 continue
             problem = _check_global_shape(unit, tensor)
@@ -79,14 +79,14 @@ def _sharded_tensors(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, part
 
 
-def _place(tensor: Any) -> tuple[str, int | None]:
+def _place(tensor: Any) -> tuple[str, tuple[int, ...]]:
     """Key without layer number, and the layer: an axis of the global tensor, or a number in the key."""
     if tensor.prepend_axis_num:
-        return tensor.key, int(tensor.global_offset[0])
+        return tensor.key, tuple(int(i) for i in tensor.global_offset[: tensor.prepend_axis_num])
     match = _NUMBERED_LAYER.match(tensor.key)
     if match:
-        return f"{match[1]}.{tensor.key[match.end() :]}", int(match[2])
-    return tensor.key, None
+        return f"{match[1]}.{tensor.key[match.end() :]}", (int(match[2]),)
+    return tensor.key, ()
 
 
 def _check_global_shape(unit: Unit, tensor: Any) -> str | None:
@@ -134,6 +134,6 @@ def raise_together(where: object, problems: Sequence[str], limit: int = 20) -> N
 
 def missing_units(shards: Sequence[LocalShard], shape: ModelShape) -> list[str]:
     """Units that no rank's model has, a line each. Collective over all ranks."""
-    here = {(shard.unit.key, shard.unit.layer) for shard in shards}
+    here = {(shard.unit.key, shard.unit.at) for shard in shards}
     everywhere = set().union(*gather_objects(here))
-    return [f"the model has no parameter {unit}" for unit in units(shape) if (unit.key, unit.layer) not in everywhere]
+    return [f"the model has no parameter {unit}" for unit in units(shape) if (unit.key, unit.at) not in everywhere]
