@@ -17,6 +17,20 @@ from megatron_erpd.errors import CheckpointError, LayoutError
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The words of a family of mixtures of experts. The number of experts is `num_experts` in transformers for all."""
+
+    ffn_size_key: str
+    """Key of `config.json` with the rows of an expert's gate projection."""
+    block: str
+    """Module of a layer that holds the router (`BLOCK.gate`) and the experts (`BLOCK.experts.N`)."""
+    gate: str
+    up: str
+    down: str
+    """An expert's projections."""
+
+
+@dataclass(frozen=True)
 class Family:
     """What sets an architecture apart from a plain Llama."""
 
@@ -25,6 +39,8 @@ class Family:
     """Query, key and value projections have a bias."""
     qk_norm: bool = False
     """Queries and keys are normalised per head, before the rotary embedding."""
+    mixture: Mixture | None = None
+    """Every feed-forward layer is a mixture of experts."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -32,6 +48,14 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family("mistral"),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        qk_norm=True,
+        mixture=Mixture("moe_intermediate_size", "mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral", mixture=Mixture("intermediate_size", "block_sparse_moe", gate="w1", up="w3", down="w2")
+    ),
 }
 """Supported architectures, as `config.json` names them."""
 
@@ -47,6 +71,7 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Rows of the gate projection of a dense layer; in a mixture, which has none, without effect."""
     num_heads: int
     num_query_groups: int
     """Key/value heads."""
@@ -54,6 +79,11 @@ class ModelShape:
     vocab_size: int
     """Rows of the embedding in the Hugging Face folder, without Megatron's padding rows."""
     tied_embeddings: bool
+    num_experts: int = 0
+    """Of every layer; 0 in a dense model, as the next two."""
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    """Rows of an expert's gate projection."""
 
     @property
     def query_size(self) -> int:
@@ -72,7 +102,7 @@ def read_model_shape(hf_folder: Path | str) -> ModelShape:
         CheckpointError: no folder, no `config.json`, an unsupported architecture or key.
     """
     family, config = _read_config(Path(hf_folder))
-    _refuse_inexpressible(Path(hf_folder) / "config.json", config)
+    _refuse_inexpressible(Path(hf_folder) / "config.json", family, config)
     return _shape_of(family, config)
 
 
@@ -104,7 +134,7 @@ def model_flags(
     """
     path = Path(hf_folder) / "config.json"
     family, config = _read_config(Path(hf_folder))
-    _refuse_inexpressible(path, config)
+    _refuse_inexpressible(path, family, config)
     shape = _shape_of(family, config)
     check_layout(shape, tensor_parallel, pipeline_parallel)
     return {
@@ -129,6 +159,7 @@ def model_flags(
         "hidden_dropout": 0.0,
         # transformers computes the attention's softmax in fp32 whatever the model's precision.
         "attention_softmax_in_fp32": True,
+        **_mixture_flags(shape, config),
         **_rope_flags(path, config),
     }
 
@@ -152,16 +183,14 @@ def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int
     Raises:
         LayoutError: names the size, what it must divide and the values that would do.
     """
-    split_by_tensor = {
-        "key/value heads": shape.num_query_groups,
-        "attention heads": shape.num_heads,
-        "rows of the feed-forward layer": shape.ffn_hidden_size,
-    }
+    split_by_tensor = {"key/value heads": shape.num_query_groups, "attention heads": shape.num_heads}
+    if not shape.num_experts:  # experts are never split
+        split_by_tensor["rows of the feed-forward layer"] = shape.ffn_hidden_size
     for what, count in split_by_tensor.items():
         if tensor_parallel < 1 or count % tensor_parallel:
             raise LayoutError(
                 f"tensor parallel size {tensor_parallel} does not divide the model's {count} {what}; "
-                f"use {_choices(shape.num_query_groups, shape.num_heads, shape.ffn_hidden_size)}"
+                f"use {_choices(*split_by_tensor.values())}"
             )
     if pipeline_parallel < 1 or shape.num_layers % pipeline_parallel:
         raise LayoutError(
@@ -207,6 +236,7 @@ def _read_config(folder: Path) -> tuple[Family, Any]:
 
 
 def _shape_of(family: Family, config: Any) -> ModelShape:
+    moe = family.mixture
     return ModelShape(
         family=family,
         num_layers=config.num_hidden_layers,
@@ -217,11 +247,16 @@ def _shape_of(family: Family, config: Any) -> ModelShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         tied_embeddings=bool(config.tie_word_embeddings),
+        num_experts=config.num_experts if moe else 0,
+        experts_per_token=config.num_experts_per_tok if moe else 0,
+        expert_ffn_hidden_size=getattr(config, moe.ffn_size_key) if moe else 0,
     )
 
 
-def _refuse_inexpressible(path: Path, config: Any) -> None:
-    """Keys that the four architectures know and that Megatron has no exact counterpart for."""
+def _refuse_inexpressible(path: Path, family: Family, config: Any) -> None:
+    """Keys that the supported architectures know and that Megatron has no exact counterpart for."""
+    if family.mixture:
+        _refuse_mixture(path, config)
     if config.hidden_act not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act is {config.hidden_act!r}; only 'silu' (SwiGLU) is supported")
     if getattr(config, "attention_bias", False):
@@ -235,6 +270,63 @@ def _refuse_inexpressible(path: Path, config: Any) -> None:
     unknown = layer_types - {"full_attention", "sliding_attention"}
     if unknown:
         raise CheckpointError(f"{path}: layer_types holds {sorted(unknown)}; only full and sliding attention are known")
+
+
+def _refuse_mixture(path: Path, config: Any) -> None:
+    """Keys that make a mixture something other than equal layers of routed experts."""
+    for key in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        if getattr(config, key, None):
+            raise CheckpointError(
+                f"{path}: {key} is {getattr(config, key)}; experts shared by all tokens are not supported"
+            )
+    if getattr(config, "mlp_only_layers", None):
+        raise CheckpointError(
+            f"{path}: mlp_only_layers is {config.mlp_only_layers}; layers with and without experts can't be mixed"
+        )
+    if getattr(config, "decoder_sparse_step", 1) != 1:
+        raise CheckpointError(
+            f"{path}: decoder_sparse_step is {config.decoder_sparse_step}, so that some layers have no experts; only 1 "
+            "is supported"
+        )
+    if getattr(config, "router_jitter_noise", 0):
+        raise CheckpointError(
+            f"{path}: router_jitter_noise is {config.router_jitter_noise}; a policy whose training is noisy is not the "
+            "one that was sampled from: set it to 0"
+        )
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    if experts < 2:
+        raise CheckpointError(f"{path}: num_experts is {experts}; a mixture has at least 2")
+    if not 1 <= chosen <= experts:
+        raise CheckpointError(f"{path}: num_experts_per_tok is {chosen}; it must be from 1 to the {experts} experts")
+    if chosen == 1 and _renormalizes(config):
+        raise CheckpointError(
+            f"{path}: num_experts_per_tok is 1 and its weight is normalised to 1, which leaves the router without a "
+            "gradient; Megatron refuses it"
+        )
+
+
+def _renormalizes(config: Any) -> bool:
+    """Whether the chosen experts' weights are divided by their sum; Mixtral has no key for it and always does."""
+    return bool(getattr(config, "norm_topk_prob", True))
+
+
+def _mixture_flags(shape: ModelShape, config: Any) -> dict[str, object]:
+    """Routing as transformers computes it: softmax in fp32 over all experts, the largest probabilities, renormalised or
+    not. Renormalised, that is Megatron's default, the softmax over the largest logits. No load balancing: the objective
+    is the loss alone."""
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_experts": shape.num_experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn_hidden_size,
+        "moe_layer_freq": 1,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not _renormalizes(config),
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
 
 
 def _context_length(path: Path, config: Any, max_length: int | None) -> int:

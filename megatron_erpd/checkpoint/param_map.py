@@ -2,8 +2,10 @@
 
 Megatron's names are the global keys of `model.sharded_state_dict()`. They are the same for the local and for the
 Transformer Engine layer spec: both store a layer's norms under the name of the projection that follows
-(`linear_qkv.layer_norm_weight`), because Transformer Engine fuses the two. Decoder layers are a leading axis of the
-global tensor, not part of its key.
+(`linear_qkv.layer_norm_weight`), because Transformer Engine fuses the two. A mixture's experts are no single
+projection, so the norm before them keeps its own name. Decoder layers are a leading axis of the global tensor, not
+part of its key, and experts are a second one; `SequentialMLP` and Transformer Engine's `TEGroupedMLP` give the same
+keys and axes (`megatron/core/transformer/moe/experts.py`).
 
 Every difference between the two layouts is a rearrangement of rows, so a tensor's layout is a sequence of `Segment`s:
 from Megatron's row 0 onwards, which rows of which source tensor. Import and export both walk the segments; neither
@@ -12,8 +14,10 @@ knows of attention or feed-forward layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
 
 from megatron_erpd.checkpoint.hf_config import ModelShape
 
@@ -27,6 +31,19 @@ class Segment:
     count: int
 
 
+class Split(Enum):
+    """What tensor parallelism gives to each of its ranks."""
+
+    WHOLE = "whole"
+    """Everything, on every rank."""
+    ROWS = "rows"
+    """A range of Megatron's rows (column-parallel: each rank computes some of the outputs)."""
+    ROWS_OF_EACH = "rows of each"
+    """The same range of rows of every source tensor, one after another (a gated layer's gate and up projection)."""
+    COLUMNS = "columns"
+    """A range of the columns (row-parallel: each rank takes some of the inputs, and the outputs are summed)."""
+
+
 RowLayout = Callable[[ModelShape], tuple[Segment, ...]]
 Size = Callable[[ModelShape], int]
 
@@ -36,9 +53,9 @@ def plain(rows: Size) -> RowLayout:
     return lambda shape: (Segment(0, 0, rows(shape)),)
 
 
-def gate_then_up(shape: ModelShape) -> tuple[Segment, ...]:
+def gate_then_up(rows: Size) -> RowLayout:
     """SwiGLU's two projections as one: all rows of the gate, then all rows of the up projection."""
-    return (Segment(0, 0, shape.ffn_hidden_size), Segment(1, 0, shape.ffn_hidden_size))
+    return lambda shape: (Segment(0, 0, rows(shape)), Segment(1, 0, rows(shape)))
 
 
 def by_query_group(shape: ModelShape) -> tuple[Segment, ...]:
@@ -59,6 +76,14 @@ def _ffn(shape: ModelShape) -> int:
     return shape.ffn_hidden_size
 
 
+def _expert_ffn(shape: ModelShape) -> int:
+    return shape.expert_ffn_hidden_size
+
+
+def _experts(shape: ModelShape) -> int:
+    return shape.num_experts
+
+
 def _queries(shape: ModelShape) -> int:
     return shape.query_size
 
@@ -73,6 +98,14 @@ def _vocabulary(shape: ModelShape) -> int:
 
 def _always(shape: ModelShape) -> bool:
     return True
+
+
+def _is_dense(shape: ModelShape) -> bool:
+    return shape.family.mixture is None
+
+
+def _is_mixture(shape: ModelShape) -> bool:
+    return shape.family.mixture is not None
 
 
 def _has_qkv_bias(shape: ModelShape) -> bool:
@@ -93,9 +126,11 @@ class Entry:
 
     Args:
         key: Megatron's global key.
-        hf_names: source tensors, `{layer}` standing for the layer's number.
+        hf_names: source tensors; `{layer}` and `{expert}` stand for numbers, `{moe.NAME}` for the family's own word
+            (`hf_config.Mixture`).
         rows: how their rows make up Megatron's.
         columns: size of the second dimension; None for a vector.
+        split: what each tensor-parallel rank has of it. Experts are split by the expert-tensor-parallel size instead.
         present: whether a model of this shape has the parameter.
         padded: Megatron may append rows (of zeros here) after the last segment; they are never exported.
     """
@@ -104,6 +139,7 @@ class Entry:
     hf_names: tuple[str, ...]
     rows: RowLayout
     columns: Size | None = None
+    split: Split = Split.WHOLE
     present: Callable[[ModelShape], bool] = _always
     padded: bool = False
 
@@ -111,12 +147,19 @@ class Entry:
     def per_layer(self) -> bool:
         return "{layer}" in self.hf_names[0]
 
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.hf_names[0]
+
 
 _ATTENTION = "decoder.layers.self_attention"
 _MLP = "decoder.layers.mlp"
+_EXPERTS = "decoder.layers.mlp.experts.experts"
 _HF_LAYER = "model.layers.{layer}"
 _HF_ATTENTION = "model.layers.{layer}.self_attn"
 _HF_MLP = "model.layers.{layer}.mlp"
+_HF_MOE = "model.layers.{layer}.{moe.block}"
+_HF_EXPERT = "model.layers.{layer}.{moe.block}.experts.{expert}"
 
 
 def _qkv(kind: str) -> tuple[str, ...]:
@@ -127,25 +170,34 @@ EMBEDDING_KEY = "embedding.word_embeddings.weight"
 EMBEDDING_HF_NAME = "model.embed_tokens.weight"
 HEAD_HF_NAME = "lm_head.weight"
 
+_Q_NORM, _K_NORM = (f"{_HF_ATTENTION}.q_norm.weight",), (f"{_HF_ATTENTION}.k_norm.weight",)
+_POST_ATTENTION_NORM = (f"{_HF_LAYER}.post_attention_layernorm.weight",)
+_GATE_AND_UP = (f"{_HF_MLP}.gate_proj.weight", f"{_HF_MLP}.up_proj.weight")
+_EXPERT_GATE_AND_UP = (f"{_HF_EXPERT}.{{moe.gate}}.weight", f"{_HF_EXPERT}.{{moe.up}}.weight")
+_EXPERT_DOWN = (f"{_HF_EXPERT}.{{moe.down}}.weight",)
+_ROWS, _EACH, _COLUMNS = Split.ROWS, Split.ROWS_OF_EACH, Split.COLUMNS
+
 TABLE: tuple[Entry, ...] = (
-    Entry(EMBEDDING_KEY, (EMBEDDING_HF_NAME,), plain(_vocabulary), _hidden, padded=True),
+    Entry(EMBEDDING_KEY, (EMBEDDING_HF_NAME,), plain(_vocabulary), _hidden, _ROWS, padded=True),
+    # attention
     Entry(f"{_ATTENTION}.linear_qkv.layer_norm_weight", (f"{_HF_LAYER}.input_layernorm.weight",), plain(_hidden)),
-    Entry(f"{_ATTENTION}.linear_qkv.weight", _qkv("weight"), by_query_group, _hidden),
-    Entry(f"{_ATTENTION}.linear_qkv.bias", _qkv("bias"), by_query_group, present=_has_qkv_bias),
-    Entry(
-        f"{_ATTENTION}.q_layernorm.weight", (f"{_HF_ATTENTION}.q_norm.weight",), plain(_head_dim), present=_has_qk_norm
-    ),
-    Entry(
-        f"{_ATTENTION}.k_layernorm.weight", (f"{_HF_ATTENTION}.k_norm.weight",), plain(_head_dim), present=_has_qk_norm
-    ),
-    Entry(f"{_ATTENTION}.linear_proj.weight", (f"{_HF_ATTENTION}.o_proj.weight",), plain(_hidden), _queries),
-    Entry(f"{_MLP}.linear_fc1.layer_norm_weight", (f"{_HF_LAYER}.post_attention_layernorm.weight",), plain(_hidden)),
-    Entry(
-        f"{_MLP}.linear_fc1.weight", (f"{_HF_MLP}.gate_proj.weight", f"{_HF_MLP}.up_proj.weight"), gate_then_up, _hidden
-    ),
-    Entry(f"{_MLP}.linear_fc2.weight", (f"{_HF_MLP}.down_proj.weight",), plain(_hidden), _ffn),
+    Entry(f"{_ATTENTION}.linear_qkv.weight", _qkv("weight"), by_query_group, _hidden, _ROWS),
+    Entry(f"{_ATTENTION}.linear_qkv.bias", _qkv("bias"), by_query_group, None, _ROWS, _has_qkv_bias),
+    Entry(f"{_ATTENTION}.q_layernorm.weight", _Q_NORM, plain(_head_dim), present=_has_qk_norm),
+    Entry(f"{_ATTENTION}.k_layernorm.weight", _K_NORM, plain(_head_dim), present=_has_qk_norm),
+    Entry(f"{_ATTENTION}.linear_proj.weight", (f"{_HF_ATTENTION}.o_proj.weight",), plain(_hidden), _queries, _COLUMNS),
+    # feed-forward layer
+    Entry(f"{_MLP}.linear_fc1.layer_norm_weight", _POST_ATTENTION_NORM, plain(_hidden), present=_is_dense),
+    Entry(f"{_MLP}.linear_fc1.weight", _GATE_AND_UP, gate_then_up(_ffn), _hidden, _EACH, _is_dense),
+    Entry(f"{_MLP}.linear_fc2.weight", (f"{_HF_MLP}.down_proj.weight",), plain(_hidden), _ffn, _COLUMNS, _is_dense),
+    # mixture of experts
+    Entry("decoder.layers.pre_mlp_layernorm.weight", _POST_ATTENTION_NORM, plain(_hidden), present=_is_mixture),
+    Entry(f"{_MLP}.router.weight", (f"{_HF_MOE}.gate.weight",), plain(_experts), _hidden, present=_is_mixture),
+    Entry(f"{_EXPERTS}.linear_fc1.weight", _EXPERT_GATE_AND_UP, gate_then_up(_expert_ffn), _hidden, _EACH, _is_mixture),
+    Entry(f"{_EXPERTS}.linear_fc2.weight", _EXPERT_DOWN, plain(_hidden), _expert_ffn, _COLUMNS, _is_mixture),
+    # after the layers
     Entry("decoder.final_layernorm.weight", ("model.norm.weight",), plain(_hidden)),
-    Entry("output_layer.weight", (HEAD_HF_NAME,), plain(_vocabulary), _hidden, present=_is_untied, padded=True),
+    Entry("output_layer.weight", (HEAD_HF_NAME,), plain(_vocabulary), _hidden, _ROWS, _is_untied, padded=True),
 )
 """All parameters of all supported architectures, in the order in which they are exported."""
 
@@ -155,9 +207,10 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_e
 
 @dataclass(frozen=True)
 class Unit:
-    """One Megatron tensor of one layer (or of the model), with its source tensors' real names.
+    """One Megatron tensor of one layer, of one expert in it or of the model, with its source tensors' real names.
 
-    Megatron's global tensor has the leading axes `axes` (its layers), and this unit is its part at the indices `at`.
+    Megatron's global tensor has the leading axes `axes` (layers; experts), and this unit is its part at the indices
+    `at`.
     """
 
     key: str
@@ -167,10 +220,15 @@ class Unit:
     segments: tuple[Segment, ...]
     columns: int | None
     padded: bool
+    split: Split
 
     @property
     def layer(self) -> int | None:
         return self.at[0] if self.at else None
+
+    @property
+    def expert(self) -> int | None:
+        return self.at[1] if len(self.at) > 1 else None
 
     @property
     def num_rows(self) -> int:
@@ -197,25 +255,36 @@ class Unit:
         return found
 
     def __str__(self) -> str:
-        return self.key if self.layer is None else f"{self.key} of layer {self.layer}"
+        words = [f"{what} {i}" for what, i in zip(("layer", "expert"), self.at, strict=False)]
+        return f"{self.key} of {', '.join(words)}" if words else self.key
 
 
 def units(shape: ModelShape) -> list[Unit]:
-    """All tensors of a model of this shape: before the layers, layer by layer, after the layers."""
+    """All tensors of a model of this shape: before the layers, layer by layer (there expert by expert), after them."""
     present = [entry for entry in TABLE if entry.present(shape)]
     layered = [entry for entry in present if entry.per_layer]
     first = present.index(layered[0])
     before = [entry for entry in present[:first] if not entry.per_layer]
     after = [entry for entry in present[first:] if not entry.per_layer]
-    layers = [_unit(entry, shape, layer) for layer in range(shape.num_layers) for entry in layered]
-    return [*(_unit(e, shape, None) for e in before), *layers, *(_unit(e, shape, None) for e in after)]
+    layers = [unit for layer in range(shape.num_layers) for unit in _layer_units(layered, shape, layer)]
+    return [*(_unit(e, shape) for e in before), *layers, *(_unit(e, shape) for e in after)]
 
 
-def _unit(entry: Entry, shape: ModelShape, layer: int | None) -> Unit:
+def _layer_units(entries: Sequence[Entry], shape: ModelShape, layer: int) -> list[Unit]:
+    found: list[Unit] = []
+    for per_expert, group in groupby(entries, key=lambda entry: entry.per_expert):
+        places = [(layer, expert) for expert in range(shape.num_experts)] if per_expert else [(layer,)]
+        same = list(group)
+        found += [_unit(entry, shape, at) for at in places for entry in same]
+    return found
+
+
+def _unit(entry: Entry, shape: ModelShape, at: tuple[int, ...] = ()) -> Unit:
     columns = None if entry.columns is None else entry.columns(shape)
-    names = tuple(name.format(layer=layer) for name in entry.hf_names)
-    at, axes = ((), ()) if layer is None else ((layer,), (shape.num_layers,))
-    return Unit(entry.key, at, axes, names, entry.rows(shape), columns, entry.padded)
+    numbers = dict(zip(("layer", "expert"), at, strict=False))
+    names = tuple(name.format(**numbers, moe=shape.family.mixture) for name in entry.hf_names)
+    axes = (shape.num_layers, shape.num_experts)[: len(at)]
+    return Unit(entry.key, at, axes, names, entry.rows(shape), columns, entry.padded, entry.split)
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

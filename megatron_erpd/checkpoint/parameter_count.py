@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_erpd.checkpoint.hf_config import ModelShape, check_layout
-from megatron_erpd.checkpoint.param_map import Unit, units
+from megatron_erpd.checkpoint.param_map import Split, Unit, units
 
 VOCABULARY_MULTIPLE = 128
 """On a GPU the vocabulary is padded to a multiple of this times the tensor-parallel size."""
@@ -18,7 +18,7 @@ def parameters_per_process(shape: ModelShape, tensor_parallel: int = 1, pipeline
     """Parameters of a process of the last pipeline stage, which holds the most: it has the output layer, with tied
     embeddings a copy of the embedding.
 
-    Norms are whole on every tensor-parallel rank; all else is split. Padding rows of the vocabulary are counted.
+    Padding rows of the vocabulary are counted.
 
     Raises:
         LayoutError: a size doesn't divide what it splits.
@@ -34,7 +34,7 @@ def parameters_per_process(shape: ModelShape, tensor_parallel: int = 1, pipeline
 
 
 def _split(unit: Unit, tensor_parallel: int) -> int:
-    if "norm" in unit.key:
+    if unit.split is Split.WHOLE or unit.expert is not None:
         return _size(unit, unit.num_rows)
     multiple = VOCABULARY_MULTIPLE * tensor_parallel if unit.padded else tensor_parallel
     return _size(unit, -(-unit.num_rows // multiple) * multiple // tensor_parallel)

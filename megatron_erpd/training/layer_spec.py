@@ -32,7 +32,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder's spec from Megatron-Core's own PyTorch modules and `RMSNorm`, for this pipeline stage."""
-    submodules = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    submodules = get_gpt_layer_local_submodules(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     attention = submodules.self_attention
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -42,7 +44,24 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     )
     layer = ModuleSpec(
         module=TransformerLayer,
-        submodules=replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention),
+        submodules=replace(
+            submodules,
+            input_layernorm=RMSNorm,
+            pre_mlp_layernorm=RMSNorm,
+            self_attention=attention,
+            sharded_state_dict_keys_map=_checkpoint_keys(config, submodules.sharded_state_dict_keys_map),
+        ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _checkpoint_keys(config: TransformerConfig, local: dict[str, str]) -> dict[str, str]:
+    """Names in checkpoints, so that those of the Transformer Engine spec load here and the other way round.
+
+    The local spec renames every layer's second norm as if it were fused with `mlp.linear_fc1`. In a mixture Transformer
+    Engine's spec has it apart, as `pre_mlp_layernorm` (`get_gpt_layer_with_transformer_engine_submodules`).
+    """
+    if config.num_moe_experts is None:
+        return local
+    return {name: key for name, key in local.items() if not name.startswith("pre_mlp_layernorm")}

@@ -28,6 +28,16 @@ LLAMA: dict[str, Any] = {
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN3_MOE = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -82,6 +92,28 @@ def test_what_sets_the_families_apart(tmp_path: Path) -> None:
     assert read_model_shape(tmp_path).query_size == 256
 
 
+def test_flags_of_mixtures(tmp_path: Path) -> None:
+    dense = model_flags(write(tmp_path, QWEN3))
+    qwen3 = model_flags(write(tmp_path, QWEN3_MOE))
+    added = {name: value for name, value in qwen3.items() if name not in dense}
+    assert added == {
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 24,
+        "moe_layer_freq": 1,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+    assert {name: qwen3[name] for name in dense} == dense
+    assert model_flags(write(tmp_path, {**QWEN3_MOE, "norm_topk_prob": False}))["moe_router_pre_softmax"]
+    mixtral = model_flags(write(tmp_path, MIXTRAL))
+    assert (mixtral["num_experts"], mixtral["moe_ffn_hidden_size"], mixtral["moe_router_topk"]) == (4, 96, 2)
+    assert not mixtral["moe_router_pre_softmax"] and not mixtral["qk_layernorm"]
+
+
 def test_rope_of_both_generations_of_config_files_reads_alike(tmp_path: Path) -> None:
     old = model_flags(write(tmp_path, {**LLAMA, "rope_scaling": LLAMA3_SCALING}))
     new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
@@ -108,7 +140,14 @@ def test_qwen2_slides_only_when_switched_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({**LLAMA, "architectures": ["MixtralForCausalLM"]}, "supported: one of LlamaForCausalLM, Mistral"),
+        ({**LLAMA, "architectures": ["PhiForCausalLM"]}, "supported: one of LlamaForCausalLM, Mistral"),
+        ({**QWEN3_MOE, "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({**QWEN3_MOE, "shared_expert_intermediate_size": 32}, "shared_expert_intermediate_size is 32"),
+        ({**QWEN3_MOE, "num_experts": 0}, "num_experts is 0"),
+        ({**QWEN3_MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be from 1 to the 8 experts"),
+        ({**MIXTRAL, "num_experts_per_tok": 1}, "num_experts_per_tok is 1 and its weight is normalised"),
+        ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ({**LLAMA, "architectures": None}, "architectures is"),
         ({**LLAMA, "model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act is 'gelu'"),

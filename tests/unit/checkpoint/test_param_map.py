@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from megatron_erpd.checkpoint.hf_config import FAMILIES, ModelShape
 from megatron_erpd.checkpoint.param_map import Segment, Unit, by_query_group, gate_then_up, hf_shapes, units
@@ -24,13 +26,15 @@ SHAPE = ModelShape(
 )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_names_and_shapes_are_those_of_transformers(architecture: str, tied: bool) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+MIXTURE_SHAPE = replace(
+    SHAPE, family=FAMILIES["MixtralForCausalLM"], num_experts=3, experts_per_token=2, expert_ffn_hidden_size=24
+)
 
-    shape = replace(SHAPE, family=FAMILIES[architecture], tied_embeddings=tied, num_heads=4)
-    config: dict[str, Any] = {
+
+def hf_config(shape: ModelShape) -> Any:
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
@@ -38,12 +42,25 @@ def test_names_and_shapes_are_those_of_transformers(architecture: str, tied: boo
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_query_groups,
         "head_dim": shape.head_dim,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": shape.tied_embeddings,
     }
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.family.name, **config))
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert hf_shapes(shape) == expected
+    if shape.family.mixture:
+        sizes |= {"num_experts": shape.num_experts, shape.family.mixture.ffn_size_key: shape.expert_ffn_hidden_size}
+    return AutoConfig.for_model(shape.family.name, **sizes)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_names_and_shapes_are_those_that_transformers_writes(architecture: str, tied: bool, tmp_path: Path) -> None:
+    """On disk: in memory transformers 5 holds a mixture's experts as one tensor, which it takes apart to save."""
+    from transformers import AutoModelForCausalLM
+
+    family = FAMILIES[architecture]
+    shape = replace(MIXTURE_SHAPE if family.mixture else SHAPE, family=family, tied_embeddings=tied, num_heads=4)
+    AutoModelForCausalLM.from_config(hf_config(shape)).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert hf_shapes(shape) == written
 
 
 def _rearranged(segments: tuple[Segment, ...], sources: list[torch.Tensor]) -> torch.Tensor:
@@ -59,11 +76,13 @@ def test_query_groups_are_interleaved() -> None:
 
 def test_gate_comes_before_up() -> None:
     gate, up = torch.randn(24, 16), torch.randn(24, 16)
-    assert torch.equal(_rearranged(gate_then_up(SHAPE), [gate, up]), torch.cat([gate, up]))
+    layout = gate_then_up(lambda shape: shape.ffn_hidden_size)
+    assert torch.equal(_rearranged(layout(SHAPE), [gate, up]), torch.cat([gate, up]))
 
 
-def test_every_source_row_is_used_once() -> None:
-    for unit in units(SHAPE):
+@pytest.mark.parametrize("shape", [SHAPE, MIXTURE_SHAPE], ids=["dense", "mixture"])
+def test_every_source_row_is_used_once(shape: ModelShape) -> None:
+    for unit in units(shape):
         used = [(s.tensor, row) for s in unit.segments for row in range(s.start, s.start + s.count)]
         rows = [(i, row) for i, size in enumerate(unit.hf_shapes().values()) for row in range(size[0])]
         assert sorted(used) == rows, unit
@@ -85,6 +104,20 @@ def test_padding_rows_have_no_source() -> None:
     assert unit.padded and unit.num_rows == 11
     assert unit.pieces(8, 8) == [(0, Segment(0, 8, 3))]
     assert unit.pieces(16, 8) == []
+
+
+def test_experts_are_an_axis_after_the_layers() -> None:
+    experts = [unit for unit in units(MIXTURE_SHAPE) if unit.expert is not None]
+    places = [(layer, expert) for layer in range(2) for expert in range(3)]
+    assert [unit.at for unit in experts] == [place for place in places for _ in ("fc1", "fc2")]
+    assert {unit.axes for unit in experts} == {(2, 3)}
+    first, second = experts[8:10]
+    assert str(first) == "decoder.layers.mlp.experts.experts.linear_fc1.weight of layer 1, expert 1"
+    block = "model.layers.1.block_sparse_moe.experts.1"
+    assert first.hf_names == (f"{block}.w1.weight", f"{block}.w3.weight") and second.hf_names == (f"{block}.w2.weight",)
+    dense = [unit for unit in units(MIXTURE_SHAPE) if unit.expert is None]
+    assert {unit.axes for unit in dense} == {(), (2,)}
+    assert "decoder.layers.pre_mlp_layernorm.weight" in {unit.key for unit in dense}
 
 
 def test_units_are_in_the_models_order() -> None:
