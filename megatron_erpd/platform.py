@@ -90,10 +90,17 @@ class _CpuInsteadOfCuda(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
+        if name == "all_to_all_single":
+            # The token dispatcher's split sizes become lists on their way from the GPU; here they never were on one.
+            kwargs = {key: _as_list(value) if key.endswith("_split_sizes") else value for key, value in kwargs.items()}
         if name == "type" and len(args) == 1 and not kwargs:
             # Megatron's gradient clipping compares `grad.type()` with the names of CUDA tensor types.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _is_cuda(value: object) -> bool:

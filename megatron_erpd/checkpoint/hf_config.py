@@ -9,90 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.errors import CheckpointError, LayoutError
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The words of a family of mixtures of experts. The number of experts is `num_experts` in transformers for all."""
-
-    ffn_size_key: str
-    """Key of `config.json` with the rows of an expert's gate projection."""
-    block: str
-    """Module of a layer that holds the router (`BLOCK.gate`) and the experts (`BLOCK.experts.N`)."""
-    gate: str
-    up: str
-    down: str
-    """An expert's projections."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets an architecture apart from a plain Llama."""
-
-    name: str
-    qkv_bias: bool = False
-    """Query, key and value projections have a bias."""
-    qk_norm: bool = False
-    """Queries and keys are normalised per head, before the rotary embedding."""
-    mixture: Mixture | None = None
-    """Every feed-forward layer is a mixture of experts."""
-
-
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama"),
-    "MistralForCausalLM": Family("mistral"),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
-    "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe",
-        qk_norm=True,
-        mixture=Mixture("moe_intermediate_size", "mlp", gate="gate_proj", up="up_proj", down="down_proj"),
-    ),
-    "MixtralForCausalLM": Family(
-        "mixtral", mixture=Mixture("intermediate_size", "block_sparse_moe", gate="w1", up="w3", down="w2")
-    ),
-}
-"""Supported architectures, as `config.json` names them."""
+from megatron_erpd.checkpoint.families import FAMILIES, REFUSED, Family, ModelShape
+from megatron_erpd.checkpoint.parallel_layout import check_layout, pipeline_flags
+from megatron_erpd.errors import CheckpointError
 
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Llama 3's rope parameters that Megatron-Core 0.19 has as constants (`RotaryEmbedding._apply_scaling`)."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes and switches that decide every parameter's name and shape."""
-
-    family: Family
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    """Rows of the gate projection of a dense layer; in a mixture, which has none, without effect."""
-    num_heads: int
-    num_query_groups: int
-    """Key/value heads."""
-    head_dim: int
-    vocab_size: int
-    """Rows of the embedding in the Hugging Face folder, without Megatron's padding rows."""
-    tied_embeddings: bool
-    num_experts: int = 0
-    """Of every layer; 0 in a dense model, as the next two."""
-    experts_per_token: int = 0
-    expert_ffn_hidden_size: int = 0
-    """Rows of an expert's gate projection."""
-
-    @property
-    def query_size(self) -> int:
-        """Rows of the query projection; need not be `hidden_size`."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def key_value_size(self) -> int:
-        return self.num_query_groups * self.head_dim
 
 
 def read_model_shape(hf_folder: Path | str) -> ModelShape:
@@ -110,6 +35,7 @@ def model_flags(
     hf_folder: Path | str,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
     *,
     max_length: int | None = None,
     make_vocab_size_divisible_by: int = 128,
@@ -118,7 +44,7 @@ def model_flags(
 
     Args:
         hf_folder: folder with a `config.json`; weights are not looked at.
-        tensor_parallel, pipeline_parallel: sizes that the layout must be checked against.
+        tensor_parallel, pipeline_parallel, expert_parallel: sizes that the layout must be checked against.
         max_length: longest sequence that will run through the model, in tokens; checked where given.
         make_vocab_size_divisible_by: Megatron pads the vocabulary to a multiple of this times `tensor_parallel`.
 
@@ -136,7 +62,7 @@ def model_flags(
     family, config = _read_config(Path(hf_folder))
     _refuse_inexpressible(path, family, config)
     shape = _shape_of(family, config)
-    check_layout(shape, tensor_parallel, pipeline_parallel)
+    check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel)
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -161,6 +87,7 @@ def model_flags(
         "attention_softmax_in_fp32": True,
         **_mixture_flags(shape, config),
         **_rope_flags(path, config),
+        **pipeline_flags(shape.num_layers, pipeline_parallel),
     }
 
 
@@ -175,33 +102,6 @@ def flags_to_argv(flags: Mapping[str, object]) -> list[str]:
             continue
         argv += [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
     return argv
-
-
-def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Refuses sizes that don't divide what they split.
-
-    Raises:
-        LayoutError: names the size, what it must divide and the values that would do.
-    """
-    split_by_tensor = {"key/value heads": shape.num_query_groups, "attention heads": shape.num_heads}
-    if not shape.num_experts:  # experts are never split
-        split_by_tensor["rows of the feed-forward layer"] = shape.ffn_hidden_size
-    for what, count in split_by_tensor.items():
-        if tensor_parallel < 1 or count % tensor_parallel:
-            raise LayoutError(
-                f"tensor parallel size {tensor_parallel} does not divide the model's {count} {what}; "
-                f"use {_choices(*split_by_tensor.values())}"
-            )
-    if pipeline_parallel < 1 or shape.num_layers % pipeline_parallel:
-        raise LayoutError(
-            f"pipeline parallel size {pipeline_parallel} does not divide the model's {shape.num_layers} layers; "
-            f"use {_choices(shape.num_layers)}"
-        )
-
-
-def _choices(*counts: int) -> str:
-    good = [str(n) for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts)]
-    return " or ".join([", ".join(good[:-1]), good[-1]] if len(good) > 1 else good)
 
 
 def _read_config(folder: Path) -> tuple[Family, Any]:
@@ -219,6 +119,8 @@ def _read_config(folder: Path) -> tuple[Family, Any]:
         raise CheckpointError(f"{path}: holds no JSON object; fetch the file again")
     architectures = raw.get("architectures") or []
     name = architectures[0] if len(architectures) == 1 else None
+    if name in REFUSED:
+        raise CheckpointError(f"{path}: {name} can't be expressed by Megatron-Core: {REFUSED[name]}")
     if name not in FAMILIES:
         raise CheckpointError(f"{path}: architectures is {architectures}; supported: one of {', '.join(FAMILIES)}")
     for key, why in (("quantization_config", "the weights are quantised"), ("auto_map", "it brings its own code")):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
-from megatron_erpd.checkpoint.hf_config import ModelShape
+from megatron_erpd.checkpoint.families import ModelShape
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from megatron_erpd.checkpoint.hf_config import ModelShape, check_layout
-from megatron_erpd.checkpoint.param_map import Split, Unit, units
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_erpd.checkpoint.families import ModelShape
+from megatron_erpd.checkpoint.parallel_layout import check_layout, stage_layers
+from megatron_erpd.checkpoint.param_map import EMBEDDING_KEY, Split, Unit, units
 
 VOCABULARY_MULTIPLE = 128
 """On a GPU the vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(frozen=True)
+class ProcessParameters:
+    """Parameters in one process. Experts are apart because fewer processes hold a copy of them."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
 
 
 def count_parameters(shape: ModelShape) -> int:
@@ -14,27 +30,43 @@ def count_parameters(shape: ModelShape) -> int:
     return sum(_size(unit, unit.num_rows) for unit in units(shape))
 
 
-def parameters_per_process(shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> int:
-    """Parameters of a process of the last pipeline stage, which holds the most: it has the output layer, with tied
-    embeddings a copy of the embedding.
+def parameters_per_process(
+    shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1
+) -> ProcessParameters:
+    """Parameters of a process of the pipeline stage that holds the most.
 
-    Padding rows of the vocabulary are counted.
+    That is the last one, which has the output layer (with tied embeddings a copy of the embedding), unless it has fewer
+    layers than others and they weigh more. Padding rows of the vocabulary are counted.
 
     Raises:
         LayoutError: a size doesn't divide what it splits.
     """
-    check_layout(shape, tensor_parallel, pipeline_parallel)
+    check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel)
     found = units(shape)
-    per_layer = [unit for unit in found if unit.layer == 0]
-    layers = shape.num_layers // pipeline_parallel * sum(_split(unit, tensor_parallel) for unit in per_layer)
-    outside = [unit for unit in found if unit.layer is None]
-    if pipeline_parallel > 1 and not shape.tied_embeddings:
-        outside = [unit for unit in outside if not unit.key.startswith("embedding.")]
-    return layers + sum(_split(unit, tensor_parallel) for unit in outside)
+    first_layer = [unit for unit in found if unit.layer == 0]
+    dense = _split_sizes((unit for unit in first_layer if unit.expert is None), tensor_parallel)
+    experts = _split_sizes((unit for unit in first_layer if unit.expert is not None), 1) // expert_parallel
+    stages = []
+    for stage, chunks in enumerate(stage_layers(shape.num_layers, pipeline_parallel)):
+        here = [unit for unit in found if unit.layer is None and _on_stage(unit, shape, stage, pipeline_parallel)]
+        layers = sum(map(len, chunks))
+        stages.append(ProcessParameters(layers * dense + _split_sizes(here, tensor_parallel), layers * experts))
+    return max(reversed(stages), key=lambda stage: stage.total)
 
 
-def _split(unit: Unit, tensor_parallel: int) -> int:
-    if unit.split is Split.WHOLE or unit.expert is not None:
+def _on_stage(unit: Unit, shape: ModelShape, stage: int, pipeline_parallel: int) -> bool:
+    is_last = stage == pipeline_parallel - 1
+    if unit.key == EMBEDDING_KEY:
+        return stage == 0 or (is_last and shape.tied_embeddings)
+    return is_last
+
+
+def _split_sizes(found: Iterable[Unit], tensor_parallel: int) -> int:
+    return sum(_split_size(unit, tensor_parallel) for unit in found)
+
+
+def _split_size(unit: Unit, tensor_parallel: int) -> int:
+    if unit.split is Split.WHOLE:
         return _size(unit, unit.num_rows)
     multiple = VOCABULARY_MULTIPLE * tensor_parallel if unit.padded else tensor_parallel
     return _size(unit, -(-unit.num_rows // multiple) * multiple // tensor_parallel)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_erpd.checkpoint.hf_config import ModelShape
+from megatron_erpd.checkpoint.families import ModelShape
 from megatron_erpd.checkpoint.parameter_count import count_parameters
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.memory_plan import DISTRIBUTED_OPTIMIZER, OPTIMIZER_BYTES, WEIGHT_BYTES

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_erpd.checkpoint.hf_config import ModelShape
+from megatron_erpd.checkpoint.families import ModelShape
+from megatron_erpd.checkpoint.parallel_layout import check_expert_groups
 from megatron_erpd.checkpoint.parameter_count import VOCABULARY_MULTIPLE, count_parameters, parameters_per_process
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage
@@ -27,7 +28,10 @@ UNCOUNTED_FLAGS = (
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of the process that holds the most, one of the last pipeline stage. Activations are not among them.
+    """Bytes of the process that holds the most. Activations are not among them.
+
+    That is one of the last pipeline stage, which has the output layer; its figures are added to the parameters of a
+    stage before it where that holds a layer more and so is the larger.
 
     Attributes:
         parameters: of one policy, in this process.
@@ -58,16 +62,21 @@ def stage_memory(stage: Stage, shape: ModelShape) -> StageMemory:
     """The memory of a stage that runs the model.
 
     Raises:
-        LayoutError: its layout doesn't divide the model; names the stage.
+        LayoutError: its layout doesn't fit the model; names the stage.
     """
     layout = stage.layout
+    weight_bytes, trains = WEIGHT_BYTES[layout.precision], stage.command != "precompute"
     try:
-        parameters = parameters_per_process(shape, layout.tensor_parallel, layout.pipeline_parallel)
+        held = parameters_per_process(shape, layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
+        check_expert_groups(shape, layout, trains)
     except LayoutError as error:
         raise LayoutError(f"{stage.name}: {error}") from None
-    weight_bytes, trains = WEIGHT_BYTES[layout.precision], stage.command != "precompute"
-    # The distributed optimizer splits what it keeps over all copies of a parameter.
-    copies = layout.data_parallel * layout.context_parallel if DISTRIBUTED_OPTIMIZER in stage.megatron else 1
+    parameters, updated = held.total, held.total
+    if DISTRIBUTED_OPTIMIZER in stage.megatron:  # splits what it keeps over all copies of a parameter
+        copies = layout.data_parallel * layout.context_parallel
+        updated = -(-held.dense // copies) - (
+            -held.experts // (copies * layout.tensor_parallel // layout.expert_parallel)
+        )
     sampler = count_parameters(shape) if stage.command == "train-on-policy" else 0
     num_frozen = frozen_policies(stage)
     output_layer = _output_layer(shape, layout.tensor_parallel)
@@ -78,7 +87,7 @@ def stage_memory(stage: Stage, shape: ModelShape) -> StageMemory:
         parameters=parameters,
         weights=trains * weight_bytes * parameters,
         gradients=trains * GRADIENT_BYTES * parameters,
-        optimizer=-(-trains * OPTIMIZER_BYTES[layout.precision] * parameters // copies),
+        optimizer=trains * OPTIMIZER_BYTES[layout.precision] * updated,
         num_frozen=num_frozen,
         frozen=weight_bytes * (num_frozen * parameters + sampler + layers),
         output_layer=layout.head_chunk_mib * 2**20 + trains * 4 * output_layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -332,8 +333,10 @@ class _Planner:
         layout = self.recipe.layout.model_copy(update=given)
         if command in RUNS_MODEL:
             return layout
-        # A conversion has no data to divide.
-        return layout.model_copy(update={"data_parallel": 1, "micro_batch_size": Layout().micro_batch_size})
+        # A conversion has no data to divide, so that fewer processes are left to share the experts.
+        experts = math.gcd(layout.expert_parallel, layout.tensor_parallel * layout.context_parallel)
+        changed = {"data_parallel": 1, "expert_parallel": experts, "micro_batch_size": Layout().micro_batch_size}
+        return layout.model_copy(update=changed)
 
     def _path(self, text: str) -> Path:
         inside = self.recipe.prepare and Path(text).parts[:1] == ("prepare",)

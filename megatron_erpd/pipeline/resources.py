@@ -137,7 +137,7 @@ def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
     own = [str(path) for path in stage.inputs.values() if not any(path.is_relative_to(o) for o in outputs)]
     sizes = stage.layout
     parts = {"TP": sizes.tensor_parallel, "PP": sizes.pipeline_parallel, "CP": sizes.context_parallel}
-    parts["DP"] = sizes.data_parallel
+    parts |= {"DP": sizes.data_parallel, "EP": sizes.expert_parallel}
     words = [f"{name} {size}" for name, size in parts.items() if size > 1] + [sizes.precision]
     layout = ", ".join(words) if stage.command in USES_MEGATRON else ""
     done = (stage.output / MANIFEST).is_file()

@@ -42,6 +42,11 @@ class Policy:
         """The longest sequence that the model was made for, where its config says so."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
+    @property
+    def holds_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return bool(getattr(self.model.config, "num_experts", 0))
+
 
 def load_policy(
     hf_path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
@@ -84,12 +89,8 @@ def reload_weights(policy: Policy, hf_path: str | Path) -> None:
     Raises:
         CheckpointError: the folder lacks a weight of the model, or holds one that the model hasn't or of another shape.
     """
-    from safetensors.torch import load_file
-
-    folder, device = _checked_folder(hf_path), str(policy.device)
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path, device=device)
+    folder = _checked_folder(hf_path)
+    found = _experts_joined(policy, folder) if policy.holds_experts else _as_stored(policy, folder)
     own = policy.model.state_dict()
     written = {own[name].data_ptr() for name in found if name in own}
     # A tied weight is stored under one of its names.
@@ -103,6 +104,33 @@ def reload_weights(policy: Policy, hf_path: str | Path) -> None:
     with torch.no_grad():
         for name, value in found.items():
             own[name].copy_(value)
+
+
+def _as_stored(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path, device=str(policy.device))
+    return found
+
+
+def _experts_joined(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
+    """A mixture's weights as the library holds them: the experts of a layer, apart on disk, are one tensor."""
+    from transformers import AutoModelForCausalLM
+
+    unfit = f"{folder}: doesn't fit the policy that was loaded from {policy.path}"
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=policy.model.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an expert is missing or of another shape
+        raise CheckpointError(f"{unfit}: {error}") from error
+    amiss = [*report["missing_keys"], *report["unexpected_keys"]]
+    if amiss:
+        raise CheckpointError(f"{unfit}: {amiss[0]} is missing or unknown")
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
 
 
 def load_tokenizer(hf_path: str | Path) -> Any:

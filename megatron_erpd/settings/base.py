@@ -24,6 +24,11 @@ class Layout(Settings):
     pipeline_parallel: int = Field(default=1, ge=1, description="stages of layers (PP)")
     context_parallel: int = Field(default=1, ge=1, description="shards of the sequence (CP); needs Transformer Engine")
     data_parallel: int = Field(default=1, ge=1, description="copies of the model (DP)")
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="groups of a mixture's experts (EP); takes its processes from TP x CP x DP, adds none",
+    )
     sequence_parallel: bool = Field(default=False, description="shard activations between layers over TP")
     micro_batch_size: int = Field(default=32, ge=1, description="rollouts in one forward pass of one rank")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of weights and activations")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_erpd import platform
-from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags
+from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags, read_model_shape
+from megatron_erpd.checkpoint.parallel_layout import check_expert_groups
 from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
@@ -78,11 +79,13 @@ def parse_megatron_arguments(
         RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
         CheckpointError, LayoutError: from `model_flags`.
     """
+    check_expert_groups(read_model_shape(hf_folder), layout, trains=bool(run_flags.get("train_iters")))
     fixed = {
         **model_flags(
             hf_folder,
             layout.tensor_parallel,
             layout.pipeline_parallel,
+            layout.expert_parallel,
             max_length=max_length,
             # Matrix units want a multiple of 128 columns; on a CPU padding only costs time.
             make_vocab_size_divisible_by=1 if platform.is_cpu() else 128,
@@ -100,7 +103,11 @@ def parse_megatron_arguments(
     # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
     dataset_utils.compile_helpers = lambda: None
 
-    argv = [*flags_to_argv(_platform_flags()), *flags_to_argv(fixed), *pass_through]
+    here = _platform_flags()
+    if "num_experts" in fixed and here["transformer_impl"] == "transformer_engine":
+        # All experts of a rank in one kernel; elsewhere one after another.
+        here["moe_grouped_gemm"] = True
+    argv = [*flags_to_argv(here), *flags_to_argv(fixed), *pass_through]
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
         args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
@@ -135,6 +142,8 @@ def _layout_flags(layout: Layout, max_length: int) -> dict[str, object]:
         "tensor_model_parallel_size": layout.tensor_parallel,
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "context_parallel_size": layout.context_parallel,
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": 1,
         "sequence_parallel": layout.sequence_parallel and layout.tensor_parallel > 1,
         "micro_batch_size": layout.micro_batch_size,
         "bf16": layout.precision == "bf16",

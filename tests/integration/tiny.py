@@ -35,6 +35,29 @@ def write_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
     return folder
 
 
+def write_mixture(folder: Path, seed: int = 0) -> Path:
+    """A two-layer Qwen3-MoE with random weights, two of four experts for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        initializer_range=0.3,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def write_random_rollouts(
     path: Path, num_prompts: int = 10, group_size: int = 4, seed: int = 0, reward: float | None = None
 ) -> Path:

@@ -43,20 +43,52 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name to model type and what differs from `_COMMON`."""
 
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-unnormalized": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": ("mixtral", {"num_key_value_heads": 4, "num_local_experts": 4}),
+}
+"""The same of mixtures of experts; the first has three layers, which two pipeline stages can't share evenly."""
+
+ROUTER_SCALE = 6.0
+"""Spreads the routers' logits, so that no token is close to another choice of experts."""
+
 
 def save_hf_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save_options: Any) -> Any:
-    """Writes a model of `MODELS` with random weights, biases and norms; returns it."""
+    """Writes a model of `MODELS` or `MIXTURES` with random weights, biases and norms; returns it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, changes = MODELS[name]
+    model_type, changes = {**MODELS, **MIXTURES}[name]
     config = AutoConfig.for_model(model_type, **{**_COMMON, **changes})
     generator = torch.Generator().manual_seed(sum(name.encode()))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2:
-                parameter.copy_(noise * (1.0 if "embed" in key else 1.5 / parameter.shape[1] ** 0.5))
+            if parameter.ndim > 1:
+                scale = ROUTER_SCALE if key.endswith("mlp.gate.weight") else 1.5
+                parameter.copy_(noise * (1.0 if "embed" in key else scale / parameter.shape[-1] ** 0.5))
             else:
                 parameter.copy_(noise * 0.3 + (1.0 if "norm" in key else 0.0))
     model.save_pretrained(folder, **save_options)
@@ -73,7 +105,15 @@ def build_megatron_model(flags: dict[str, Any], virtual_stages: int | None = Non
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
+    experts = {name: value for name, value in flags.items() if name.startswith("moe_")}
+    stages = {name: value for name, value in flags.items() if name.startswith("account_for_")}
     config = TransformerConfig(
+        num_moe_experts=flags.get("num_experts"),
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        **experts,
+        **stages,
         num_layers=flags["num_layers"],
         hidden_size=flags["hidden_size"],
         ffn_hidden_size=flags["ffn_hidden_size"],
@@ -103,12 +143,17 @@ def build_megatron_model(flags: dict[str, Any], virtual_stages: int | None = Non
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        normalization=flags["normalization"],
+        qk_layernorm=flags["qk_layernorm"],
+    )
+    if config.num_moe_experts:  # the checkpoint's keys are Transformer Engine's
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     unit = flags["make_vocab_size_divisible_by"] * config.tensor_model_parallel_size
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            normalization=flags["normalization"], qk_layernorm=flags["qk_layernorm"]
-        ),
+        transformer_layer_spec=spec,
         vocab_size=-(-flags["vocab_size"] // unit) * unit,
         max_sequence_length=flags["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -124,8 +169,10 @@ def build_megatron_model(flags: dict[str, Any], virtual_stages: int | None = Non
     return model.eval()
 
 
-def set_layout(tensor_parallel: int, pipeline_parallel: int, virtual_stages: int | None = None) -> None:
-    """Megatron's process groups for a layout; ranks left over are DP replicas.
+def set_layout(
+    tensor_parallel: int, pipeline_parallel: int, virtual_stages: int | None = None, expert_parallel: int = 1
+) -> None:
+    """Megatron's process groups for a layout; ranks left over are DP replicas. Experts are never split.
 
     A layout that is set already stays: Megatron never closes the groups of the one before, and each has threads.
     """
@@ -135,11 +182,18 @@ def set_layout(tensor_parallel: int, pipeline_parallel: int, virtual_stages: int
     from megatron.core import parallel_state as state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    wanted = (tensor_parallel, pipeline_parallel, virtual_stages)
+    wanted = (tensor_parallel, pipeline_parallel, virtual_stages, expert_parallel)
     if state.is_initialized():
-        found = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
-        if wanted == (*found, state.get_virtual_pipeline_model_parallel_world_size()):
+        sizes = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
+        chunks = state.get_virtual_pipeline_model_parallel_world_size()
+        if wanted == (*sizes, chunks, state.get_expert_model_parallel_world_size()):
             return
         state.destroy_model_parallel()
-    state.initialize_model_parallel(*wanted)
+    state.initialize_model_parallel(
+        tensor_parallel,
+        pipeline_parallel,
+        virtual_stages,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1,
+    )
     model_parallel_cuda_manual_seed(1234)

@@ -141,6 +141,7 @@ def test_qwen2_slides_only_when_switched_on(tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({**LLAMA, "architectures": ["PhiForCausalLM"]}, "supported: one of LlamaForCausalLM, Mistral"),
+        ({**LLAMA, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "no option .* soft-capped"),
         ({**QWEN3_MOE, "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ({**QWEN3_MOE, "shared_expert_intermediate_size": 32}, "shared_expert_intermediate_size is 32"),
@@ -191,17 +192,30 @@ def test_missing_and_broken_folders_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "words"),
+    ("config", "layout", "words"),
     [
-        (8, 1, "size 8 does not divide the model's 4 key/value heads; use 1, 2 or 4"),
-        (3, 1, "size 3 does not divide"),
-        (0, 1, "size 0 does not divide"),
-        (1, 4, "size 4 does not divide the model's 6 layers; use 1, 2, 3 or 6"),
+        (LLAMA, (8, 1), "size 8 does not divide the model's 4 key/value heads; use 1, 2 or 4"),
+        (LLAMA, (3, 1), "size 3 does not divide"),
+        (LLAMA, (0, 1), "size 0 does not divide"),
+        (LLAMA, (1, 5), "size 5 does not divide the model's 6 layers, .*; use 1, 2, 3, 4 or 6"),
+        (LLAMA, (1, 0), "size 0 does not divide"),
+        (LLAMA, (1, 1, 2), "expert parallel size 2, but llama is no mixture of experts"),
+        (QWEN3_MOE, (1, 1, 3), "size 3 does not divide the model's 8 experts; use 1, 2, 4 or 8"),
     ],
 )
-def test_layouts_that_do_not_divide_are_refused(tmp_path: Path, tensor: int, pipeline: int, words: str) -> None:
+def test_layouts_that_do_not_divide_are_refused(
+    tmp_path: Path, config: dict[str, Any], layout: tuple[int, ...], words: str
+) -> None:
     with pytest.raises(LayoutError, match=words):
-        model_flags(write(tmp_path, LLAMA), tensor, pipeline)
+        model_flags(write(tmp_path, config), *layout)
+
+
+def test_layers_that_can_not_be_shared_evenly_are_told_to_megatron(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**LLAMA, "num_hidden_layers": 7})
+    even = model_flags(folder)
+    added = [{name: f[name] for name in f.keys() - even} for f in (model_flags(folder, 1, pp) for pp in (2, 3, 7))]
+    last, first = "account_for_loss_in_pipeline_split", "account_for_embedding_in_pipeline_split"
+    assert added == [{last: True}, {last: True, first: True}, {}]
 
 
 def test_flags_to_argv() -> None:

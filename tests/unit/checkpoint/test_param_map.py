@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_erpd.checkpoint.hf_config import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.families import FAMILIES, ModelShape
 from megatron_erpd.checkpoint.param_map import Segment, Unit, by_query_group, gate_then_up, hf_shapes, units
 
 SHAPE = ModelShape(

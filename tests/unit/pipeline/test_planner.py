@@ -144,6 +144,13 @@ def test_layouts_and_flags_of_one_stage():
     assert stages["export"].layout.num_processes == 2 and stages["rollouts"].layout.num_processes == 1
 
 
+def test_a_conversion_spreads_experts_over_the_processes_it_has():
+    sizes = {"tensor_parallel": 4, "data_parallel": 3, "expert_parallel": 6, "sequence_parallel": True}
+    stages = stages_of(layout=sizes)
+    assert (stages["teacher"].layout.num_processes, stages["teacher"].layout.expert_parallel) == (12, 6)
+    assert (stages["export"].layout.num_processes, stages["export"].layout.expert_parallel) == (4, 2)
+
+
 def test_later_rounds_start_from_the_student():
     stages = stages_of(rounds=2, warm_up=None)
     assert str(stages["round-02/teacher"].inputs["base"]) == "out/round-01/student"

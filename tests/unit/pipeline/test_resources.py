@@ -114,6 +114,28 @@ def test_memory_of_a_large_model(plan_of: Callable[..., Resources]) -> None:
     }
 
 
+def test_memory_of_a_mixture(plan_of: Callable[..., Resources]) -> None:
+    """Two layers of 8 experts, vocabulary 1,024. Attention, router and norms are dense; TP never splits an expert."""
+    sizes = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8},
+    }
+    Path("model/config.json").write_text(json.dumps(sizes))
+    layout = {"tensor_parallel": 2, "data_parallel": 4, "expert_parallel": 4, "precision": "bf16"}
+    with pytest.raises(LayoutError, match="teacher: Megatron trains a mixture .* sequence_parallel: true"):
+        plan_of(layout=layout)
+    found = plan_of(layout={**layout, "sequence_parallel": True})
+    dense = 2 * ((256 + 2 * 128 + 256) * 256 // 2 + 8 * 256 + 2 * 256) + 256 + 2 * 1024 // 2 * 256
+    experts = 2 * 8 // 4 * 3 * 512 * 256
+    held = memory(found, "teacher")
+    assert held["weights"] == 2 * (dense + experts)
+    # Four copies of what is dense, and two of every expert: 8 processes share 4 groups of experts.
+    assert held["optimizer"] == 12 * (dense // 4 + experts // 2)
+    assert next(row for row in found.stages if row.name == "teacher").layout == "TP 2, DP 4, EP 4, bf16"
+
+
 def test_live_teachers_and_on_policy_samplers_are_counted(plan_of: Callable[..., Resources]) -> None:
     found = plan_of(
         student={"teacher": "live"},

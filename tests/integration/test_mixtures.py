@@ -1,0 +1,51 @@
+"""A mixture of experts through all stages: one process, and experts spread over the ranks of tensor parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_erpd.teacher_cache.reader import CacheReader
+from tests.distributed.harness import run_ranks
+from tests.integration.stages import Stages, run_stages
+from tests.integration.test_layouts import assert_same_rows, assert_same_training, metrics
+from tests.integration.tiny import write_mixture, write_random_rollouts
+
+PARALLEL = [
+    *("--tensor-parallel", "2", "--sequence-parallel", "--expert-parallel", "2"),
+    *("--micro-batch-size", "4"),
+]
+"""Two ranks: half of every attention layer, half of the tokens between layers, and two of the four experts each."""
+
+TRAINING = ["--global-batch-size", "16", "--learning-rate", "1e-3", "--epochs", "0.8"]
+
+
+def stages(inputs: Path, output: Path, layout: list[str]) -> Stages:
+    """All stages, each with the artifacts in `inputs`, so that it is compared by itself."""
+    data = ["--base", f"{inputs}/base", "--rollouts", f"{inputs}/rollouts.parquet"]
+    scored = [*data, *TRAINING, "--base-log-probs", f"{inputs}/base-log-probs"]
+    target = ["--policy", f"teacher={inputs}/teacher", "--k", "8", "--delta", "0.002", "--topk-dtype", "float32"]
+    found: Stages = [
+        ("import", ["--hf", f"{inputs}/hf", "--output", f"{output}/base"]),
+        ("precompute", [*data, "--kind", "token", "--output", f"{output}/base-log-probs"]),
+        ("train", [*scored, "--loss", "ce", "--output", f"{output}/teacher"]),
+        ("precompute", [*data, *target, "--output", f"{output}/cache"]),
+        ("distill", [*scored, "--cache", f"{inputs}/cache", "--output", f"{output}/student"]),
+        ("export", ["--checkpoint", f"initial={output}/base", "--output", f"{output}/export"]),
+    ]
+    return [(command, [*argv, *layout]) for command, argv in found]
+
+
+def test_experts_over_ranks_give_the_result_of_one_process(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    write_mixture(one / "hf")
+    write_random_rollouts(one / "rollouts.parquet")
+    run_ranks(run_stages, 1, stages(one, one, ["--micro-batch-size", "16"]))
+    run_ranks(run_stages, 2, stages(one, many, PARALLEL), timeout=240)
+
+    for name in ("teacher", "student"):
+        assert_same_training(metrics(many / name), metrics(one / name), name)
+    for name in ("base-log-probs", "cache"):
+        assert_same_rows(CacheReader(many / name), CacheReader(one / name))
+    source = (one / "hf" / "model.safetensors").read_bytes()
+    for folder in (one, many):
+        assert (folder / "export" / "initial" / "model.safetensors").read_bytes() == source
