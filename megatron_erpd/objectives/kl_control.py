@@ -19,6 +19,9 @@ FAR = 10.0
 """A policy that gets to the budget within this time, at its present pace, needs no other coefficient."""
 FULL_SPEED = 0.75
 """A policy this fast, as a share of the fastest it has been, is held back by the learning rate, not by the penalty."""
+ROUNDING = 1e-5
+"""A KL below this share of the budget counts as 0. At the first step the policy is the base, and what is measured is
+rounding: its sign and size depend on the layout and the machine, and any speed is full speed for one at rest."""
 DISTANCE_SMOOTHING = 0.7
 """Share of a new measurement in the smoothed distance, per time unit."""
 VELOCITY_SMOOTHING = 0.8
@@ -95,7 +98,8 @@ class KlController:
                 f"the measured KL is {measured_kl}: the policy has diverged; lower the learning rate or budget"
             )
         before = self.distance
-        measured = math.sqrt(max(0.0, measured_kl) / self.budget)
+        share = measured_kl / self.budget
+        measured = math.sqrt(share) if share > ROUNDING else 0.0
         self.distance += DISTANCE_SMOOTHING / self.time_unit * (measured - before)
         self.velocity += VELOCITY_SMOOTHING * (self.distance - before - self.velocity)
         self.top_speed = max(self.top_speed, self.velocity)

@@ -99,6 +99,15 @@ def test_bounds_hold_and_stop_the_integral() -> None:
     assert min(controller.update(0.0) for _ in range(8)) == pytest.approx(0.5)  # nothing was wound up
 
 
+@pytest.mark.parametrize("rounding", [-3e-8, -1e-12, 3.6e-10, 5e-9])
+def test_the_rounding_of_a_kl_of_zero_makes_no_difference(rounding: float) -> None:
+    exact, rounded = KlController(1e-3), KlController(1e-3)
+    for measured in (0.0, 0.004, 0.002):
+        exact.update(measured)
+        rounded.update(measured or rounding)
+    assert rounded.state_dict() == exact.state_dict()
+
+
 def test_state_continues_bit_for_bit() -> None:
     first, second = KlController(0.1), KlController(0.1, initial_coefficient=7.0)
     for kl in (0.3, 0.07, 0.11):
