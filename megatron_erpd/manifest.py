@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -241,7 +242,11 @@ def input_digest(path: Path) -> str:
     if not path.is_dir():
         raise StageError(f"{path}: no such file or folder; check the path")
     if recorded is None:
-        recorded = {str(p.relative_to(path)): file_digest(p) for p in path.rglob("*") if p.is_file()}
+        files = [p for p in path.rglob("*") if p.is_file()]
+        # Hashing lets other threads run; a model's files are large enough for it to matter.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            digests = threads.map(file_digest, files)
+            recorded = {str(p.relative_to(path)): digest for p, digest in zip(files, digests, strict=True)}
     return hashlib.sha256(json.dumps(sorted(recorded.items())).encode()).hexdigest()
 
 

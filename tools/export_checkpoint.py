@@ -1,9 +1,9 @@
 """From Megatron checkpoints to Hugging Face folders.
 
-    torchrun --nproc-per-node 2 -- tools/export_checkpoint.py --checkpoint student=runs/mine/round-01/student \\
-        --output exported --tensor-parallel 2
+    torchrun --nproc-per-node 8 -- tools/export_checkpoint.py --checkpoint student=runs/mine/round-01/student \\
+        --output exported
 
-Megatron's own flags follow after a second `--`. `--help` tells all flags; `megatron-erpd export` is the same command.
+Any number of processes will do. `--help` tells all flags; `megatron-erpd export` is the same command.
 """
 
 from megatron_erpd.pipeline.commands import run_command

@@ -1,9 +1,8 @@
 """From a Hugging Face folder to a Megatron checkpoint.
 
-    torchrun --nproc-per-node 2 -- tools/import_checkpoint.py --hf Qwen3-4B --output runs/mine/base \\
-        --tensor-parallel 2
+    torchrun --nproc-per-node 8 -- tools/import_checkpoint.py --hf Qwen3-4B --output runs/mine/base
 
-Megatron's own flags follow after a second `--`. `--help` tells all flags; `megatron-erpd import` is the same command.
+Any number of processes will do. `--help` tells all flags; `megatron-erpd import` is the same command.
 """
 
 from megatron_erpd.pipeline.commands import run_command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_erpd.checkpoint.export_plan import as_dtype, check_written, element_types, set_config_dtype
 from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
-from megatron_erpd.checkpoint.hf_weights import DTYPES, HfWeights
-from megatron_erpd.checkpoint.param_map import HEAD_HF_NAME, Unit, hf_shapes, is_ignored, units
-from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from megatron_erpd.checkpoint.param_map import Unit, hf_shapes, units
+from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFile, ShardWriter, plan_files, write_index
 from megatron_erpd.checkpoint.shards import (
     LocalShard,
     gather_objects,
@@ -24,7 +23,7 @@ from megatron_erpd.checkpoint.shards import (
     missing_units,
     raise_together,
 )
-from megatron_erpd.checkpoint.sidecar import copy_files, read_tensor_list
+from megatron_erpd.checkpoint.sidecar import copy_files
 from megatron_erpd.errors import CheckpointError
 
 
@@ -65,7 +64,7 @@ def export_hf_weights(
         problems.append(f"the output {output} exists and is never written over; give another folder or delete it")
     raise_together(source, problems)
     raise_together(source, missing_units(shards, shape))
-    dtypes, problems = _element_types(source, shape, _as_dtype(dtype))
+    dtypes, problems = element_types(source, shape, as_dtype(dtype))
     raise_together(source, problems)
 
     gather = _Gather(shards)
@@ -79,50 +78,6 @@ def export_hf_weights(
             problems = [str(error)]
     raise_together(output, problems)
     gather.close()
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        known = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
-        if dtype not in known:
-            raise CheckpointError(f"dtype {dtype!r} is unknown; use one of {', '.join(known)}")
-        return known[dtype]
-    return dtype
-
-
-def _element_types(
-    source: Path, shape: ModelShape, dtype: torch.dtype | None
-) -> tuple[dict[str, torch.dtype], list[str]]:
-    """Name to element type of all tensors to write, in order; and what the source lists that isn't among them."""
-    wanted = hf_shapes(shape)
-    listed = read_tensor_list(source)
-    if listed is None:
-        default = dtype or _config_dtype(source)
-        return dict.fromkeys(wanted, default), []
-    ignored = {name for name in listed if is_ignored(name)}
-    if shape.tied_embeddings:
-        ignored.add(HEAD_HF_NAME)
-    problems = [f"the source has no tensor {name}" for name in wanted if name not in listed]
-    problems += [f"the source's tensor {name} would be lost" for name in listed if name not in {*wanted, *ignored}]
-    for name in wanted:
-        kind, size = listed.get(name, ("F32", list(wanted[name])))
-        if size != list(wanted[name]):
-            problems.append(f"the source's tensor {name} has shape {size}, not {list(wanted[name])}")
-        if kind not in DTYPES:
-            problems.append(f"the source's tensor {name} has element type {kind}; known are {', '.join(DTYPES)}")
-    if problems:
-        return {}, problems
-    return {name: dtype or DTYPES[listed[name][0]] for name in wanted}, []
-
-
-def _config_dtype(source: Path) -> torch.dtype:
-    config = json.loads((source / "config.json").read_text())
-    name = config.get("dtype") or config.get("torch_dtype")
-    if not isinstance(name, str):
-        raise CheckpointError(f"{source}/config.json: has no dtype, and no list of tensors tells it; give a dtype")
-    value = _as_dtype(name)
-    assert value is not None
-    return value
 
 
 @dataclass(frozen=True)
@@ -207,28 +162,37 @@ def _write(
     """The first rank's part. Shards are received to the end even when writing fails, or their senders would wait."""
     temporary = output.with_name(f".{output.name}.partial")
     failure: OSError | CheckpointError | None = None
-    writer: ShardWriter | None = None
+    files = plan_files(hf_shapes(shape), dtypes, max_shard_bytes)
+    left = list(files)
     try:
         if temporary.exists():  # left by an export that was cut off
             shutil.rmtree(temporary)
         copy_files(source, temporary)
-        _set_config_dtype(temporary / "config.json", dtypes)
-        writer = ShardWriter(temporary, hf_shapes(shape), dtypes, max_shard_bytes)
+        set_config_dtype(temporary / "config.json", dtypes)
     except (OSError, CheckpointError) as error:
         failure = error
+    held: dict[str, torch.Tensor] = {}
     for unit in units(shape):
         try:
-            for name, tensor in _assemble(unit, gather, dtypes).items():
-                if writer is not None and failure is None:
-                    writer.add(name, tensor)
+            tensors = _assemble(unit, gather, dtypes)
+            if failure is not None:
+                continue
+            held |= tensors
+            while left and left[0].shapes.keys() <= held.keys():
+                _write_file(temporary, left.pop(0), held)
         except (OSError, CheckpointError) as error:
             failure = failure or error
     if failure is not None:
         raise failure
-    assert writer is not None
-    writer.finish()
-    _check_written(temporary, shape, dtypes)
+    write_index(temporary, files)
+    check_written(temporary, shape, dtypes)
     os.rename(temporary, output)
+
+
+def _write_file(folder: Path, planned: PlannedFile, held: dict[str, torch.Tensor]) -> None:
+    with ShardWriter(folder, planned) as writer:
+        for name in planned.shapes:
+            writer.add(name, held.pop(name))
 
 
 def _assemble(unit: Unit, gather: _Gather, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
@@ -245,28 +209,3 @@ def _assemble(unit: Unit, gather: _Gather, dtypes: dict[str, torch.dtype]) -> di
     if missing != 0:
         raise CheckpointError(f"{unit}: the ranks' shards do not cover it exactly ({missing} elements are missing)")
     return tensors
-
-
-def _set_config_dtype(path: Path, dtypes: dict[str, torch.dtype]) -> None:
-    """Has `config.json` name the element type of what is written; the file stays as it is where it does already."""
-    kinds = set(dtypes.values())
-    if len(kinds) != 1:  # mixed, as the source was: its own word stands
-        return
-    name = str(kinds.pop()).removeprefix("torch.")
-    config = json.loads(path.read_text())
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    if all(config.get(key) == name for key in keys):
-        return
-    config.update(dict.fromkeys(keys, name))
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_written(folder: Path, shape: ModelShape, dtypes: dict[str, torch.dtype]) -> None:
-    """Opens what was written and holds it to the list, so that a truncated file never gets the output's name."""
-    weights = HfWeights(folder)
-    expected = hf_shapes(shape)
-    for name in expected.keys() | weights.names:
-        if name not in weights.names or name not in expected:
-            raise CheckpointError(f"{folder}: tensor {name} was not written as planned; export again")
-        if weights.shape(name) != expected[name] or weights.dtype(name) != dtypes[name]:
-            raise CheckpointError(f"{folder}: tensor {name} was written with another shape or type; export again")

@@ -1,10 +1,19 @@
-"""Reading slices of a Hugging Face folder's safetensors files."""
+"""Reading slices of a Hugging Face folder's safetensors files.
+
+The safetensors library opens and checks the files; the bytes are read with `pread` into memory of our own. Its slices
+are of a memory map, which counts as the process's resident memory: reading a 140 GB model through it would look like
+using 140 GB, and does use them under a memory limit that counts file pages.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,53 +34,132 @@ DTYPES: dict[str, torch.dtype] = {
 """Element types of weights that are supported, by safetensors' names."""
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    label: str
+
+
 class HfWeights:
-    """The tensors of a Hugging Face folder, read slice by slice from memory-mapped safetensors files.
+    """The tensors of a Hugging Face folder, read slice by slice.
+
+    Args:
+        folder: with safetensors files.
+        only: names of the files to open, where the folder is not finished.
 
     Raises:
-        CheckpointError: no weights, weights in another format, a file that the index names is missing or unreadable, or
-            the index and the files disagree.
+        CheckpointError: no weights, weights in another format, a file that the index names is missing, unreadable or
+            cut off, a tensor is in two files, or the index and the files disagree.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, only: Sequence[str] | None = None) -> None:
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}
-        self._slices: dict[str, Any] = {}
-        for path, indexed in _find_files(self.folder).items():
+        self._tensors: dict[str, _Stored] = {}
+        self._descriptors: dict[Path, int] = {}
+        found: Mapping[Path, set[str] | None]
+        found = _find_files(self.folder) if only is None else {self.folder / name: None for name in only}
+        for path, indexed in found.items():
             self._open(path, indexed)
 
     def _open(self, path: Path, indexed: set[str] | None) -> None:
         if not path.is_file():
-            raise CheckpointError(f"{path}: named in {INDEX} but missing; fetch it again")
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
-        held = set(handle.keys())
-        if indexed is not None and indexed != held:
-            name = min(indexed ^ held)
+            raise CheckpointError(f"{path}: missing, though {INDEX} names it; fetch it again")
+        held = read_header(path)
+        if indexed is not None and indexed != held.keys():
+            name = min(indexed ^ held.keys())
             where = f"is named in {INDEX} but not in this file" if name in indexed else f"is not named in {INDEX}"
             raise CheckpointError(f"{path}: tensor {name} {where}; fetch the folder again")
-        self._files[path.name] = handle
-        self._slices.update({name: handle.get_slice(name) for name in held})
+        for name in held.keys() & self._tensors.keys():
+            raise CheckpointError(f"{path}: tensor {name} is in {self._tensors[name].path.name} too; fetch both again")
+        self._tensors.update(held)
 
     @property
     def names(self) -> set[str]:
-        return set(self._slices)
+        return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype | str:
         """The element type; safetensors' own name where it is none of `DTYPES`."""
-        stored = self._slices[name].get_dtype()
+        stored = self._tensors[name].label
         return DTYPES.get(stored, stored)
 
     def read(self, name: str, start: int, count: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
         """Rows `[start, start + count)` of a tensor, and of them the columns `[low, high)`; on the CPU, as stored."""
-        if columns is None:
-            return self._slices[name][start : start + count]
-        return self._slices[name][start : start + count, columns[0] : columns[1]]
+        rows = torch.empty(count, *self.shape(name)[1:], dtype=DTYPES[self._tensors[name].label])
+        self.read_into(rows, name, start)
+        return rows if columns is None else rows[:, columns[0] : columns[1]]
+
+    def read_into(self, rows: torch.Tensor, name: str, start: int) -> None:
+        """Fills contiguous `rows` `[n, ...]`, of the stored element type, with rows `[start, start + n)` of a tensor.
+
+        Raises:
+            CheckpointError: the file ends before them.
+        """
+        stored = self._tensors[name]
+        row_bytes = prod(stored.shape[1:]) * rows.element_size()
+        read_at(self._descriptor(stored.path), stored.start + start * row_bytes, rows, f"{stored.path}: tensor {name}")
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+def read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, which the library has opened and found whole.
+
+    Raises:
+        CheckpointError: it isn't such a file, or is cut off.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # checks the header, its offsets and the file's size
+            pass
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size), object_pairs_hook=_refuse_twice)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+    return {
+        name: _Stored(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is in it twice")
+    return found
+
+
+def read_at(descriptor: int, offset: int, target: torch.Tensor, what: str) -> None:
+    """Fills a contiguous tensor with a file's bytes from `offset` on.
+
+    Raises:
+        CheckpointError: the file ends before them, or can't be read; names `what`.
+    """
+    view = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
+    done = 0
+    try:
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done:]], offset + done)
+            if got == 0:
+                raise CheckpointError(f"{what} ends before its last byte; fetch the file again")
+            done += got
+    except OSError as error:
+        raise CheckpointError(f"{what} can't be read ({error})") from None
 
 
 def has_weights(folder: Path) -> bool:
@@ -86,13 +174,13 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
     index = folder / INDEX
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = json.loads(index.read_text(), object_pairs_hook=_refuse_twice)["weight_map"]
             files: dict[Path, set[str] | None] = {folder / file: set() for file in weight_map.values()}
             for name, file in weight_map.items():
                 names = files[folder / file]
                 assert names is not None
                 names.add(name)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of weights ({error!r}); fetch it again") from None
         return files
     if (folder / SINGLE).is_file():

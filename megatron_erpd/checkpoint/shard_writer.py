@@ -1,73 +1,128 @@
-"""Writing tensors as a Hugging Face folder's safetensors files of bounded size."""
+"""Writing tensors as a Hugging Face folder's safetensors files of bounded size, a tensor at a time."""
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from megatron_erpd.checkpoint.hf_weights import INDEX, SINGLE
+from megatron_erpd.checkpoint.file_writer import FileWriter
+from megatron_erpd.checkpoint.hf_weights import DTYPES, INDEX, SINGLE
 
-DEFAULT_SHARD_BYTES = 5 * 10**9
-"""Size of a weight file. What most published checkpoints use; also about the memory that an export takes."""
+DEFAULT_SHARD_BYTES = 2 * 10**9
+"""Size of a weight file: what an interrupted export may have to do again, and what processes share out."""
+
+_LABELS = {dtype: label for label, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A weight file to write: its tensors in the order of their bytes, widest elements first as safetensors wants."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(self._size(name) for name in self.shapes)
+
+    def header(self) -> bytes:
+        """The file's beginning: the length of the JSON table of tensors, and the table, padded to 8 bytes."""
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, shape in self.shapes.items():
+            end = at + self._size(name)
+            table[name] = {"dtype": _LABELS[self.dtypes[name]], "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def _size(self, name: str) -> int:
+        return prod(self.shapes[name]) * self.dtypes[name].itemsize
 
 
 class ShardWriter:
-    """Takes tensors in the planned order and writes each file when it is full.
+    """Writes one planned file; tensors come in the planned order. Use as a context: whole, or not there."""
 
-    A tensor larger than a file has one of its own. A single file is called `model.safetensors`; several are numbered
-    and listed in an index.
-    """
+    def __init__(self, folder: Path, planned: PlannedFile) -> None:
+        self._planned = planned
+        self._names = iter(planned.shapes)
+        self._file = FileWriter(folder / planned.name)
 
-    def __init__(
-        self,
-        folder: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, torch.dtype],
-        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    ) -> None:
-        self._folder = folder
-        sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-        self._total_bytes = sum(sizes.values())
-        self._files = _plan(sizes, max_shard_bytes)
-        self._current = 0
-        self._held: dict[str, torch.Tensor] = {}
+    def __enter__(self) -> ShardWriter:
+        header = self._planned.header()
+        self._file.submit(lambda file: _write(file, header))
+        return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes the next tensor, contiguous and on the CPU."""
-        self._held[name] = tensor
-        if len(self._held) == len(self._files[self._current]):
-            assert list(self._held) == self._files[self._current], "tensors came in another order than planned"
-            save_file(self._held, self._folder / self._file_name(self._current), metadata={"format": "pt"})
-            self._held = {}
-            self._current += 1
+        """Takes the next tensor: contiguous, on the CPU, and not changed afterwards."""
+        expected = next(self._names)
+        assert name == expected, f"{name} came where {expected} was planned"
+        assert tensor.dtype == self._planned.dtypes[name] and tuple(tensor.shape) == self._planned.shapes[name], name
+        if tensor.numel():
+            data = tensor.detach().view(-1).view(torch.uint8).numpy()
+            self._file.submit(lambda file: _write(file, data))
 
-    def finish(self) -> None:
-        """Writes the index where there are several files."""
-        assert self._current == len(self._files) and not self._held, "not all planned tensors came"
-        if len(self._files) == 1:
-            return
-        weight_map = {name: self._file_name(i) for i, names in enumerate(self._files) for name in names}
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
+        if kind is None:
+            left = next(self._names, None)
+            assert left is None, f"{left} was planned and did not come"
+        self._file.__exit__(kind, *others)
 
-    def _file_name(self, i: int) -> str:
-        count = len(self._files)
-        return SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, once it is written."""
+        return self._file.sha256
 
 
-def _plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names per file, in order."""
+def _write(file: FileWriter, data: object) -> None:
+    file.write(data)
+
+
+def plan_files(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> list[PlannedFile]:
+    """Which tensor goes into which file, in order; a tensor larger than a file has one of its own.
+
+    A single file is called `model.safetensors`; several are numbered, and `write_index` lists them.
+    """
     files: list[list[str]] = [[]]
     used = 0
-    for name, size in sizes.items():
+    for name, shape in shapes.items():
+        size = prod(shape) * dtypes[name].itemsize
         if files[-1] and used + size > max_shard_bytes:
             files.append([])
             used = 0
         files[-1].append(name)
         used += size
-    return files
+    count = len(files)
+    planned = []
+    for i, names in enumerate(files):
+        ordered = sorted(names, key=lambda name: -dtypes[name].itemsize)  # stable: in one type the order stays
+        planned.append(
+            PlannedFile(
+                SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors",
+                {name: tuple(shapes[name]) for name in ordered},
+                {name: dtypes[name] for name in ordered},
+            )
+        )
+    return planned
+
+
+def write_index(folder: Path, files: list[PlannedFile]) -> None:
+    """Writes the index of several files; one alone needs none."""
+    if len(files) == 1:
+        return
+    weight_map = {name: file.name for file in files for name in file.shapes}
+    total = sum(file.tensor_bytes for file in files)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

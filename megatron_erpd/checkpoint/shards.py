@@ -115,15 +115,24 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def raise_together(where: object, problems: Sequence[str], limit: int = 20) -> None:
+def raise_together(where: object, problems: Sequence[str]) -> None:
     """Raises the same error on every rank if any rank has a problem, so that none waits for one that left.
 
-    Collective over all ranks. At most `limit` lines are shown.
+    Collective over all ranks.
 
     Raises:
         CheckpointError: `where` and the problems of all ranks, each once.
     """
-    lines = list(dict.fromkeys(line for rank in gather_objects(list(problems)) for line in rank))
+    raise_problems(where, [line for rank in gather_objects(list(problems)) for line in rank])
+
+
+def raise_problems(where: object, problems: Sequence[str], limit: int = 20) -> None:
+    """Raises if there are problems, and shows up to `limit` of them, each once.
+
+    Raises:
+        CheckpointError: `where` and the problems.
+    """
+    lines = list(dict.fromkeys(problems))
     if not lines:
         return
     if len(lines) == 1:

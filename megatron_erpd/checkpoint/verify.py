@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_erpd.checkpoint.hf_weights import HfWeights
-from megatron_erpd.checkpoint.shards import unwrap
+from megatron_erpd.checkpoint.param_map import Unit
+from megatron_erpd.checkpoint.shards import gather_objects, unwrap
+from megatron_erpd.checkpoint.torch_dist import Chunk, TorchDistReader
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference between two fp32 logits, as a fraction of the largest logit: rounding stays well below."""
 
-_ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096
 
 
 def compare_weights(a: Path | str, b: Path | str) -> list[str]:
@@ -41,20 +44,109 @@ def _compare_tensor(first: HfWeights, second: HfWeights, name: str) -> str | Non
     described = [f"{weights.dtype(name)} {list(weights.shape(name))}" for weights in (first, second)]
     if described[0] != described[1]:
         return f"{name}: {described[0]} in the one, {described[1]} in the other"
-    differing, largest, total = 0, 0.0, 0
+    tally = _Tally()
     rows = first.shape(name)[0]
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        count = min(_ROWS_AT_ONCE, rows - start)
-        x, y = (weights.read(name, start, count).contiguous() for weights in (first, second))
-        total += x.numel()
-        # Bits, not values: -0.0 equals 0.0 and a NaN equals nothing.
-        unequal = (x.view(torch.uint8) != y.view(torch.uint8)).view(x.numel(), -1).any(dim=1)
-        if unequal.any():
-            differing += int(unequal.sum())
-            largest = max(largest, float((x.double() - y.double()).abs().max()))
-    if not differing:
-        return None
-    return f"{name}: {differing} of {total} elements differ, by up to {largest:.3g}"
+    for start in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - start)
+        tally.add(first.read(name, start, count), second.read(name, start, count))
+    return tally.line(name)
+
+
+@dataclass
+class _Tally:
+    """How the parts of two tensors differ."""
+
+    total: int = 0
+    differing: int = 0
+    largest: float = 0.0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Compares two parts of one shape and type. Bits, not values: -0.0 equals 0.0 and a NaN equals nothing."""
+        self.total += a.numel()
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        x, y = (part.contiguous().view(-1).view(integers) for part in (a, b))
+        if torch.equal(x, y):
+            return
+        self.differing += int((x != y).sum())
+        self.largest = max(self.largest, float((a.double() - b.double()).abs().max()))
+
+    def line(self, name: str) -> str | None:
+        if not self.differing:
+            return None
+        return f"{name}: {self.differing} of {self.total} elements differ, by up to {self.largest:.3g}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was compared, bit for bit, and how it differs."""
+
+    num_tensors: int
+    num_bytes: int
+    differences: tuple[str, ...]
+
+    @classmethod
+    def of_all(cls, mine: Compared) -> Compared:
+        """The sum over all processes; collective."""
+        parts: list[Compared] = gather_objects(mine)
+        lines = tuple(line for part in parts for line in part.differences)
+        return cls(sum(part.num_tensors for part in parts), sum(part.num_bytes for part in parts), lines)
+
+
+def compare_checkpoint(
+    reader: TorchDistReader,
+    weights: HfWeights,
+    runs: Sequence[tuple[Unit, Sequence[str]]],
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Compared:
+    """Compares a Megatron checkpoint with a Hugging Face folder, bit for bit in the folder's element types.
+
+    Every element of every tensor is compared. A few thousand rows of each are in memory.
+
+    Args:
+        reader: the checkpoint.
+        weights: the folder.
+        runs: units, and which of their tensors to compare.
+        progress: told how many bytes were compared.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    lines: list[str] = []
+    num_tensors = num_bytes = 0
+    for unit, names in runs:
+        tallies = {name: _Tally() for name in names}
+        for name, ours, theirs in _parts(reader, weights, unit, names):
+            tallies[name].add(ours, theirs)
+            num_bytes += theirs.nbytes
+            progress(theirs.nbytes)
+        for name, tally in tallies.items():
+            num_tensors += 1
+            wanted = torch.Size(unit.hf_shapes()[name]).numel()
+            if tally.total != wanted:
+                lines.append(f"{name}: the checkpoint has {tally.total} of its {wanted} elements")
+            elif line := tally.line(name):
+                lines.append(line)
+    return Compared(num_tensors, num_bytes, tuple(lines))
+
+
+def _parts(
+    reader: TorchDistReader, weights: HfWeights, unit: Unit, names: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, the checkpoint's values and the folder's, part by part."""
+    for (row, count), group in groupby(reader.chunks(unit), key=lambda chunk: (chunk.row, chunk.size[0])):
+        chunks = list(group)
+        for at, piece in unit.pieces(row, count):
+            name = unit.hf_names[piece.tensor]
+            for start in range(0, piece.count if name in names else 0, ROWS_AT_ONCE):
+                num = min(ROWS_AT_ONCE, piece.count - start)
+                theirs = weights.read(name, piece.start + start, num)
+                for chunk in chunks:
+                    ours = reader.read(chunk, at + start, num).to(theirs.dtype)
+                    yield name, ours, _columns(theirs, chunk)
+
+
+def _columns(rows: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    return rows if rows.ndim == 1 else rows[:, chunk.column : chunk.column + chunk.size[1]]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def disk_plan(
     Args:
         folder: of the run.
         shape: the model's, where it is known.
-        hf_dtype: bytes per parameter of an exported model.
+        hf_dtype: bytes per parameter in the Hugging Face folder, and so in its import and in exports.
         counts: rollouts and response tokens of a round, where they are known.
     """
     items = []
@@ -75,6 +75,8 @@ def disk_plan(
             copies = _exported(stage, stages)
             what = f"{copies} Hugging Face model{'s' * (copies > 1)}"
             size = copies * count_parameters(shape) * hf_dtype if shape else None
+        elif stage.command == "import":
+            size, what = count_parameters(shape) * hf_dtype if shape else None, "weights"
         else:
             saved, what = _checkpoints(stage)
             size = saved * _checkpoint(stage, shape) if shape else None
@@ -85,20 +87,15 @@ def disk_plan(
 
 
 def _checkpoint(stage: Stage, shape: ModelShape) -> int:
-    """Bytes of one Megatron checkpoint: weights and, of a training, what the optimizer needs to go on."""
+    """Bytes of one checkpoint of a training: weights, and what the optimizer needs to go on."""
     precision = stage.layout.precision
-    per_parameter = WEIGHT_BYTES[precision]
-    if stage.command in TRAINS:
-        # The distributed optimizer saves fp32 weights once more, as its own.
-        again = 4 if precision == "fp32" and DISTRIBUTED_OPTIMIZER in stage.megatron else 0
-        per_parameter += OPTIMIZER_BYTES[precision] + again
-    return per_parameter * count_parameters(shape)
+    # The distributed optimizer saves fp32 weights once more, as its own.
+    again = 4 if precision == "fp32" and DISTRIBUTED_OPTIMIZER in stage.megatron else 0
+    return (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision] + again) * count_parameters(shape)
 
 
 def _checkpoints(stage: Stage) -> tuple[int, str]:
     """How many checkpoints there are at the most at one time."""
-    if stage.command == "import":
-        return 1, "weights"
     # A save is complete before the one that it replaces is removed.
     saved = stage.settings["checkpoints"] + (stage.settings["save_interval"] is not None)
     return saved, f"{saved} checkpoint{'s' * (saved > 1)}"

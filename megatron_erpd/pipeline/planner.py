@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from megatron_erpd.pipeline.recipe import (
     Selection,
     StageOverrides,
 )
-from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, flags_of
+from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, flags_of
 from megatron_erpd.sampling.prompts import REASONING_GYM
 from megatron_erpd.sampling.task import task_identity, verifier_file
 from megatron_erpd.settings import (
@@ -302,7 +301,7 @@ class _Planner:
         override = self.overrides.get(key, StageOverrides())
         layout = self._layout(command, override)
         # The one part of a layout that changes the result.
-        precision = {"precision": layout.precision} if command in USES_MEGATRON else {}
+        precision = {"precision": layout.precision} if command in RUNS_MODEL else {}
         megatron = flags_of({**self.recipe.megatron, **override.megatron}) if command in RUNS_MODEL else ()
         if override.megatron and command not in RUNS_MODEL:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
@@ -327,16 +326,10 @@ class _Planner:
         return output
 
     def _layout(self, command: str, override: StageOverrides) -> Layout:
-        if command not in USES_MEGATRON:
+        if command not in RUNS_MODEL:
             return Layout()
         given = override.layout.model_dump(include=override.layout.model_fields_set)
-        layout = self.recipe.layout.model_copy(update=given)
-        if command in RUNS_MODEL:
-            return layout
-        # A conversion has no data to divide, so that fewer processes are left to share the experts.
-        experts = math.gcd(layout.expert_parallel, layout.tensor_parallel * layout.context_parallel)
-        changed = {"data_parallel": 1, "expert_parallel": experts, "micro_batch_size": Layout().micro_batch_size}
-        return layout.model_copy(update=changed)
+        return self.recipe.layout.model_copy(update=given)
 
     def _path(self, text: str) -> Path:
         inside = self.recipe.prepare and Path(text).parts[:1] == ("prepare",)

@@ -10,7 +10,7 @@ from megatron_erpd.errors import ErpdError, RecipeError
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
-from megatron_erpd.pipeline.stages import USES_MEGATRON, Stage
+from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage
 from megatron_erpd.sampling.task import verifier_file
 
 
@@ -53,7 +53,7 @@ def _model_problems(stages: Sequence[Stage]) -> Iterator[str]:
 
     users: dict[tuple[int, int], str] = {}
     for stage in stages:
-        if stage.command in USES_MEGATRON:
+        if stage.command in (*RUNS_MODEL, "import"):
             users.setdefault((stage.layout.tensor_parallel, stage.layout.pipeline_parallel), stage.name)
     for (tensor, pipeline), name in users.items():
         try:

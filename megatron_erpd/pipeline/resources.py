@@ -27,7 +27,7 @@ from megatron_erpd.pipeline.disk_plan import DiskPlan, disk_plan
 from megatron_erpd.pipeline.memory_plan import StageMemory, frozen_policies, reads_hidden, stage_memory, uncounted_flags
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Imported, Recipe
-from megatron_erpd.pipeline.stages import RUNS_MODEL, USES_MEGATRON, Stage, dependencies
+from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, dependencies
 
 TERAFLOPS_PER_DEVICE = 400.0
 """What an H100 reaches in bf16 at 40% of its peak of 989."""
@@ -139,7 +139,7 @@ def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
     parts = {"TP": sizes.tensor_parallel, "PP": sizes.pipeline_parallel, "CP": sizes.context_parallel}
     parts |= {"DP": sizes.data_parallel, "EP": sizes.expert_parallel}
     words = [f"{name} {size}" for name, size in parts.items() if size > 1] + [sizes.precision]
-    layout = ", ".join(words) if stage.command in USES_MEGATRON else ""
+    layout = ", ".join(words) if stage.command in RUNS_MODEL else ""
     done = (stage.output / MANIFEST).is_file()
     return StageRow(stage.name, stage.command, stage.num_processes, layout, [*before, *own], done)
 

@@ -35,10 +35,7 @@ TOOLS = {
 """Command to its script in `tools/`."""
 
 RUNS_MODEL = ("train-teacher", "train-on-policy", "precompute", "distill")
-"""Commands that run data through a model in Megatron and take its own flags."""
-
-USES_MEGATRON = (*RUNS_MODEL, "import", "export")
-"""Commands that take a layout."""
+"""Commands that run data through a model in Megatron; they take a layout and Megatron's own flags."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Stage:
         return launcher_flags(self.num_processes, program) if self.num_processes > 1 else program
 
     def _flags(self) -> list[str]:
-        layout = settings_to_argv(self.layout) if self.command in USES_MEGATRON else []
+        layout = settings_to_argv(self.layout) if self.command in RUNS_MODEL else []
         return [*self.arguments, *layout, *(["--", *self.megatron] if self.megatron else [])]
 
 

@@ -1,17 +1,24 @@
-"""The import and export stages: Hugging Face folder to Megatron checkpoint and back, on any layout."""
+"""The import and export stages: Hugging Face folder to Megatron checkpoint and back. No model is built."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from megatron_erpd.checkpoint import copy_sidecar, export_hf_weights, import_hf_weights
-from megatron_erpd.checkpoint.iterations import saved_iterations
+from megatron_erpd.checkpoint.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
+from megatron_erpd.checkpoint.processes import conversion_processes, do_together, peak_memory, process_rank
+from megatron_erpd.checkpoint.sidecar import copy_sidecar
+from megatron_erpd.checkpoint.stream_export import export_checkpoint
+from megatron_erpd.checkpoint.stream_import import write_checkpoint
 from megatron_erpd.errors import CheckpointError, RecipeError
-from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
-from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
-from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
+from megatron_erpd.manifest import finish_artifact, read_manifest
+from megatron_erpd.settings import Layout
+from megatron_erpd.training.runtime import prepare_output
 
 _ANY_LENGTH = 2
 """Conversion runs no tokens through the model; Megatron still wants a sequence length."""
@@ -20,51 +27,52 @@ _ANY_LENGTH = 2
 def import_checkpoint(argv: list[str]) -> None:
     """Writes a Megatron checkpoint (torch_dist) with a Hugging Face folder's weights, bit for bit.
 
-    The artifact holds `megatron/` (loadable under any layout) and `hf/` (the configuration, tokenizer, chat template
-    and all else but the weights).
+    The artifact holds `megatron/` (loadable under any layout and precision) and `hf/` (the configuration, tokenizer,
+    chat template and all else but the weights). Under torchrun the processes share the work, however many there are.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-erpd import",
         description=import_checkpoint.__doc__,
-        epilog="example: megatron-erpd import --hf Qwen3-4B --output runs/mine/base --tensor-parallel 2",
+        epilog="example: megatron-erpd import --hf Qwen3-4B --output runs/mine/base",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder with config.json and safetensors")
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
-    add_layout_arguments(parser)
-    own, pass_through = split_pass_through(argv)
-    namespace = parser.parse_args(own)
-    layout = layout_from_namespace(namespace)
-    identity = settings_identity({}, precision=layout.precision)
-    prepare_output(namespace.output, "import", identity, {"hf": namespace.hf})
+    given = parser.parse_args(argv)
+    output: Path = given.output
 
-    run_flags = {
-        "save": str(namespace.output / "megatron"),
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "no_load_optim": True,
-        "train_iters": 0,
-    }
-    with stage_process() as store:
-        args = initialize(namespace.hf, layout, run_flags, pass_through, _ANY_LENGTH, store)
-        from megatron.training.checkpointing import save_checkpoint
+    with conversion_processes():
+        do_together(output, lambda: prepare_output(output, "import", {}, {"hf": given.hf}))
+        folder = iteration_folder(output / "megatron", 0)
+        imported = write_checkpoint(given.hf, folder, lambda: _common_state(given.hf))
 
-        from megatron_erpd.training.model import build_frozen_model, model_config, synchronize
+        figures = {"tensors": imported.num_tensors, "bytes": imported.num_bytes, "write_seconds": imported.seconds}
+        figures["peak_memory_bytes"] = peak_memory()
 
-        model = build_frozen_model(model_config(args))
-        import_hf_weights([model], namespace.hf)
-        save_checkpoint(0, [model], None, None, 0)
-        if rank() == 0:
-            copy_sidecar(namespace.hf, namespace.output / "hf")
-            finish_artifact(namespace.output)
-        synchronize()
+        def finish() -> None:
+            if process_rank() == 0:
+                copy_sidecar(given.hf, output / "hf")
+                (output / "megatron" / TRACKER).write_text("0")
+                checksums = {str((folder / name).relative_to(output)): sha for name, sha in imported.checksums.items()}
+                finish_artifact(output, figures, checksums)
+                print(f"{output}: {imported.num_tensors} tensors, {imported.num_bytes / 1e9:.2f} GB", flush=True)
+
+        do_together(output, finish)
 
 
 def export_checkpoints(argv: list[str]) -> None:
-    """Writes Hugging Face folders from Megatron checkpoints of one architecture, one after another."""
+    """Writes Hugging Face folders from Megatron checkpoints, one after another, and compares each with its checkpoint.
+
+    A folder appears when every tensor is in it and was found equal, bit for bit. Under torchrun the processes share the
+    work, however many there are.
+    """
     parser = argparse.ArgumentParser(
         prog="megatron-erpd export",
         description=export_checkpoints.__doc__,
         epilog="example: megatron-erpd export --checkpoint student=runs/mine/round-01/student --output exported",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",
@@ -74,34 +82,83 @@ def export_checkpoints(argv: list[str]) -> None:
         help="artifact to export and the name of its folder; repeatable. @all: every iteration kept, as NAME@ITERATION",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder that gets one Hugging Face folder per name")
-    add_layout_arguments(parser)
-    own, pass_through = split_pass_through(argv)
-    namespace = parser.parse_args(own)
-    layout = layout_from_namespace(namespace)
-    named = [_parse_checkpoint(text) for text in namespace.checkpoint]
+    given = parser.parse_args(argv)
+    output: Path = given.output
+    named = [_parse_checkpoint(text) for text in given.checkpoint]
     inputs, iterations = _identity(named)
-    settings = settings_identity({"iterations": iterations}, precision=layout.precision)
-    prepare_output(namespace.output, "export", settings, inputs)
     for folder in inputs.values():
         read_manifest(folder)
 
-    first = named[0][1] / "hf"
-    with stage_process() as store:
-        flags = {"no_load_optim": True, "train_iters": 0}
-        args = initialize(first, layout, flags, pass_through, _ANY_LENGTH, store)
-        from megatron_erpd.training.model import build_frozen_model, load_weights, model_config, synchronize
-
-        model = build_frozen_model(model_config(args))
+    with conversion_processes():
+        do_together(output, lambda: prepare_output(output, "export", {"iterations": iterations}, inputs))
+        checksums: dict[str, str] = {}
+        figures: dict[str, float] = dict.fromkeys(("tensors", "bytes", "write_seconds", "compare_seconds"), 0)
         for name, folder, iteration in _expand(named):
-            target = namespace.output / name
+            target = output / name
             if target.exists():  # left by an interrupted run; a folder appears only when it is whole
                 continue
-            load_weights(model, folder, iteration)
-            export_hf_weights([model], folder / "hf", target)
-            synchronize()
-        if rank() == 0:
-            finish_artifact(namespace.output)
-        synchronize()
+            checkpoint = folder / "megatron"
+            chosen = latest_iteration(checkpoint) if iteration is None else iteration
+            source = iteration_folder(checkpoint, chosen)
+            if not source.is_dir():
+                raise CheckpointError(f"{source}: no such iteration; {checkpoint} holds {saved_iterations(checkpoint)}")
+            exported = export_checkpoint(source, folder / "hf", target)
+            checksums |= {f"{name}/{file}": sha for file, sha in exported.checksums.items()}
+            found = exported.compared
+            made = (found.num_tensors, found.num_bytes, exported.seconds, exported.compare_seconds)
+            figures = {key: figures[key] + value for key, value in zip(figures, made, strict=True)}
+            if process_rank() == 0:
+                print(
+                    f"{target}: {found.num_tensors} tensors, {found.num_bytes / 1e9:.2f} GB, each compared with "
+                    f"{source}: equal",
+                    flush=True,
+                )
+
+        figures["peak_memory_bytes"] = peak_memory()
+
+        def finish() -> None:
+            if process_rank() == 0:
+                finish_artifact(output, figures, checksums)
+
+        do_together(output, finish)
+
+
+def _common_state(hf_folder: Path) -> dict[str, Any]:
+    """What Megatron keeps beside the tensors and looks for when it loads: its arguments, and where the run stands."""
+    from megatron_erpd.training.arguments import parse_megatron_arguments
+    from megatron_erpd.training.runtime import common_flags
+
+    flags = {**common_flags(), "eval_interval": 1, "eval_iters": 0, "save_interval": 1, "lr": 1.0, "train_iters": 0}
+    flags |= {"no_save_optim": True, "no_save_rng": True}
+    with _as_single_process():
+        args = parse_megatron_arguments(hf_folder, Layout(), flags, [], _ANY_LENGTH)
+        from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+        from megatron.training.global_vars import destroy_global_vars
+
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+
+
+@contextmanager
+def _as_single_process() -> Iterator[None]:
+    """The arguments in a checkpoint say nothing of the processes that converted it."""
+    saved = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 def _parse_checkpoint(text: str) -> tuple[str, Path, str | None]:

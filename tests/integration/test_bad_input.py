@@ -104,7 +104,7 @@ def test_tensor_parallel_that_does_not_divide_the_heads(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    message = fails("import", "--hf", made / "hf", "--output", tmp_path / "out", "--tensor-parallel", 3)
+    message = fails("train-teacher", *training(made, tmp_path / "out"), "--tensor-parallel", 3)
     assert "tensor parallel size 3" in message and "use 1 or 2" in message
 
 
@@ -113,7 +113,7 @@ def test_layout_that_is_not_the_number_of_processes(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    message = fails("import", "--hf", made / "hf", "--output", tmp_path / "out", "--tensor-parallel", 2)
+    message = fails("train-teacher", *training(made, tmp_path / "out"), "--tensor-parallel", 2)
     assert "needs 2 processes, 3 were started" in message
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from megatron_erpd.checkpoint import (
     compare_logits,
     compare_weights,
-    export_hf_weights,
-    import_hf_weights,
+    export_checkpoint,
     megatron_logits,
     model_flags,
+    write_checkpoint,
 )
-from tests.distributed.checkpoint.tiny_models import build_megatron_model, set_layout
+from tests.distributed.checkpoint.tiny_models import build_megatron_model, load_checkpoint, set_layout
 from tests.distributed.harness import REPOSITORY, run_ranks
 
 LAYOUTS = [(1, 1), (3, 1), (1, 2)]
@@ -55,6 +55,7 @@ def answer(get_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> t
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     get_model.write_model(folder)
+    write_checkpoint(folder, folder.parent / "checkpoint", dict)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32
@@ -71,11 +72,11 @@ def convert(rank: int, world_size: int, folder: Path, tp: int, pp: int, exported
     """Imports, compares with transformers' logits, exports where asked to; what the last stage found."""
     set_layout(tp, pp)
     model = build_megatron_model(model_flags(folder, tp, pp))
-    import_hf_weights([model], folder)
+    load_checkpoint([model], folder.parent / "checkpoint")
     reference = load_file(folder.parent / "logits.safetensors")
     logits = megatron_logits([model], reference["tokens"])
     if exported is not None:
-        export_hf_weights([model], folder, exported)
+        export_checkpoint(folder.parent / "checkpoint", folder, exported)
     return None if logits is None else compare_logits(logits, reference["logits"])
 
 

@@ -12,15 +12,18 @@ from safetensors.torch import load_file, save_file
 from megatron_erpd.checkpoint import (
     compare_logits,
     compare_weights,
+    export_checkpoint,
     export_hf_weights,
-    import_hf_weights,
     megatron_logits,
     model_flags,
+    write_checkpoint,
 )
 from tests.distributed.checkpoint.tiny_models import (
     MIXTURES,
     VOCAB_SIZE,
     build_megatron_model,
+    load_checkpoint,
+    save_checkpoint,
     save_hf_model,
     set_layout,
 )
@@ -61,13 +64,16 @@ def transformers_reference(model: Any, tokens: torch.Tensor) -> tuple[dict[str, 
 def convert(
     rank: int, world_size: int, source: Path, exported: Path, tp: int, pp: int, ep: int, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Import, forward, export; which layers send every token to the same experts, and on the last stage the logits."""
+    """Load, forward, export from the model and from what Megatron saves of it.
+
+    Returns which layers send every token to the same experts, and on the last stage the logits.
+    """
     set_layout(tp, pp, expert_parallel=ep)
     model = build_megatron_model({**model_flags(source, tp, pp, ep), **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    import_hf_weights([model], source)
+    load_checkpoint([model], source.with_name(f"{source.name}-checkpoint"))
     reference = load_file(source.parent / f"{source.name}-reference.safetensors")
     same_experts: dict[int, bool] = {}
 
@@ -81,6 +87,9 @@ def convert(
         layer.mlp.router.register_forward_hook(lambda _, __, output, number=number: compare(number, output[1]))
     logits = megatron_logits([model], reference["tokens"])
     export_hf_weights([model], source, exported)
+    saved = exported.with_name(f"{exported.name}-saved")
+    save_checkpoint([model], saved)
+    export_checkpoint(saved, source, saved.with_name(f"{saved.name}-exported"), max_shard_bytes=20_000)
     agreement = None if logits is None else compare_logits(logits, reference["logits"])
     return {"experts": same_experts, "logits": agreement}
 
@@ -101,6 +110,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     tokens = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(0))
     for name in MIXTURES:
         model = save_hf_model(name, space.folder / name)
+        write_checkpoint(space.folder / name, space.folder / f"{name}-checkpoint", dict, block_bytes=3000)
         reference, space.margins[name] = transformers_reference(model, tokens)
         save_file(reference, space.folder / f"{name}-reference.safetensors")
     cases: list[Case] = [
@@ -135,7 +145,9 @@ def test_experts_and_logits_are_those_of_transformers(space: Workspace, name: st
 
 @pytest.mark.parametrize(("name", "layout"), EVERY, ids=str)
 def test_round_trip_keeps_every_bit(space: Workspace, name: str, layout: tuple[int, ...]) -> None:
-    assert compare_weights(space.folder / name, space.exported(name, layout)) == []
+    exported = space.exported(name, layout)
+    assert compare_weights(space.folder / name, exported) == []
+    assert compare_weights(space.folder / name, exported.with_name(f"{exported.name}-saved-exported")) == []
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-unnormalized"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,25 @@ def set_layout(
         expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(1234)
+
+
+def load_checkpoint(chunks: Sequence[Any], folder: Path) -> None:
+    """Has Megatron load a checkpoint into this rank's chunks of a model."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(
+        {str(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}, str(folder)
+    )
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(i)])
+
+
+def save_checkpoint(chunks: Sequence[Any], folder: Path) -> None:
+    """Has Megatron save this rank's chunks of a model."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    dist_checkpointing.save({str(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}, str(folder))

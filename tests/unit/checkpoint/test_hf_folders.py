@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint.hf_weights import HfWeights
-from megatron_erpd.checkpoint.shard_writer import ShardWriter
+from megatron_erpd.checkpoint.shard_writer import ShardWriter, plan_files, write_index
 from megatron_erpd.checkpoint.sidecar import copy_sidecar, read_tensor_list
 from megatron_erpd.checkpoint.verify import compare_logits, compare_weights
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.manifest import file_digest
 
 
 def sharded(folder: Path) -> Path:
@@ -35,7 +36,7 @@ def test_slices(tmp_path: Path) -> None:
 
 def test_a_missing_file_of_the_index_is_named(tmp_path: Path) -> None:
     (sharded(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: named in .* but missing"):
+    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: missing, though .* names it"):
         HfWeights(tmp_path)
 
 
@@ -135,10 +136,13 @@ def test_a_sidecar_needs_a_configuration(tmp_path: Path) -> None:
 def test_files_are_bounded_in_size(tmp_path: Path) -> None:
     shapes = {"a": (4, 4), "b": (4, 4), "large": (100, 4), "c": (4,), "d": (4,)}
     dtypes = dict.fromkeys(shapes, torch.float32)
-    writer = ShardWriter(tmp_path, shapes, dtypes, max_shard_bytes=128)
-    for name, shape in shapes.items():
-        writer.add(name, torch.ones(shape))
-    writer.finish()
+    files = plan_files(shapes, dtypes, max_shard_bytes=128)
+    for planned in files:
+        with ShardWriter(tmp_path, planned) as writer:
+            for name, shape in planned.shapes.items():
+                writer.add(name, torch.ones(shape))
+        assert writer.sha256 == file_digest(tmp_path / planned.name)
+    write_index(tmp_path, files)
     held = [set(load_file(path)) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert held == [{"a", "b"}, {"large"}, {"c", "d"}]
     assert HfWeights(tmp_path).names == set(shapes)

@@ -86,9 +86,9 @@ def test_everything_is_told_at_once(problems):
 
 
 def test_a_layout_that_does_not_divide_the_model(problems):
-    assert "base:" in problems(layout={"tensor_parallel": 3})
+    assert "base-log-probs:" in problems(layout={"tensor_parallel": 3})
     text = problems(stages={"teacher": {"layout": {"pipeline_parallel": 4}}})
-    assert "teacher:" in text and "base:" not in text
+    assert "teacher:" in text and "base-log-probs:" not in text
 
 
 def test_an_architecture_that_is_not_supported(problems):

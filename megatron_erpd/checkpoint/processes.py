@@ -1,0 +1,87 @@
+"""The processes of a conversion: each does its share of the files, and all stop when one can't go on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megatron_erpd.checkpoint.shards import gather_objects, raise_together
+from megatron_erpd.errors import CheckpointError
+
+_SECONDS = 5.0
+
+
+@contextmanager
+def conversion_processes() -> Iterator[None]:
+    """A gloo group of the processes that a launcher started; nothing where this is the only one."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo")
+    yield
+    if started:  # after an error nothing is waited for: the other processes end by themselves
+        dist.destroy_process_group()
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share[T](work: Sequence[T]) -> list[T]:
+    """This process's part of the work: each takes every so-manieth item."""
+    return list(work[process_rank() :: num_processes()])
+
+
+def do_together(where: object, work: Callable[[], None]) -> None:
+    """Does this process's work; if any process fails, all raise.
+
+    Collective over all processes.
+
+    Raises:
+        CheckpointError: the errors of all processes, each once.
+    """
+    problems: list[str] = []
+    try:
+        work()
+    except (CheckpointError, OSError) as error:
+        problems = [str(error)]
+    raise_together(where, problems)
+
+
+def peak_memory() -> int:
+    """The largest resident memory that any of the processes has had, in bytes; collective."""
+    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(gather_objects(here))
+
+
+class Progress:
+    """Says how far a conversion is: a line every few seconds from the first process, about its own share."""
+
+    def __init__(self, verb: str, total: int) -> None:
+        self._verb, self._total, self._done = verb, total, 0
+        self._begin = self._last = time.monotonic()
+        self._is_shown = process_rank() == 0
+
+    def advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        now = time.monotonic()
+        if self._is_shown and now - self._last >= _SECONDS:
+            self._last = now
+            rate = self._done / (now - self._begin)
+            left = (self._total - self._done) / rate
+            of = "" if num_processes() == 1 else f" of its share, {num_processes()} processes"
+            print(
+                f"{self._verb} {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB{of}, {rate / 1e9:.2f} GB/s, "
+                f"{left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

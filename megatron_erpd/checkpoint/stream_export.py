@@ -1,0 +1,211 @@
+"""A Megatron checkpoint as a Hugging Face folder; no model is built.
+
+Every process writes files of its own, a tensor at a time, and compares them with the checkpoint afterwards. The folder
+gets its name when every tensor that the source lists is there and was found equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from megatron_erpd.checkpoint.export_plan import as_dtype, check_written, element_types, set_config_dtype
+from megatron_erpd.checkpoint.file_writer import require_space, sync_folder
+from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.hf_weights import HfWeights
+from megatron_erpd.checkpoint.param_map import Unit, hf_shapes, units
+from megatron_erpd.checkpoint.processes import Progress, do_together, process_rank, share
+from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFile, ShardWriter, plan_files, write_index
+from megatron_erpd.checkpoint.shards import raise_problems
+from megatron_erpd.checkpoint.sidecar import copy_files
+from megatron_erpd.checkpoint.torch_dist import METADATA, Chunk, TorchDistReader
+from megatron_erpd.checkpoint.torch_dist_writer import write_json
+from megatron_erpd.checkpoint.verify import ROWS_AT_ONCE, Compared, compare_checkpoint
+from megatron_erpd.errors import CheckpointError
+
+_PLAN = ".export.json"
+"""In an unfinished export: what it is of, so that no other one goes on with it."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote and compared."""
+
+    compared: Compared
+    seconds: float
+    """That reading and writing took."""
+    compare_seconds: float
+    checksums: dict[str, str]
+    """Name of a weight file to SHA-256, of the files that this process wrote; kept ones are not read again."""
+
+
+def export_checkpoint(
+    iteration: Path,
+    source_hf_folder: Path,
+    output: Path,
+    dtype: torch.dtype | str | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Exported:
+    """Writes an iteration of a Megatron checkpoint, of any layout, as a Hugging Face folder like the one it came from.
+
+    A tensor is put together from the chunks that the checkpoint has of it; those of one unit are in memory, and the one
+    that is being written. With the source's element types an import and an export give the same bits. Called again
+    after an interruption, it keeps the files that are whole.
+
+    Collective over all processes, of which there may be any number.
+
+    Args:
+        iteration: an `iter_...` folder.
+        source_hf_folder: where configuration, tokenizer and the list of tensors come from: the original folder, or what
+            `copy_sidecar` made of it.
+        output: folder to make; must not exist.
+        dtype: element type of all tensors; None for the source's, tensor by tensor.
+        max_shard_bytes: size at which another file is begun.
+
+    Raises:
+        CheckpointError: the output exists, the checkpoint lacks a tensor or has an unknown one, it doesn't fit
+            `config.json`, a file is broken, there is no room, or what was written differs from the checkpoint.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output}: exists and is never written over; give another folder or delete it")
+    shape = read_model_shape(source_hf_folder)
+    reader = TorchDistReader(iteration)
+    dtypes, problems = element_types(source_hf_folder, shape, as_dtype(dtype))
+    raise_problems(source_hf_folder, problems)
+    raise_problems(iteration, unlike_table(reader, shape))
+    files = plan_files(hf_shapes(shape), dtypes, max_shard_bytes)
+    folder = output.with_name(f".{output.name}.partial")
+    do_together(folder, lambda: _begin(folder, source_hf_folder, files, dtypes, iteration))
+
+    owner = {name: unit for unit in units(shape) for name in unit.hf_names}
+    mine = share(files)
+    todo = [file for file in mine if not (folder / file.name).is_file()]
+    checksums: dict[str, str] = {}
+    progress = Progress("exported", sum(file.tensor_bytes for file in todo))
+
+    def write() -> None:
+        for file in todo:
+            checksums[file.name] = _write_file(folder, file, owner, reader, progress)
+
+    begin = time.monotonic()
+    do_together(folder, write)
+    written_at = time.monotonic()
+    found: list[Compared] = []
+
+    def compare() -> None:
+        names = [name for file in mine for name in file.shapes]
+        written = HfWeights(folder, only=[file.name for file in mine])
+        found.append(compare_checkpoint(reader, written, _runs(names, owner)))
+        raise_problems(f"{folder}: differs from {iteration}", found[0].differences)
+
+    do_together(folder, compare)
+    compared_at = time.monotonic()
+
+    def publish() -> None:
+        if process_rank() == 0:
+            write_index(folder, files)
+            check_written(folder, shape, dtypes)
+            (folder / _PLAN).unlink()
+            sync_folder(folder)
+            os.rename(folder, output)
+
+    do_together(output, publish)
+    seconds = written_at - begin, compared_at - written_at
+    return Exported(Compared.of_all(found[0]), *seconds, checksums)
+
+
+def unlike_table(reader: TorchDistReader, shape: ModelShape) -> list[str]:
+    """What a checkpoint lacks of a model of this shape or has besides, a line each; reads `.metadata` only."""
+    found = units(shape)
+    known = {unit.key for unit in found}
+    problems = [f"the checkpoint has no tensor {unit}" for unit in found if not reader.chunks(unit)]
+    for key in reader.names():
+        if reader.layerless(key) not in known:
+            problems.append(f"the checkpoint's tensor {key} is unknown for {shape.family.name}, and would be lost")
+    return problems
+
+
+def _begin(
+    folder: Path, source: Path, files: Sequence[PlannedFile], dtypes: Mapping[str, torch.dtype], iteration: Path
+) -> None:
+    """Makes the folder and all in it but the weights, or finds it as an interrupted export of the same left it."""
+    if process_rank() != 0:
+        return
+    metadata = hashlib.sha256((iteration / METADATA).read_bytes()).hexdigest()
+    plan = {"checkpoint": metadata, "files": {file.name: [len(file.header()), file.tensor_bytes] for file in files}}
+    if folder.exists() and _read_plan(folder) != plan:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _PLAN, plan)
+    require_space(folder, sum(file.tensor_bytes for file in files if not (folder / file.name).is_file()))
+    copy_files(source, folder)
+    set_config_dtype(folder / "config.json", dtypes)
+
+
+def _read_plan(folder: Path) -> object:
+    try:
+        return json.loads((folder / _PLAN).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _runs(names: Sequence[str], owner: Mapping[str, Unit]) -> list[tuple[Unit, list[str]]]:
+    """Tensors in order, those of one unit that follow each other together."""
+    return [(unit, list(group)) for unit, group in groupby(names, key=lambda name: owner[name])]
+
+
+def _write_file(
+    folder: Path, file: PlannedFile, owner: Mapping[str, Unit], reader: TorchDistReader, progress: Progress
+) -> str:
+    with ShardWriter(folder, file) as writer:
+        for unit, names in _runs(list(file.shapes), owner):
+            for name, tensor in _assemble(unit, names, file.dtypes, reader):
+                writer.add(name, tensor)
+                progress.advance(tensor.nbytes)
+    return writer.sha256
+
+
+def _assemble(
+    unit: Unit, names: Sequence[str], dtypes: Mapping[str, torch.dtype], reader: TorchDistReader
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Some of a unit's Hugging Face tensors, each as soon as all of it was read; padding rows are dropped."""
+    shapes = unit.hf_shapes()
+    waiting = list(names)
+    tensors: dict[str, torch.Tensor] = {}
+    missing = {name: torch.Size(shapes[name]).numel() for name in names}
+    for chunk in reader.chunks(unit):
+        for at, piece in unit.pieces(chunk.row, chunk.size[0]):
+            name = unit.hf_names[piece.tensor]
+            if name not in missing:
+                continue
+            if name not in tensors:
+                tensors[name] = torch.empty(shapes[name], dtype=dtypes[name])
+            rows = tensors[name][piece.start : piece.start + piece.count]
+            if unit.columns is not None:
+                rows = rows[:, chunk.column : chunk.column + chunk.size[1]]
+            _fill(rows, reader, chunk, at)
+            missing[name] -= rows.numel()
+        while waiting and missing[waiting[0]] == 0:
+            yield waiting[0], tensors.pop(waiting.pop(0))
+    if waiting:
+        raise CheckpointError(f"{reader.folder}: {unit}: its chunks do not cover {waiting[0]} exactly")
+
+
+def _fill(rows: torch.Tensor, reader: TorchDistReader, chunk: Chunk, at: int) -> None:
+    """Fills rows of a tensor with those of a chunk from `at` on, converted where they are of another type."""
+    if rows.is_contiguous() and rows.dtype == reader.dtype(chunk):
+        reader.read_into(rows, chunk, at)
+        return
+    for start in range(0, rows.shape[0], ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        some.copy_(reader.read(chunk, at + start, some.shape[0]))
