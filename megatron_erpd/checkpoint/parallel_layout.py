@@ -23,15 +23,10 @@ def check_layout(
     Raises:
         LayoutError: names the size, what it must divide and the values that would do.
     """
-    split_by_tensor = {"key/value heads": shape.num_query_groups, "attention heads": shape.num_heads}
-    if not shape.num_experts:
-        split_by_tensor["rows of the feed-forward layer"] = shape.ffn_hidden_size
-    for what, count in split_by_tensor.items():
-        if tensor_parallel < 1 or count % tensor_parallel:
-            raise LayoutError(
-                f"tensor parallel size {tensor_parallel} does not divide the model's {count} {what}; "
-                f"use {_choices(*split_by_tensor.values())}"
-            )
+    undivided = _undivided(shape, tensor_parallel)
+    if undivided is not None:
+        good = [str(n) for n in range(1, shape.num_heads + 1) if _undivided(shape, n) is None]
+        raise LayoutError(f"tensor parallel size {tensor_parallel} does not divide {undivided}; use {_either(good)}")
     if expert_parallel != 1 and not shape.num_experts:
         raise LayoutError(
             f"expert parallel size {expert_parallel}, but {shape.family.name} is no mixture of experts; use 1"
@@ -41,7 +36,26 @@ def check_layout(
             f"expert parallel size {expert_parallel} does not divide the model's {shape.num_experts} experts; "
             f"use {_choices(shape.num_experts)}"
         )
+    if virtual_stages > 1 and pipeline_parallel == 1:
+        raise LayoutError(f"{virtual_stages} chunks per pipeline stage need pipeline parallelism; use 1")
     stage_layers(shape.num_layers, pipeline_parallel, virtual_stages)
+
+
+def _undivided(shape: ModelShape, tensor_parallel: int) -> str | None:
+    """What of a model can't be split by tensor parallelism.
+
+    Key/value heads may be fewer than ranks: Megatron splits their projections all the same, and gathers the outputs.
+    """
+    heads, groups = shape.num_heads, shape.num_query_groups
+    if tensor_parallel < 1 or heads % tensor_parallel:
+        return f"the model's {heads} attention heads"
+    if groups % tensor_parallel and tensor_parallel % groups:
+        return f"the model's {groups} key/value heads, nor is it a multiple of them"
+    if (rows := shape.query_size + 2 * shape.key_value_size) % tensor_parallel:
+        return f"the {rows} rows of the query, key and value projections"
+    if not shape.num_experts and shape.ffn_hidden_size % tensor_parallel:
+        return f"the model's {shape.ffn_hidden_size} rows of the feed-forward layer"
+    return None
 
 
 def check_expert_groups(shape: ModelShape, layout: Layout, trains: bool) -> None:

@@ -49,7 +49,6 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {
             "num_hidden_layers": 3,
-            "num_key_value_heads": 4,
             "head_dim": 16,
             "num_experts": 8,
             "num_experts_per_tok": 3,
@@ -70,7 +69,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("mixtral", {"num_key_value_heads": 4, "num_local_experts": 4}),
 }
-"""The same of mixtures of experts; the first has three layers, which two pipeline stages can't share evenly."""
+"""The same of mixtures of experts. The first has three layers, which two pipeline stages can't share evenly, and two
+key/value heads, which four tensor-parallel ranks can't have one each of."""
 
 ROUTER_SCALE = 6.0
 """Spreads the routers' logits, so that no token is close to another choice of experts."""
@@ -96,10 +96,13 @@ def save_hf_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, *
     return model
 
 
-def build_megatron_model(flags: dict[str, Any], virtual_stages: int | None = None, vp_stage: int | None = None) -> Any:
+def build_megatron_model(
+    flags: dict[str, Any], virtual_stages: int | None = None, vp_stage: int | None = None, **settings: Any
+) -> Any:
     """A `GPTModel` (or one of its chunks) of Megatron-Core's local layer spec from the flags of `model_flags`.
 
-    Written apart from the project's own way from flags to models, to test one against the other.
+    Written apart from the project's own way from flags to models, to test one against the other. `settings` are further
+    ones of Megatron's `TransformerConfig`.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -115,6 +118,7 @@ def build_megatron_model(flags: dict[str, Any], virtual_stages: int | None = Non
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         **experts,
         **stages,
+        **settings,
         num_layers=flags["num_layers"],
         hidden_size=flags["hidden_size"],
         ffn_hidden_size=flags["ffn_hidden_size"],
@@ -171,7 +175,11 @@ def build_megatron_model(flags: dict[str, Any], virtual_stages: int | None = Non
 
 
 def set_layout(
-    tensor_parallel: int, pipeline_parallel: int, virtual_stages: int | None = None, expert_parallel: int = 1
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    virtual_stages: int | None = None,
+    expert_parallel: int = 1,
+    **settings: Any,
 ) -> None:
     """Megatron's process groups for a layout; ranks left over are DP replicas. Experts are never split.
 
@@ -196,6 +204,7 @@ def set_layout(
         virtual_stages,
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=1,
+        **settings,
     )
     model_parallel_cuda_manual_seed(1234)
 

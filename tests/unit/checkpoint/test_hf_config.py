@@ -194,7 +194,13 @@ def test_missing_and_broken_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "layout", "words"),
     [
-        (LLAMA, (8, 1), "size 8 does not divide the model's 4 key/value heads; use 1, 2 or 4"),
+        (LLAMA, (16, 1), "size 16 does not divide the model's 8 attention heads; use 1, 2, 4 or 8"),
+        (
+            {**LLAMA, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+            (3, 1),
+            "2 key/value heads, nor",
+        ),
+        ({**LLAMA, "intermediate_size": 100}, (8, 1), "the model's 100 rows of the feed-forward layer; use 1, 2 or 4"),
         (LLAMA, (3, 1), "size 3 does not divide"),
         (LLAMA, (0, 1), "size 0 does not divide"),
         (LLAMA, (1, 5), "size 5 does not divide the model's 6 layers, .*; use 1, 2, 3, 4 or 6"),
