@@ -32,6 +32,9 @@ NUM_BINS = 65
 NUM_MOMENTS = 10
 """Even: twice the atoms of a bin. As many numbers in 81 bins of 8 moments are ten times less accurate."""
 
+MIDDLE = NUM_BINS // 2
+"""The bin around 0."""
+
 BIN_SCALE = 96.0
 """Nats of eta_max s at which bins are four times as wide as at 0. Measured against 64 and 128."""
 
@@ -66,19 +69,44 @@ def signal_moments(base_log_probs: Tensor, signal: Tensor, eta_max: float) -> Te
         place of eta_max s(v) in its bin. No collectives. Temporaries: about `MOMENT_BYTES` per entry.
     """
     centres, half_widths = _bins(base_log_probs.device)
-    masses = base_log_probs.double().exp()
-    x = torch.where(masses > 0, signal, 0.0).double().mul_(eta_max)
-    bins = x.div(x.abs().add_(BIN_SCALE)).add_(1).mul_(NUM_BINS / 2).long().clamp_(0, NUM_BINS - 1)
-    place = x.sub_(centres[bins]).div_(half_widths[bins])
+    masses = base_log_probs.to(torch.float64, copy=True).exp_()
+    x = signal.to(torch.float64, copy=True).mul_(eta_max)
+    if not bool(x.sum().isfinite()):  # looking at the sum costs less than masking every entry
+        x = torch.where(masses > 0, x, 0.0)
     moments = masses.new_zeros(*masses.shape[:-1], NUM_MOMENTS, NUM_BINS)
-    for k in range(NUM_MOMENTS):
-        moments[..., k, :].scatter_add_(-1, bins, masses)
-        masses.mul_(place)
+    # Most entries are in the middle bin, whose sums need no indices. What is outside is added one by one, and weighs
+    # nothing there; which of the two an entry at the very edge is, rounding decides.
+    far = torch.nn.functional.hardshrink(x, float(half_widths[MIDDLE]))
+    outside = far.flatten().nonzero().squeeze(-1)
+    if len(outside):
+        _add_outside(moments, masses, x, outside, centres, half_widths)
+        masses.view(-1).index_fill_(0, outside, 0.0)
+    place = x.sub_(far).div_(half_widths[MIDDLE])
+    middle = [masses.sum(dim=-1)]
+    for _ in range(1, NUM_MOMENTS):
+        middle.append(masses.mul_(place).sum(dim=-1))
+    moments[..., MIDDLE] += torch.stack(middle, dim=-1)
     return moments
 
 
-MOMENT_BYTES = 48
-"""Bytes per entry that `signal_moments` has in use at most: masses, x, bins and three passing ones, 8 bytes each."""
+def _add_outside(
+    moments: Tensor, masses: Tensor, x: Tensor, entries: Tensor, centres: Tensor, half_widths: Tensor
+) -> None:
+    """Adds to `moments` those of some of the entries of `masses` and `x`, by their places in the flat tensors."""
+    mass, x_there = (values.view(-1).index_select(0, entries) for values in (masses, x))
+    bins = x_there.div(x_there.abs().add_(BIN_SCALE)).add_(1).mul_(NUM_BINS / 2).long().clamp_(0, NUM_BINS - 1)
+    place = x_there.sub_(centres.index_select(0, bins)).div_(half_widths.index_select(0, bins))
+    flat = moments.view(-1)
+    target = torch.div(entries, masses.shape[-1], rounding_mode="floor").mul_(NUM_MOMENTS * NUM_BINS).add_(bins)
+    for _ in range(NUM_MOMENTS):
+        flat.scatter_add_(0, target, mass)
+        mass.mul_(place)
+        target.add_(NUM_BINS)
+
+
+MOMENT_BYTES = 80
+"""Bytes per entry that `signal_moments` has in use at most, when all entries are outside of the middle bin: masses,
+x, its part outside, places, and of each entry mass, x, bin, target and two passing ones, 8 bytes each."""
 
 LAW_BYTES = 20 * 8 * NUM_BINS * NUM_MOMENTS
 """Bytes per token that `law_of_moments` and a root find on it have in use at most."""
@@ -98,28 +126,35 @@ def law_of_moments(moments: Tensor, eta_max: float) -> SignalLaw:
     Raises:
         ErpdError: a moment isn't finite.
     """
-    if not bool(torch.isfinite(moments).all()):
+    if not bool(moments.sum().isfinite()):
         raise ErpdError(
             "the signal or the base policy's log-probs hold NaN or infinity on a token in use; a policy has diverged, "
             "or its checkpoint is damaged"
         )
-    centres, half_widths = _bins(moments.device)
-    masses = moments[..., 0, :]
-    occupied = masses > 0
-    scaled = (moments / torch.where(occupied, masses, 1.0).unsqueeze(-2)).unbind(dim=-2)
+    in_use = (moments[..., 0, :] > 0).reshape(-1, NUM_BINS).any(dim=0)
+    moments = moments[..., in_use]
+    centres, half_widths = (x[in_use] for x in _bins(moments.device))
+    occupied = moments[..., 0, :] > 0
+    inside = moments.movedim(-2, -1)[occupied]  # [bins in use of all tokens, NUM_MOMENTS]
+    masses = inside[:, :1]
+    scaled = (inside / masses).unbind(dim=-1)
     diagonal, off_diagonal = _jacobi(scaled)
     # A bin with one value has it as its mean; only the others need an eigenvalue problem.
-    places = scaled[1].unsqueeze(-1).repeat_interleave(NUM_MOMENTS // 2, dim=-1)
+    places = scaled[1].unsqueeze(-1).repeat(1, NUM_MOMENTS // 2)
     weights = torch.zeros_like(places)
-    weights[..., 0] = 1.0
-    spread = off_diagonal[..., 0] > 0
+    weights[:, 0] = 1.0
+    spread = off_diagonal[:, 0] > 0
     if bool(spread.any()):
         matrices = torch.diag_embed(diagonal[spread])
         matrices += torch.diag_embed(off_diagonal[spread], 1) + torch.diag_embed(off_diagonal[spread], -1)
         eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
-        places[spread], weights[spread] = eigenvalues, eigenvectors[..., 0, :].square()
-    atoms = (weights * masses.unsqueeze(-1)).flatten(-2)
-    values = (centres.unsqueeze(-1) + half_widths.unsqueeze(-1) * places).flatten(-2) / eta_max
+        places[spread], weights[spread] = eigenvalues, eigenvectors[:, 0, :].square()
+    bins = occupied.nonzero()[:, -1]
+    atoms = moments.new_zeros(*occupied.shape, NUM_MOMENTS // 2)
+    values = torch.zeros_like(atoms)
+    atoms[occupied] = weights * masses
+    values[occupied] = (centres[bins].unsqueeze(-1) + half_widths[bins].unsqueeze(-1) * places) / eta_max
+    atoms, values = atoms.flatten(-2), values.flatten(-2)
     used = (atoms > 0).flatten(0, -2).any(dim=0) if atoms.dim() > 1 else atoms > 0
     return SignalLaw(atoms[..., used].log(), values[..., used])
 

@@ -139,6 +139,9 @@ def combine(terms: Iterable[SignalTerm], log_probs: Mapping[str, Tensor]) -> Ten
 
 def _log_ratio(term: SignalTerm, log_probs: Mapping[str, Tensor]) -> Tensor:
     teacher, reference = log_probs[term.teacher], log_probs[term.reference]
+    difference = teacher - reference
+    if bool(difference.sum().isfinite()):  # looking at the sum costs less than masking every entry
+        return difference.mul_(term.weight)
     neither = torch.isneginf(teacher) & torch.isneginf(reference)
     difference = torch.where(neither, 0.0, teacher) - torch.where(neither, 0.0, reference)
     limit = ONE_SIDED_SIGNAL

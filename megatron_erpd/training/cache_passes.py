@@ -263,7 +263,6 @@ class CachePasses:
     ) -> None:
         """Writes what is missing of a batch of a policy's forward pass."""
         assert self._scores is not None
-        log_probs = self._scores.log_probs(batch, hidden)
         states = hidden_rows(batch, hidden, context_parallel_rank()) if stores else []
         target: dict[str, list[np.ndarray]] = {}
         if makes_target:
@@ -271,7 +270,8 @@ class CachePasses:
             kept = self.meta.hidden_dtype
             live = hidden if kept is None else replace(hidden, rows=_rounded(hidden.rows, kept))
             others = {n: from_store(stored, n, batch, rollouts, self._layers[n]) for n in self.names[:-1] if stored}
-            target = self._scores.target(batch, [*others.values(), live])
+            target = self._scores.target(batch, [*others.values(), live], with_log_probs=live is hidden)
+        log_probs = target.pop("policy_log_probs", None) or self._scores.log_probs(batch, hidden)
         if self._writer is None or self._scratch is None:
             return
         for b, i in enumerate(batch.row_indices.tolist()):

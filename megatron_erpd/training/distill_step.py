@@ -24,7 +24,15 @@ from megatron_erpd.training.context_parallel import context_parallel_rank, slice
 from megatron_erpd.training.heads import Hidden, HiddenStates, PolicyHead, TargetOf, at_positions, policy_head
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import forward_stage, join
-from megatron_erpd.vocab_parallel import HiddenTarget, TopKTarget, VocabShard, log_softmax_of, normalizer, project_shard
+from megatron_erpd.vocab_parallel import (
+    HiddenTarget,
+    TopKTarget,
+    VocabShard,
+    local_blocks,
+    log_softmax_of,
+    normalizer,
+    project_shard,
+)
 
 
 class DistillStep:
@@ -187,18 +195,13 @@ class ProjectedTarget:
         normalizers = None if known is None else known.normalizers
         if normalizers is None:
             normalizers = [normalizer(self.shard.values(x), self.shard) for x in logits]
-        log_probs = [self._log_probs(x, pair) for x, pair in zip(logits, normalizers, strict=True)]
-        base, signal = base_and_signal(self.names, self.terms, self.clip, log_probs)
+        base, signal = base_and_signal_of(self.names, self.terms, self.clip, logits, normalizers, self.shard)
         if known is None:
             eta = project_shard(base, signal, self.shard, delta=self.delta, eta_max=self.eta_max).eta
             known = self._steps[part.start] = _Step(normalizers, eta)
         # Where the base excludes a token the signal says nothing: 0 * inf must not become NaN.
         signal.masked_fill_(base == -torch.inf, 0.0)
         return base.addcmul_(signal, known.eta.to(base.dtype).unsqueeze(-1))
-
-    def _log_probs(self, logits: Tensor, normalizer: tuple[Tensor, Tensor]) -> Tensor:
-        log_probs = log_softmax_of(self.shard.values(logits), *normalizer)
-        return self.shard.with_padding(log_probs, like=log_probs, fill=-torch.inf)
 
 
 def base_and_signal(
@@ -213,6 +216,28 @@ def base_and_signal(
     by_name = dict(zip(names, log_probs, strict=True))
     signal = combine(terms, by_name)
     return by_name["base"], signal if clip is None else signal.clamp_(-clip, clip)
+
+
+def base_and_signal_of(
+    names: Sequence[str],
+    terms: tuple[SignalTerm, ...],
+    clip: float | None,
+    logits: Sequence[Tensor],
+    normalizers: Sequence[tuple[Tensor, Tensor]],
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """`base_and_signal` from each policy's logits `[n, v/tp]` and their `normalizer`, a block of tokens at a time;
+    log pi_0 is -inf and the signal 0 in padding columns. No collective."""
+    columns = shard.valid_columns
+    base, signal = (torch.empty_like(logits[0], dtype=normalizers[0][0].dtype) for _ in range(2))
+    base[:, columns:], signal[:, columns:] = -torch.inf, 0.0
+    for rows in local_blocks(base, signal_bytes(len(names), shard)):
+        log_probs = [
+            log_softmax_of(shard.values(x[rows]), maximum[rows], remainder[rows])
+            for x, (maximum, remainder) in zip(logits, normalizers, strict=True)
+        ]
+        base[rows, :columns], signal[rows, :columns] = base_and_signal(names, terms, clip, log_probs)
+    return base, signal
 
 
 def signal_bytes(num_policies: int, shard: VocabShard) -> int:

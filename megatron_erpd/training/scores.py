@@ -14,13 +14,14 @@ from megatron_erpd.data.collate import Batch, gather_response_rows
 from megatron_erpd.objectives.signals import SignalTerm, parse_signal
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.training.context_parallel import gather_sequence, slice_batch
-from megatron_erpd.training.distill_step import base_and_signal, signal_bytes
+from megatron_erpd.training.distill_step import base_and_signal_of, signal_bytes
 from megatron_erpd.training.heads import HiddenStates, at_positions, response_positions, to_grid
 from megatron_erpd.vocab_parallel import (
     Projection,
     VocabShard,
     apply_eta,
     kl_from_base,
+    normalizer,
     project_shard,
     token_chunks,
     token_log_probs,
@@ -66,16 +67,24 @@ class Scores:
         ]
         return _rows(torch.cat(parts), positions, local, batch, self.place)
 
-    def target(self, batch: Batch, policies: Sequence[HiddenStates]) -> dict[str, list[np.ndarray]]:
+    def target(
+        self, batch: Batch, policies: Sequence[HiddenStates], with_log_probs: bool = False
+    ) -> dict[str, list[np.ndarray]]:
         """By name one array per rollout: q's top-k `indices`, `log_probs` `[R, K]`, `tail_log_prob`, `eta` and
         `target_kl`, KL(q || pi_0), `[R]`.
 
         Args:
             policies: in the order of `names`.
+            with_log_probs: `policy_log_probs` too, what `log_probs` gives of the last policy, from the same logits.
         """
         local = slice_batch(batch, *self.place)
         positions = response_positions(local)
-        parts = [self._target(logits) for _, logits in self.chunks(positions, policies)]
+        labels = at_positions(local.labels, positions)
+        parts = []
+        for part, logits in self.chunks(positions, policies):
+            parts.append(self._target(logits))
+            if with_log_probs:
+                parts[-1]["policy_log_probs"] = token_log_probs(logits[-1], labels[part], self.shard)
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {name: _rows(values, positions, local, batch, self.place) for name, values in columns.items()}
 
@@ -86,8 +95,8 @@ class Scores:
 
     def base_and_signal(self, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Shards of log pi_0 and the signal on a chunk, `[n, v/tp]`."""
-        log_probs = [vocab_parallel_log_softmax(x, self.shard).float() for x in chunk]
-        return base_and_signal(self.names, self.terms, self.settings.projection_clip, log_probs)
+        normalizers = [normalizer(self.shard.values(x), self.shard) for x in chunk]
+        return base_and_signal_of(self.names, self.terms, self.settings.projection_clip, chunk, normalizers, self.shard)
 
     def _target(self, chunk: Sequence[Tensor]) -> dict[str, Tensor]:
         eta, log_q, kl = self._projection(chunk)

@@ -5,7 +5,7 @@ holds the other ranges (none for one process). Results per token are the same on
 logits is its slice of the dense gradient (see `shard`).
 """
 
-from megatron_erpd.vocab_parallel.chunks import token_chunks
+from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
 from megatron_erpd.vocab_parallel.divergences import divergence, gathered_divergence
 from megatron_erpd.vocab_parallel.fused import OutputLayer, fused_token_terms
 from megatron_erpd.vocab_parallel.log_probs import (
@@ -48,6 +48,7 @@ __all__ = [
     "gather_log_probs",
     "gathered_divergence",
     "kl_from_base",
+    "local_blocks",
     "log_softmax_of",
     "normalizer",
     "project_shard",

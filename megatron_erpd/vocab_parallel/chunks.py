@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from torch import Tensor
 
 from megatron_erpd.errors import LayoutError
 
 CHUNK_BYTES = 256 * 2**20
 """What the temporaries of a chunk may take: small beside a model, large enough to keep a GPU busy."""
+
+
+CPU_CACHE_BYTES = 6 * 2**20
+"""What the temporaries of a block may take on a CPU: those in use at the same time stay in the cache of a core."""
 
 
 def set_chunk_bytes(size: int) -> None:
@@ -34,6 +39,15 @@ def token_chunks(num_tokens: int, bytes_per_token: int) -> Iterator[slice]:
     step = max(1, CHUNK_BYTES // bytes_per_token)
     for start in range(0, max(num_tokens, 1), step):
         yield slice(start, min(start + step, num_tokens))
+
+
+def local_blocks(rows: Tensor, bytes_per_token: int) -> Iterator[slice]:
+    """Slices that cover the rows of `[n, v]`, for work without collectives: on a CPU of as many as stay in the cache of
+    a core, elsewhere as `token_chunks`."""
+    budget = min(CHUNK_BYTES, CPU_CACHE_BYTES) if rows.device.type == "cpu" else CHUNK_BYTES
+    step = max(1, budget // max(1, bytes_per_token))
+    for start in range(0, len(rows), step):
+        yield slice(start, min(start + step, len(rows)))
 
 
 def check_memory(device: torch.device, num_tokens: int, bytes_per_token: int) -> None:

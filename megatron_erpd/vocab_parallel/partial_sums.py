@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_erpd.vocab_parallel.chunks import local_blocks
 from megatron_erpd.vocab_parallel.shard import VocabShard
 
 
@@ -14,9 +15,23 @@ def normalizer(values: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     `values` is `[..., valid_columns]` as from `VocabShard.values`. No gradient. Collectives: one all-gather of two
     numbers per token.
     """
-    maximum = shard.local_max(values)
-    total = (values - maximum.unsqueeze(-1)).exp_().sum(dim=-1)
-    parts = shard.all_gather_partials(torch.stack([maximum, total], dim=-1))
+    return joined(local_sums(values, shard), shard)
+
+
+def local_sums(values: Tensor, shard: VocabShard) -> Tensor:
+    """This rank's maximum m and sum exp(z - m), `[..., 2]`. No collective."""
+    rows = values.reshape(values.shape[:-1].numel(), values.shape[-1])
+    sums = values.new_empty((len(rows), 2))
+    for part in local_blocks(rows, 2 * rows.element_size() * rows.shape[-1]):
+        maximum = shard.local_max(rows[part])
+        sums[part, 0] = maximum
+        sums[part, 1] = (rows[part] - maximum.unsqueeze(-1)).exp_().sum(dim=-1)
+    return sums.reshape(*values.shape[:-1], 2)
+
+
+def joined(sums: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """`normalizer` from each rank's `local_sums`."""
+    parts = shard.all_gather_partials(sums)
     maximum, total = combine(parts[..., 0], parts[..., 1])
     return maximum, total.log_()
 

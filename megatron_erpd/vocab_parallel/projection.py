@@ -26,7 +26,7 @@ from megatron_erpd.objectives.signal_law import (
     law_of_moments,
     signal_moments,
 )
-from megatron_erpd.vocab_parallel.chunks import token_chunks
+from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
 from megatron_erpd.vocab_parallel.log_probs import log_softmax_of
 from megatron_erpd.vocab_parallel.partial_sums import normalizer
 from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
@@ -100,7 +100,8 @@ def project_shard(
     base_rows, signal_rows = (x.reshape(-1, shard.width) for x in (base_log_probs, signal))
     moments = _summed_moments(base_rows, signal_rows, shard, eta_max)
     dtype = accumulation_dtype(base_log_probs)
-    log_probs = base_log_probs.new_full(base_rows.shape, -torch.inf, dtype=dtype)
+    log_probs = base_log_probs.new_empty(base_rows.shape, dtype=dtype)
+    log_probs[:, shard.valid_columns :] = -torch.inf
     eta, kl = (torch.empty(len(base_rows), dtype=dtype, device=base_rows.device) for _ in range(2))
     for part in token_chunks(len(base_rows), LAW_BYTES + TILT_BYTES * shard.width):
         law = law_of_moments(moments[part], eta_max)
@@ -110,9 +111,8 @@ def project_shard(
         partition = log_partition(*law, step)
         total = law.log_masses.logsumexp(dim=-1)
         kl[part] = (step * partition.mean - (partition.log_partition - total)).clamp_min(0.0)
-        base, values = _values(base_rows[part], signal_rows[part], shard)
-        log_q = base + eta[part].unsqueeze(-1) * values
-        log_probs[part, : shard.valid_columns] = log_q.sub_(partition.log_partition.to(dtype).unsqueeze(-1))
+        shift = partition.log_partition.to(dtype)
+        _tilt(log_probs[part], base_rows[part], signal_rows[part], eta[part], shift, shard)
     return Projection(eta.reshape(tokens), log_probs.reshape(*tokens, shard.width), kl.reshape(tokens))
 
 
@@ -120,13 +120,23 @@ TILT_BYTES = 24
 """Bytes per entry that the tilt of a chunk has in use at most: base, signal and log q in float64."""
 
 
+def _tilt(out: Tensor, base: Tensor, signal: Tensor, eta: Tensor, log_partition: Tensor, shard: VocabShard) -> None:
+    """Writes log q of a chunk's valid columns."""
+    for rows in local_blocks(base, TILT_BYTES * shard.width):
+        own, values = shard.values(base[rows]), shard.values(signal[rows]).to(eta.dtype)
+        log_q = (eta[rows].unsqueeze(-1) * values).add_(own)
+        if bool(log_q.sum().isnan()):  # looking at the sum costs less than masking every entry
+            log_q.masked_fill_(own == -torch.inf, -torch.inf)
+        out[rows, : shard.valid_columns] = log_q.sub_(log_partition[rows].unsqueeze(-1))
+
+
 def _summed_moments(base_log_probs: Tensor, signal: Tensor, shard: VocabShard, eta_max: float) -> Tensor:
     """`signal_moments` of all ranks' columns, `[n, NUM_MOMENTS, NUM_BINS]`; one SUM."""
     num_tokens = len(base_log_probs)
     shape = (num_tokens, NUM_MOMENTS, NUM_BINS)
     moments = torch.empty(shape, dtype=torch.float64, device=base_log_probs.device)
-    for part in token_chunks(num_tokens, MOMENT_BYTES * shard.width):
-        moments[part] = signal_moments(*_values(base_log_probs[part], signal[part], shard), eta_max)
+    for part in local_blocks(base_log_probs, MOMENT_BYTES * shard.width):
+        moments[part] = signal_moments(shard.values(base_log_probs[part]), shard.values(signal[part]), eta_max)
     return shard.all_reduce_sum(moments)
 
 

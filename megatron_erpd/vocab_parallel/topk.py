@@ -7,7 +7,8 @@ from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import TopK as TopKTarget
-from megatron_erpd.vocab_parallel.partial_sums import normalizer
+from megatron_erpd.vocab_parallel.chunks import local_blocks
+from megatron_erpd.vocab_parallel.partial_sums import joined, local_sums
 from megatron_erpd.vocab_parallel.shard import VocabShard
 
 __all__ = ["NO_TOKEN", "TopKTarget", "exclude", "vocab_parallel_topk"]
@@ -46,9 +47,16 @@ def vocab_parallel_topk(log_probs: Tensor, k: int, shard: VocabShard) -> TopKTar
     gathered = shard.all_gather(torch.stack([own_values.double(), own_indices.double()], dim=-2))
     best, place = gathered[..., 0, :].topk(k, dim=-1)
     indices = gathered[..., 1, :].gather(-1, place).long()
-    rest = exclude(values, indices, shard, -torch.inf)
-    maximum, remainder = normalizer(rest, shard)
+    maximum, remainder = joined(_sums_of_others(values, indices, shard), shard)
     return TopKTarget(indices, best.to(values.dtype), maximum + remainder)
+
+
+def _sums_of_others(values: Tensor, indices: Tensor, shard: VocabShard) -> Tensor:
+    """`local_sums` of the columns that aren't selected, a block of tokens at a time."""
+    rows, selected = values.reshape(values.shape[:-1].numel(), values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    blocks = local_blocks(rows, 2 * rows.element_size() * rows.shape[-1])
+    parts = [local_sums(exclude(rows[part], selected[part], shard, -torch.inf), shard) for part in blocks]
+    return torch.cat([values.new_empty(0, 2), *parts]).reshape(*values.shape[:-1], 2)
 
 
 def exclude(values: Tensor, indices: Tensor, shard: VocabShard, fill: float) -> Tensor:

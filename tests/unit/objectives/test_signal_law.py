@@ -103,6 +103,24 @@ def test_one_value_is_exact_wherever_it_is() -> None:
             FLOAT64.assert_close(log_partition(*law, eta).log_partition, log_partition(base, signal, eta).log_partition)
 
 
+def test_an_entry_at_the_edge_of_the_middle_bin_counts_once() -> None:
+    """Whatever rounding makes of the edge, +-1.5 at eta_max = 1."""
+    offsets = torch.arange(-50, 51, dtype=torch.float64) * 2.0**-52
+    signal = torch.cat([1.5 + offsets, -1.5 + offsets])
+    base = torch.full_like(signal, 1 / len(signal)).log()
+    FLOAT64.assert_close(signal_moments(base, signal, 1.0)[0].sum(), 1.0)
+    law = law_of(base, signal, 1.0)
+    for eta in (0.1, 1.0):
+        FLOAT64.assert_close(kl_of_eta(*law, eta), kl_of_eta(base, signal, eta))
+
+
+def test_the_arguments_stay_as_they_are() -> None:
+    base, signal = families()["gaussian 5.0"]
+    before = base.clone(), signal.clone()
+    signal_moments(base, signal, 2.0)
+    assert torch.equal(base, before[0]) and torch.equal(signal, before[1])
+
+
 def test_moments_add_over_shards_and_have_the_shape_that_is_reduced() -> None:
     base, signal = families()["gaussian 5.0"]
     whole = signal_moments(base, signal, 1.0)
