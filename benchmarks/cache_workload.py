@@ -31,15 +31,20 @@ class Sizes:
     prompt: int
     response: int
 
+    @property
+    def multiplications_per_entry(self) -> int:
+        """Of a token's forward pass, attention's scores apart, for each entry of the vocabulary. What a target costs
+        beyond the forward passes goes with the entries, so this says how much it weighs beside them."""
+        return round(12 * self.layers * self.hidden**2 / self.vocab + self.hidden)
+
     def __str__(self) -> str:
         model = f"{self.layers} layers of {self.hidden}, vocabulary {self.vocab:,}"
         return f"{model}; {self.num_rollouts} rollouts of up to {self.prompt} + {self.response} tokens"
 
 
-def make_workload(root: Path, sizes: Sizes, micro_batch_size: int) -> None:
-    """`base`, `teacher`, `rollouts.parquet`, `base-log-probs` and `cache` in a folder."""
+def make_policies(root: Path, sizes: Sizes) -> None:
+    """`base`, `teacher` and `rollouts.parquet` in a folder."""
     from megatron_erpd.training.convert import import_checkpoint
-    from megatron_erpd.training.precompute import precompute
 
     for name, noise in (("base", 0.0), ("teacher", 0.002)):
         _write_model(root / f"hf-{name}", sizes, noise)
@@ -59,6 +64,12 @@ def make_workload(root: Path, sizes: Sizes, micro_batch_size: int) -> None:
             for i in range(sizes.num_rollouts)
         ),
     )
+
+
+def make_caches(root: Path, micro_batch_size: int) -> None:
+    """`base-log-probs` and `cache` of what `make_policies` made."""
+    from megatron_erpd.training.precompute import precompute
+
     data = ["--base", f"{root}/base", "--rollouts", f"{root}/rollouts.parquet"]
     data += ["--micro-batch-size", str(micro_batch_size)]
     precompute([*data, "--kind", "token", "--output", f"{root}/base-log-probs"])

@@ -1,12 +1,16 @@
 """What does a teacher cache cost to make, to keep and to read?
 
-    python benchmarks/teacher_cache.py --quick              three minutes on two CPU cores
-    python benchmarks/teacher_cache.py --json figures.json  a larger model and more rollouts
+    python benchmarks/teacher_cache.py --quick              five minutes on two CPU cores
+    python benchmarks/teacher_cache.py --json figures.json  larger models and more rollouts
 
-Measured in one run, on a random model that is made for it:
+Measured in one run, on random models that are made for it:
 
 - precompute: all of its work (loading, forward passes, scores, target, packing, writing to disk) against the bare
-  forward passes of the same policies over the same batches, with the logits of every token as Megatron computes them;
+  forward passes of the same policies over the same batches, with the logits of every token as Megatron computes them.
+  What it does besides costs per entry of the vocabulary, so it weighs as much as the model is small beside its
+  vocabulary. The first model has the proportions of one of 4 billion parameters with 152k entries (26,000
+  multiplications of a forward pass for each entry); the second is small, so that the cost of the target shows;
+- target: signal, projection and top-k of a token alone, from two policies' logits;
 - reading: rollouts per second out of the cache, checked and collated, against those that stage 2 trains on;
 - disk: bytes read from it in an epoch by two processes of a node, from a cold page cache, against the size of the files
   (Linux; 0 where the file system doesn't say);
@@ -35,6 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 if str(REPOSITORY) not in sys.path:
@@ -49,7 +54,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.cache_workload import Sizes, make_workload, open_many_rows  # noqa: E402
+from benchmarks.cache_workload import Sizes, make_caches, make_policies, open_many_rows  # noqa: E402
 from megatron_erpd.data.replay_dataset import BatchOrder  # noqa: E402
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts  # noqa: E402
 from megatron_erpd.settings import Layout  # noqa: E402
@@ -61,6 +66,8 @@ from megatron_erpd.training.heads import HiddenStates  # noqa: E402
 
 QUICK = Sizes(hidden=256, layers=4, vocab=4096, num_rollouts=96, prompt=16, response=192)
 WHOLE = Sizes(hidden=512, layers=8, vocab=16384, num_rollouts=256, prompt=32, response=480)
+PROPORTIONATE_QUICK = Sizes(hidden=1024, layers=8, vocab=4096, num_rollouts=24, prompt=16, response=128)
+PROPORTIONATE_WHOLE = Sizes(hidden=1536, layers=14, vocab=16384, num_rollouts=40, prompt=32, response=224)
 MICRO_BATCH = 8
 
 
@@ -85,21 +92,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure, a list of records")
     parser.add_argument("--repeats", type=int, default=3, help="runs of what is timed; the median counts (default: 3)")
     options = parser.parse_args(argv)
-    sizes = QUICK if options.quick else WHOLE
+    large, small = (PROPORTIONATE_QUICK, QUICK) if options.quick else (PROPORTIONATE_WHOLE, WHOLE)
     console = Console(width=None if sys.stdout.isatty() else 160)
     busy = os.getloadavg()[0] / (os.cpu_count() or 1)
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    console.print(f"{device}, {torch.get_num_threads()} threads, {busy:.1f} busy processes per core; {sizes}")
+    console.print(f"{device}, {torch.get_num_threads()} threads, {busy:.1f} busy processes per core")
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="teacher-cache-") as folder:
-        root = Path(folder)
-        with quiet(root):
-            make_workload(root, sizes, MICRO_BATCH)
-        for measure in (precompute_against_forward, reading_against_training, disk_and_rows, bytes_per_token, opening):
-            found = measure(root, sizes, options.repeats)
-            figures += found
-            for figure in found:
-                console.print(f"{figure.name}: {figure.value:,.4g} {figure.unit}", highlight=False)
+        for sizes in (large, small):
+            ratio = f"{sizes.multiplications_per_entry:,} multiplications per vocabulary entry in a forward pass"
+            console.print(f"{sizes}: {ratio}", highlight=False)
+            root = Path(folder) / f"hidden-{sizes.hidden}"
+            root.mkdir()
+            with quiet(root):
+                make_policies(root, sizes)
+                if sizes is small:
+                    make_caches(root, MICRO_BATCH)
+            measures = [precompute_against_forward]
+            if sizes is small:
+                measures += [cost_of_target, reading_against_training, disk_and_rows, bytes_per_token, opening]
+            for measure in measures:
+                found = measure(root, sizes, options.repeats)
+                figures += found
+                for figure in found:
+                    console.print(f"{figure.name}: {figure.value:,.4g} {figure.unit}", highlight=False)
     console.print(table_of(figures))
     if options.json:
         options.json.write_text(json.dumps([vars(figure) | {"device": device} for figure in figures], indent=1) + "\n")
@@ -151,13 +167,35 @@ def precompute_against_forward(root: Path, sizes: Sizes, repeats: int) -> list[F
                 for name, value in found.items():
                     seconds[name].append(value)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    figures = [Figure("forward pass of a policy", medians["forward"], "s")]
+    model = f"hidden {sizes.hidden}"
+    figures = [Figure(f"forward pass of a policy, {model}", medians["forward"], "s")]
     for name, (policies, _) in kinds.items():
         bare = medians["forward"] * len(policies)
         ratio = medians[name] / bare
         what = f"{len(policies)} bare forward passes"
-        figures.append(Figure(f"precompute {name}", medians[name], "s", what, ratio, "at most 1.1x", ratio <= 1.1))
+        aim = ("at most 1.1x", ratio <= 1.1) if sizes in (PROPORTIONATE_QUICK, PROPORTIONATE_WHOLE) else ("", None)
+        figures.append(Figure(f"precompute {name}, {model}", medians[name], "s", what, ratio, *aim))
     return figures
+
+
+def cost_of_target(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
+    """Signal, projection and top-k from the logits of two policies."""
+    from megatron_erpd.settings import PrecomputeSettings
+    from megatron_erpd.training.scores import Scores
+    from megatron_erpd.vocab_parallel import VocabShard
+
+    scores = Scores(PrecomputeSettings(delta=0.05), ["base", "teacher"], VocabShard.dense(sizes.vocab))
+    torch.manual_seed(0)
+    base = 2 * torch.randn(512, sizes.vocab, device=platform.device())
+    teacher = base + 0.3 * torch.randn_like(base)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        scores._target([base, teacher])["eta"].cpu()
+        seconds.append(time.perf_counter() - start)
+    per_token = statistics.median(seconds[1:]) / len(base)
+    per_entry = f"{1e9 * per_token / sizes.vocab:.1f} ns per entry"
+    return [Figure(f"target of a token, vocabulary {sizes.vocab:,}", 1e3 * per_token, "ms", per_entry)]
 
 
 def time_forward(root: Path) -> float:
@@ -189,8 +227,8 @@ def time_precompute(root: Path, policies: Sequence[str], settings: dict[str, Any
     meta = _cache_meta(chosen, chosen.signal, layout, folders, rollouts)
 
     def run(model: Any) -> None:
-        cache_passes._build_model = lambda: model
-        cache_passes.CachePasses(chosen, layout, meta, folders, rollouts, output).run()
+        with mock.patch.object(cache_passes, "_build_model", lambda: model):
+            cache_passes.CachePasses(chosen, layout, meta, folders, rollouts, output).run()
 
     return in_stage(root, rollouts, layout, run)
 
