@@ -25,7 +25,7 @@ import pyarrow as pa
 from megatron_erpd.errors import CacheError
 from megatron_erpd.teacher_cache.packing import MAX_VOCAB_SIZE, high_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CACHE_FILE = "cache.json"
 INDEX_FILE = "index.arrow"
 PART_KEY = b"megatron_erpd.cache.part"

@@ -1,12 +1,12 @@
-"""Top-k entries in few bytes: half-precision scores with an exact normaliser, and vocabulary ids of 16, 18 or 24 bits.
+"""Top-k entries in few bytes: half-precision scores with an exact normaliser, ids of 16 bits and a digit.
 
 Scores are log-probs relative to the token's largest, so that half precision spends its digits where the mass is. The
 normaliser is chosen after rounding: entries as they are read and the tail add up to 1 again.
 
     log q[token_k] = topk_scores[k] - log_normalizer
 
-An id's low 16 bits are in one column; what is above them, in another that small vocabularies don't need: two bits of
-four entries in a byte (entry 4 i in the lowest bits), or a byte each above 2^18 entries.
+An id's low 16 bits are in one column. What is above them is a digit in the base ceil(vocabulary / 2^16), 3 for 151,936
+entries: another column, that small vocabularies don't need, has as many of them in a byte as fit.
 """
 
 from __future__ import annotations
@@ -19,16 +19,25 @@ if TYPE_CHECKING:  # what opens or writes a cache needs no torch
     from torch import Tensor
 
 LOW_BITS = 16
-PACKED_VOCAB_SIZE = 2**18
-"""The largest vocabulary whose ids take 18 bits."""
 MAX_VOCAB_SIZE = 2**24
+
+
+def high_powers(vocab_size: int) -> list[int]:
+    """What each digit in a byte of `topk_ids_high` counts, the lowest first: as many powers of the base as a byte holds
+    digits. None where all ids have 16 bits."""
+    base = high_base(vocab_size)
+    return [] if base == 1 else [base**i for i in range(8) if base ** (i + 1) <= 256]
+
+
+def high_base(vocab_size: int) -> int:
+    """How many values the part of an id above its low bits has."""
+    return -(-vocab_size // 2**LOW_BITS)
 
 
 def high_bytes(k: int, vocab_size: int) -> int:
     """Bytes per token of `topk_ids_high`."""
-    if vocab_size <= 2**LOW_BITS:
-        return 0
-    return -(-k // 4) if vocab_size <= PACKED_VOCAB_SIZE else k
+    digits = len(high_powers(vocab_size))
+    return -(-k // digits) if digits else 0
 
 
 def pack_ids(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -37,13 +46,10 @@ def pack_ids(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray |
     width = high_bytes(ids.shape[-1], vocab_size)
     if width == 0:
         return low, None
-    high = (ids >> LOW_BITS).astype(np.uint8)
-    if vocab_size > PACKED_VOCAB_SIZE:
-        return low, high
-    padded = np.zeros((len(ids), width * 4), dtype=np.uint8)
-    padded[:, : ids.shape[-1]] = high
-    fours = padded.reshape(len(ids), width, 4)
-    return low, fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
+    powers = np.array(high_powers(vocab_size), dtype=np.uint8)
+    digits = np.zeros((len(ids), width * len(powers)), dtype=np.uint8)
+    digits[:, : ids.shape[-1]] = ids >> LOW_BITS
+    return low, (digits.reshape(len(ids), width, len(powers)) * powers).sum(axis=-1, dtype=np.uint8)
 
 
 def unpack_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
@@ -61,10 +67,9 @@ def unpack_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
     ids = low.long() & 0xFFFF
     if high is None:
         return ids
-    if vocab_size <= PACKED_VOCAB_SIZE:
-        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=high.device)
-        high = ((high.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., : low.shape[-1]]
-    return ids | (high.long() << LOW_BITS)
+    powers = torch.tensor(high_powers(vocab_size), device=high.device)
+    digits = (high.long().unsqueeze(-1) // powers % high_base(vocab_size)).flatten(-2)[..., : low.shape[-1]]
+    return ids | (digits << LOW_BITS)
 
 
 class Scores(NamedTuple):

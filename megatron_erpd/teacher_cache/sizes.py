@@ -67,7 +67,8 @@ def cache_size(
     | `topk` | K log-probs of 2 or 4, K ids, and 8 for the mass of the tail and the normaliser |
     | `hidden.POLICY` | 2 per component of the hidden state |
 
-    An id takes 2 bytes; in vocabularies above 2^16 two bits more, four ids to a byte; in those above 2^18 a byte more.
+    An id takes 2 bytes; in vocabularies above 2^16 a digit more, of which a byte holds 8 up to 2^17 entries, 5 up to
+    3 x 2^16, 4 up to 2^18 (`packing.high_powers`).
 
     Args:
         policies: whose log-probs are kept.

@@ -303,7 +303,7 @@ def test_two_programs_on_one_folder(made: Path, tmp_path: Path) -> None:
     [
         ("chat_template_digest", "of another", "chat_template_digest is of another, the base policy's is"),
         ("temperature", 0.7, "temperature is 0.7, training compares at 1"),
-        ("format_version", 3, "format_version 3, this program reads 2; read it with the program that wrote it"),
+        ("format_version", 4, "format_version 4, this program reads 3; read it with the program that wrote it"),
         ("tokenizer_digest", "of another", None),
     ],
 )

@@ -161,9 +161,9 @@ def test_targets_from_hidden_states(plan_of: Callable[..., Resources]) -> None:
     found = stage_memory(stage, read_model_shape("model"))
     assert (found.num_frozen, found.frozen) == (0, 2 * 2 * HEAD)  # output layers of base and teacher
     speed, sizes = Speed(1000.0, 10.0), (128_256, 8192)
-    for reads_hidden, expected in ((False, 280), (True, 2 * 2 * 8192)):
+    for reads_hidden, expected in ((False, 272), (True, 2 * 2 * 8192)):
         options = cache_options(["base", "teacher"], PrecomputeSettings(), *sizes, None, speed, reads_hidden)
-        assert [option.read_per_token for option in options] == [8, 280, 408, expected]
+        assert [option.read_per_token for option in options] == [8, 272, 400, expected]
         assert options[-1].read_per_second == 10 * expected
 
 
@@ -173,15 +173,15 @@ def test_the_cache_and_its_alternatives(plan_of: Callable[..., Resources]) -> No
     tokens = 16_000 * 2048
     assert found.data.response_tokens == tokens
     options = {option.name: option for option in found.cache}
-    per_token = {"token": 8, "topk float16": 288, "topk float32": 416, "topk float16 + hidden states": 288 + 32_768}
+    per_token = {"token": 8, "topk float16": 280, "topk float32": 408, "topk float16 + hidden states": 280 + 32_768}
     assert {name: option.bytes_per_token for name, option in options.items()} == per_token
     assert [name for name, option in options.items() if option.chosen] == ["topk float16"]
     chosen = options["topk float16"]
-    assert chosen.total_bytes == 288 * tokens + 16_000 * (68 + 68 + 84)
-    assert chosen.read_bytes == 280 * tokens + 16_000 * 84
+    assert chosen.total_bytes == 280 * tokens + 16_000 * (68 + 68 + 84)
+    assert chosen.read_bytes == 272 * tokens + 16_000 * 84
     # 64 devices of 400e12 operations per second; two policies forward, one forward and backward.
-    assert chosen.written_per_second == pytest.approx(288 * 64 * 400e12 / (2 * 2 * PARAMETERS))
-    assert chosen.read_per_second == pytest.approx(280 * 64 * 400e12 / (6 * PARAMETERS))
+    assert chosen.written_per_second == pytest.approx(280 * 64 * 400e12 / (2 * 2 * PARAMETERS))
+    assert chosen.read_per_second == pytest.approx(272 * 64 * 400e12 / (6 * PARAMETERS))
     faster = plan_of(teraflops=800.0).cache[1]
     assert faster.written_per_second == pytest.approx(2 * chosen.written_per_second)
     assert options["token"].read_per_token == 8

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-BITS_PER_PACKED_ID = 2
-
 
 def description(folder: Path) -> dict[str, Any]:
     """`cache.json`."""
@@ -63,10 +61,11 @@ def target(folder: Path, sample_id: str) -> tuple[np.ndarray, np.ndarray, np.nda
     ids = row["topk_ids_low"].reshape(size, k).astype(np.int64)
     if about["vocab_size"] > 2**16:
         high = row["topk_ids_high"].reshape(size, -1).astype(np.int64)
-        if about["vocab_size"] <= 2**18:
-            entry = np.arange(k)
-            high = high[:, entry // 4] >> (BITS_PER_PACKED_ID * (entry % 4)) & 3
-        ids |= high << 16
+        base, digits = -(-about["vocab_size"] // 2**16), 1
+        while base ** (digits + 1) <= 256:
+            digits += 1
+        entry = np.arange(k)
+        ids |= high[:, entry // digits] // base ** (entry % digits) % base << 16
     scores = row["topk_scores"].reshape(size, k).astype(np.float32)
     return ids, scores - row["log_normalizer"][:, None], row["tail_log_prob"]
 

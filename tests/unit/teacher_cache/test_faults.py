@@ -212,17 +212,17 @@ def test_a_version_from_the_future(tmp_path: Path, rollouts: Rollouts) -> None:
     key = b"megatron_erpd.cache.part"
 
     def newer(batch: pa.RecordBatch) -> pa.RecordBatch:
-        about = json.loads(batch.schema.metadata[key]) | {"format_version": 3}
+        about = json.loads(batch.schema.metadata[key]) | {"format_version": 4}
         return batch.replace_schema_metadata({key: json.dumps(about).encode()})
 
     rewrite(tmp_path / TARGET, newer)
     update_record(tmp_path, TARGET)
-    with pytest.raises(CacheError, match=f"{TARGET}: format_version 3, this program reads 2; read it with the program"):
+    with pytest.raises(CacheError, match=f"{TARGET}: format_version 4, this program reads 3; read it with the program"):
         read_all(tmp_path, rollouts)
     path = tmp_path / "cache.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 4'))
     with pytest.raises(
-        CacheError, match="cache.json: format_version 3, this program reads 2; read it with the program"
+        CacheError, match="cache.json: format_version 4, this program reads 3; read it with the program"
     ):
         read_all(tmp_path, rollouts)
-    assert "format_version 3" in verify_cache(tmp_path)[0]
+    assert "format_version 4" in verify_cache(tmp_path)[0]

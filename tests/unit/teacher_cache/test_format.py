@@ -162,7 +162,7 @@ def test_what_is_no_cache_and_what_is_unfinished(tmp_path: Path, rollouts: Rollo
 
 
 DAMAGE: list[tuple[tuple[Any, ...], Any]] = [
-    (("format_version",), "2"),
+    (("format_version",), "3"),
     (("policies",), 7),
     (("policies",), [["base"]]),
     (("fingerprints",), ["abc"]),
@@ -200,11 +200,11 @@ def test_a_damaged_description_is_an_error_that_names_it(
         inner = inner[key]
     inner[where[-1]] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(CacheError, match=r"cache\.json: (is damaged .*; put back a copy|format_version 2, this)"):
+    with pytest.raises(CacheError, match=r"cache\.json: (is damaged .*; put back a copy|format_version 3, this)"):
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 2}', b"[" * 100_000])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 3}', b"[" * 100_000])
 def test_no_description_at_all(text: bytes, tmp_path: Path, rollouts: Rollouts) -> None:
     make(tmp_path, rollouts, TOKEN_META)
     (tmp_path / "cache.json").write_bytes(text)
@@ -213,7 +213,7 @@ def test_no_description_at_all(text: bytes, tmp_path: Path, rollouts: Rollouts) 
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [(3, "read it with the program that wrote it or a newer one"), (1, "precompute again")]
+    ("version", "message"), [(4, "read it with the program that wrote it or a newer one"), (2, "precompute again")]
 )
 def test_other_versions(version: int, message: str, tmp_path: Path, rollouts: Rollouts) -> None:
     make(tmp_path, rollouts, TOKEN_META)

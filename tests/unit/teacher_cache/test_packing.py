@@ -15,7 +15,7 @@ from megatron_erpd.teacher_cache.packing import (
 )
 from tests.tolerances import FP32, STORED_MASS
 
-VOCABULARIES = [40, 65_536, 65_537, 151_936, 262_144, 262_145]
+VOCABULARIES = [40, 65_536, 65_537, 131_072, 131_073, 151_936, 262_144, 262_145, 2**20, 2**20 + 1, 2**24]
 HALF = 2.0**-11
 """Half a unit in the last place of float16, relative."""
 SMALLEST = 2.0**-25
@@ -28,7 +28,7 @@ def test_ids_survive(vocab_size: int, k: int) -> None:
     rng = np.random.default_rng(k)
     ids = rng.integers(0, vocab_size, (50, k))
     ids[0], ids[1] = vocab_size - 1, 0  # every bit of the largest, and none
-    edges = [i for i in (2**16 - 1, 2**16, 2**17, 2**18 - 1) if i < vocab_size]
+    edges = [i for i in (2**16 - 1, 2**16, 2**17, 2**18 - 1, 2**20) if i < vocab_size]
     ids[2, : len(edges)] = edges[:k]
     low, high = pack_ids(ids, vocab_size)
     assert low.dtype == np.uint16 and (high is None or high.dtype == np.uint8)
@@ -42,17 +42,34 @@ def test_ids_survive(vocab_size: int, k: int) -> None:
 
 @pytest.mark.parametrize(
     ("vocab_size", "k", "expected"),
-    [(65_536, 64, 0), (65_537, 64, 16), (262_144, 64, 16), (262_145, 64, 64), (65_537, 1, 1), (65_537, 5, 2)],
+    [
+        (65_536, 64, 0),
+        (65_537, 64, 8),
+        (131_073, 64, 13),
+        (196_608, 64, 13),
+        (196_609, 64, 16),
+        (262_144, 64, 16),
+        (262_145, 64, 22),
+        (2**20, 64, 32),
+        (2**20 + 1, 64, 64),
+        (2**24, 64, 64),
+        (65_537, 1, 1),
+        (151_936, 5, 1),
+        (151_936, 6, 2),
+    ],
 )
-def test_bits_above_sixteen(vocab_size: int, k: int, expected: int) -> None:
+def test_bytes_for_what_is_above_sixteen_bits(vocab_size: int, k: int, expected: int) -> None:
     assert high_bytes(k, vocab_size) == expected
 
 
-def test_two_bits_of_four_ids_are_a_byte() -> None:
-    """Entry 0 in the lowest bits, as docs/teacher-cache.md says."""
-    low, high = pack_ids(np.array([[0x10001, 0x20002, 0x30003, 0x00004, 0x3FFFF]]), 2**18)
-    assert low.tolist() == [[1, 2, 3, 4, 0xFFFF]]
-    assert high is not None and high.tolist() == [[0b00_11_10_01, 0b11]]
+def test_digits_of_several_ids_are_a_byte() -> None:
+    """Entry 0 is the lowest digit, as docs/teacher-cache.md says."""
+    ids = np.array([[0x10001, 0x20002, 0x00003, 0x10004, 0x2FFFF, 0x20006]])
+    low, high = pack_ids(ids, 151_936)
+    assert low.tolist() == [[1, 2, 3, 4, 0xFFFF, 6]]
+    assert high is not None and high.tolist() == [[1 + 3 * 2 + 9 * 0 + 27 * 1 + 81 * 2, 2]]
+    _, high = pack_ids(np.array([[0x10001, 0x20002, 0x30003, 0x00004, 0x3FFFF]]), 2**18)
+    assert high is not None and high.tolist() == [[0b00_11_10_01, 0b11]]  # in the base 4 digits are pairs of bits
 
 
 def test_ids_unpack_whatever_stands_before_them() -> None:

@@ -19,15 +19,16 @@ QWEN, LLAMA2, GEMMA = 151_936, 32_000, 262_208
 @pytest.mark.parametrize(
     ("vocab_size", "k", "dtype", "expected"),
     [
-        (QWEN, 64, "float16", 280),  # 64 x 2 + 64 x 2 + 16 + 8
-        (QWEN, 64, "float32", 408),  # 64 x 4 + 64 x 2 + 16 + 8
-        (QWEN, 1, "float16", 13),  # the high bits of one id take a whole byte
-        (QWEN, 5, "float16", 30),  # and those of five ids take two
+        (QWEN, 64, "float16", 277),  # 64 x 2 + 64 x 2 + 13 + 8
+        (QWEN, 64, "float32", 405),  # 64 x 4 + 64 x 2 + 13 + 8
+        (QWEN, 1, "float16", 13),  # the digit of one id takes a whole byte
+        (QWEN, 5, "float16", 29),  # and those of five ids no more
+        (QWEN, 6, "float16", 34),
         (LLAMA2, 64, "float16", 264),
         (2**16, 64, "float16", 264),
-        (2**16 + 1, 64, "float16", 280),
+        (2**16 + 1, 64, "float16", 272),  # 64 x 2 + 64 x 2 + 8 + 8
         (2**18, 64, "float16", 280),
-        (GEMMA, 64, "float16", 328),  # 64 x 2 + 64 x 3 + 8
+        (GEMMA, 64, "float16", 286),  # 64 x 2 + 64 x 2 + 22 + 8
         (17, 64, "float32", 110),  # 17 entries are the whole vocabulary
     ],
 )
@@ -47,7 +48,7 @@ def test_log_probs_of_three_policies() -> None:
 def test_hidden_states_of_two_policies() -> None:
     size = cache_size(["base", "teacher"], "topk", vocab_size=QWEN, keep_hidden=True, hidden_size=4096)
     assert size.token_bytes["hidden.base"] == size.token_bytes["hidden.teacher"] == 8192
-    assert size.bytes_per_token == 8 + 280 + 16_384
+    assert size.bytes_per_token == 8 + 277 + 16_384
     # Keys of 48, an offset of 4 in each of the columns (5 of a target with high bits), 16 of the index.
     assert size.row_bytes["topk"] == 48 + 20 + 16
     assert size.bytes_per_row == 4 * 68 + 84
@@ -95,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("table", "payload"), [("log_probs.base", 4), ("topk", 280), ("hidden.base", 2 * WIDTH)])
+@pytest.mark.parametrize(("table", "payload"), [("log_probs.base", 4), ("topk", 277), ("hidden.base", 2 * WIDTH)])
 def test_files_are_as_large_as_predicted(table: str, payload: int, folder: Path) -> None:
     """Everything in a table's folder: the payload is as it should be, and all else is little."""
     files = sum(path.stat().st_size for path in (folder / table).iterdir())
