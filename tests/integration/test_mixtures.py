@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_erpd.checkpoint import compare_weights
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
@@ -32,7 +33,8 @@ def stages(inputs: Path, output: Path, layout: list[str]) -> Stages:
         ("distill", [*scored, "--cache", f"{inputs}/cache", "--output", f"{output}/student"]),
         ("export", ["--checkpoint", f"initial={output}/base", "--output", f"{output}/export"]),
     ]
-    return [(command, [*argv, *layout]) for command, argv in found]
+    runs_the_model = ("precompute", "train", "distill")
+    return [(command, [*argv, *layout] if command in runs_the_model else argv) for command, argv in found]
 
 
 def test_experts_over_ranks_give_the_result_of_one_process(tmp_path: Path) -> None:
@@ -46,6 +48,5 @@ def test_experts_over_ranks_give_the_result_of_one_process(tmp_path: Path) -> No
         assert_same_training(metrics(many / name), metrics(one / name), name)
     for name in ("base-log-probs", "cache"):
         assert_same_rows(CacheReader(many / name), CacheReader(one / name))
-    source = (one / "hf" / "model.safetensors").read_bytes()
     for folder in (one, many):
-        assert (folder / "export" / "initial" / "model.safetensors").read_bytes() == source
+        assert compare_weights(one / "hf", folder / "export" / "initial") == []
