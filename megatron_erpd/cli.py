@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_erpd import __version__
 from megatron_erpd.errors import RecipeError
@@ -31,8 +32,8 @@ class Command:
     function: str
     summary: str
     example: str
-    launches: bool = False
-    """Whether its layout may ask for several processes."""
+    launches: Literal["", "layout", "processes"] = ""
+    """What may ask for several processes: its layout, or a number of them."""
 
     def load(self) -> Callable[[list[str]], None]:
         return getattr(importlib.import_module(self.module), self.function)
@@ -55,14 +56,14 @@ COMMANDS: dict[str, Command] = {
         "import_checkpoint",
         "Hugging Face folder to Megatron checkpoint",
         "import --hf Qwen3-4B --output runs/mine/base",
-        launches=True,
+        launches="processes",
     ),
     "export": Command(
         f"{_TRAINING}.convert",
         "export_checkpoints",
         "Megatron checkpoints to Hugging Face folders",
         "export --checkpoint student=runs/mine/round-01/student --output exported",
-        launches=True,
+        launches="processes",
     ),
     "import-rollouts": Command(
         _COMMANDS,
@@ -81,7 +82,7 @@ COMMANDS: dict[str, Command] = {
         "train_teacher",
         "stage 1: teacher, unlearned policy, warm-up",
         "train-teacher --base base --rollouts rollouts --base-log-probs log-probs --loss ce --output teacher",
-        launches=True,
+        launches="layout",
     ),
     "select": Command(
         _COMMANDS,
@@ -95,14 +96,14 @@ COMMANDS: dict[str, Command] = {
         "train_on_policy",
         "a baseline: GRPO on fresh rollouts",
         "train-on-policy --base base --prompts train.jsonl --verifier math-verify --output grpo",
-        launches=True,
+        launches="layout",
     ),
     "precompute": Command(
         f"{_TRAINING}.precompute",
         "precompute",
         "log-probs and target distributions of fixed policies",
         "precompute --base base --policy teacher=teacher --rollouts rollouts --signal strong --output cache",
-        launches=True,
+        launches="layout",
     ),
     "mismatch": Command(
         "megatron_erpd.pipeline.mismatch_command",
@@ -115,7 +116,7 @@ COMMANDS: dict[str, Command] = {
         "distill",
         "stage 2: the student, under a trust region",
         "distill --base base --rollouts rollouts --base-log-probs log-probs --cache cache --output student",
-        launches=True,
+        launches="layout",
     ),
     "evaluate": Command(
         _COMMANDS,
@@ -273,11 +274,11 @@ def _recipe(given: argparse.Namespace) -> Recipe:
 
 
 def _dispatch(name: str, argv: list[str]) -> None:
-    """Runs a command here, or as many processes as its layout asks for."""
+    """Runs a command here, or in as many processes as its flags ask for."""
     command = COMMANDS[name]
     asks_for_help = "-h" in argv or "--help" in argv
     if command.launches and "RANK" not in os.environ and not asks_for_help:
-        processes = _num_processes(argv)
+        processes = _num_processes(argv, command.launches)
         if processes > 1:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             _launch(launcher_flags(processes, ["-m", "megatron_erpd.cli", name, *argv]))
@@ -296,11 +297,14 @@ def _launch(flags: list[str]) -> None:
         sys.exit(max(failure.exitcode for failure in error.failures.values()))
 
 
-def _num_processes(argv: list[str]) -> int:
-    """Processes of the layout among a command's arguments."""
+def _num_processes(argv: list[str], asked_by: str) -> int:
+    """Processes that a command's arguments ask for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_settings_arguments(parser, Layout, "layout")
     own = argv[: argv.index("--")] if "--" in argv else argv
+    if asked_by == "processes":
+        parser.add_argument("--processes", type=int, default=1)
+        return int(parser.parse_known_args(own)[0].processes)
+    add_settings_arguments(parser, Layout, "layout")
     return settings_from_namespace(parser.parse_known_args(own)[0], Layout).num_processes
 
 

@@ -12,9 +12,10 @@ from megatron_erpd.checkpoint.hf_export import export_hf_weights
 from megatron_erpd.checkpoint.sidecar import copy_sidecar
 from megatron_erpd.checkpoint.stream_export import export_checkpoint
 from megatron_erpd.checkpoint.stream_import import write_checkpoint
-from megatron_erpd.checkpoint.verify import compare_logits, compare_weights, megatron_logits
+from megatron_erpd.checkpoint.verify import LogitComparison, compare_logits, compare_weights, megatron_logits
 
 __all__ = [
+    "LogitComparison",
     "ModelShape",
     "compare_logits",
     "compare_weights",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def import_checkpoint(argv: list[str]) -> None:
     )
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder with config.json and safetensors")
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+    _add_processes(parser)
     given = parser.parse_args(argv)
     output: Path = given.output
 
@@ -82,6 +84,7 @@ def export_checkpoints(argv: list[str]) -> None:
         help="artifact to export and the name of its folder; repeatable. @all: every iteration kept, as NAME@ITERATION",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder that gets one Hugging Face folder per name")
+    _add_processes(parser)
     given = parser.parse_args(argv)
     output: Path = given.output
     named = [_parse_checkpoint(text) for text in given.checkpoint]
@@ -123,6 +126,15 @@ def export_checkpoints(argv: list[str]) -> None:
         do_together(output, finish)
 
 
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="share the work among so many processes of this machine (default: 1; under torchrun, those it started)",
+    )
+
+
 def _common_state(hf_folder: Path) -> dict[str, Any]:
     """What Megatron keeps beside the tensors and looks for when it loads: its arguments, and where the run stands."""
     from megatron_erpd.training.arguments import parse_megatron_arguments
@@ -130,7 +142,8 @@ def _common_state(hf_folder: Path) -> dict[str, Any]:
 
     flags = {**common_flags(), "eval_interval": 1, "eval_iters": 0, "save_interval": 1, "lr": 1.0, "train_iters": 0}
     flags |= {"no_save_optim": True, "no_save_rng": True}
-    with _as_single_process():
+    # Megatron prints every argument; a conversion has none that the user chose.
+    with _as_single_process(), redirect_stdout(io.StringIO()):
         args = parse_megatron_arguments(hf_folder, Layout(), flags, [], _ANY_LENGTH)
         from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
         from megatron.training.global_vars import destroy_global_vars

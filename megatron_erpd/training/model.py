@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
@@ -71,10 +72,25 @@ def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> in
     folder = iteration_folder(checkpoint, iteration)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such iteration; {checkpoint} holds {saved_iterations(checkpoint)}")
-    core = unwrap(model)
-    loaded = dist_checkpointing.load({"model": core.sharded_state_dict()}, str(folder))
-    core.load_state_dict(loaded["model"], strict=True)
+    load_iteration(model, folder)
     return iteration
+
+
+def load_iteration(model: Any, folder: Path) -> None:
+    """Loads an `iter_...` folder's weights into a model of any layout, under the local or Transformer Engine's layers.
+
+    Raises:
+        CheckpointError: the model has a parameter that the checkpoint lacks.
+    """
+    core = unwrap(model)
+    # Each kind of layers has FP8 states (empty, where there is no FP8) of modules that the other has not.
+    loaded, _, absent = dist_checkpointing.load(
+        {"model": core.sharded_state_dict()}, str(folder), strict=StrictHandling.RETURN_UNEXPECTED
+    )
+    kept = core.load_state_dict(loaded["model"], strict=False)
+    lacking = sorted({key for key in (*absent, *kept.missing_keys, *kept.unexpected_keys) if "_extra_state" not in key})
+    if lacking:
+        raise CheckpointError(f"{folder}: is of another model: {lacking[0]} and {len(lacking) - 1} more don't fit")
 
 
 def synchronize() -> None:

@@ -1,0 +1,63 @@
+"""Import, verify and export as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_erpd.checkpoint import compare_weights
+from megatron_erpd.manifest import verify_manifest
+from tests.distributed.harness import REPOSITORY
+from tests.integration.test_bad_input import write_tokenizer
+from tests.integration.tiny import write_model
+
+
+def erpd(*argv: object, code: int = 0) -> str:
+    """Runs a command, which must end with this code; what it said."""
+    command = [sys.executable, "-m", "megatron_erpd.cli", *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer, imported by two processes."""
+    folder = tmp_path_factory.mktemp("conversion")
+    write_model(folder / "hf")
+    config = (folder / "hf" / "config.json").read_bytes()
+    write_tokenizer(folder / "hf")
+    (folder / "hf" / "config.json").write_bytes(config)
+    said = erpd("import", "--hf", folder / "hf", "--output", folder / "base", "--processes", 2)
+    assert f"base: {len(load_file(folder / 'hf' / 'model.safetensors'))} tensors" in said
+    return folder
+
+
+def test_an_import_is_verified_with_its_logits(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in ("w1 w2 w3 w30", "w5")))
+    said = erpd("verify", folder / "base", "--source", folder / "hf", "--prompts", prompts)
+    assert "equal, bit for bit" in said and "logits of 2 prompts, 2 tokens" in said and "100.0% of them" in said
+
+
+def test_an_export_is_whole_and_verified(folder: Path, tmp_path: Path) -> None:
+    said = erpd("export", "--checkpoint", f"base={folder / 'base'}", "--output", tmp_path / "export", "--processes", 2)
+    assert "each compared with" in said and "equal" in said
+    assert compare_weights(folder / "hf", tmp_path / "export" / "base") == []
+    summary = verify_manifest(tmp_path / "export").summary
+    assert (
+        summary["tensors"] == len(load_file(folder / "hf" / "model.safetensors")) and summary["peak_memory_bytes"] > 0
+    )
+    weights = tmp_path / "export" / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, weights)
+    said = erpd("verify", tmp_path / "export" / "base", "--source", folder / "base", code=2)
+    assert "they differ" in said and "model.norm.weight: 1 of 32 elements differ, by up to 1" in said

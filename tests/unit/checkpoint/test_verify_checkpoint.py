@@ -1,0 +1,98 @@
+"""Comparing a checkpoint with a folder: what counts as equal, and what is said of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_erpd.checkpoint import export_checkpoint, write_checkpoint
+from megatron_erpd.checkpoint.verify_checkpoint import Pair, find_pair, verify_checkpoint
+from megatron_erpd.errors import CheckpointError
+from megatron_erpd.pipeline.verify_command import verify
+from tests.distributed.checkpoint.tiny_models import save_hf_model
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    """A tied model, whose folder holds the output layer too, and an artifact with its checkpoint."""
+    folder, iteration = tmp_path / "hf", tmp_path / "base" / "megatron" / "iter_0000007"
+    save_hf_model("qwen3-tied", folder)
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    write_checkpoint(folder, iteration, dict, block_bytes=1000)
+    (iteration.parent / "latest_checkpointed_iteration.txt").write_text("7")
+    return Pair(iteration, folder)
+
+
+def change(folder: Path, work: object) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    assert callable(work)
+    work(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_pair_is_found_in_either_order(pair: Pair, tmp_path: Path) -> None:
+    artifact = pair.iteration.parents[1]
+    for checkpoint in (artifact, artifact / "megatron", pair.iteration, Path(f"{artifact}@7")):
+        assert find_pair(checkpoint, pair.hf_folder) == pair == find_pair(pair.hf_folder, checkpoint)
+    assert find_pair(Path(f"{artifact}@3"), pair.hf_folder).iteration.name == "iter_0000003"
+    for other in (pair.hf_folder, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=rf"{other} is (a Hugging Face folder|neither)"):
+            find_pair(other, pair.hf_folder)
+
+
+def test_equal(pair: Pair) -> None:
+    told: list[tuple[int, int]] = []
+    found = verify_checkpoint(pair, lambda done, total: told.append((done, total)))
+    tensors = load_file(pair.hf_folder / "model.safetensors")
+    assert found.compared.differences == () and found.compared.num_tensors == len(tensors) - 1
+    assert found.left_out == ("lm_head.weight",) and not found.rounded
+    assert told[-1][0] == told[-1][1] == found.compared.num_bytes
+    assert found.compared.num_bytes == sum(t.nbytes for name, t in tensors.items() if name != "lm_head.weight")
+
+
+@pytest.mark.parametrize(("value", "words"), [(-0.0, "1 of 16"), (float("nan"), "1 of 16")])
+def test_bits_are_compared_not_values(pair: Pair, value: float, words: str) -> None:
+    name = "model.layers.0.self_attn.q_norm.weight"
+    change(pair.hf_folder, lambda tensors: tensors[name].__setitem__(3, 0.0))
+    iteration = pair.iteration.with_name("iter_0000008")
+    write_checkpoint(pair.hf_folder, iteration, dict)
+    assert not verify_checkpoint(Pair(iteration, pair.hf_folder)).compared.differences
+    change(pair.hf_folder, lambda tensors: tensors[name].__setitem__(3, value))
+    (line,) = verify_checkpoint(Pair(iteration, pair.hf_folder)).compared.differences
+    assert line.startswith(f"{name}: {words} elements differ")
+
+
+def test_a_wider_checkpoint_is_rounded_and_said_to_be(pair: Pair, tmp_path: Path) -> None:
+    export_checkpoint(pair.iteration, pair.hf_folder, tmp_path / "bf16", dtype=torch.bfloat16)
+    found = verify_checkpoint(Pair(pair.iteration, tmp_path / "bf16"))
+    assert found.rounded and not found.compared.differences and "rounded to the folder's type" in found.describe()
+
+
+def test_a_folder_that_lacks_a_tensor(pair: Pair) -> None:
+    change(pair.hf_folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
+        verify_checkpoint(pair)
+
+
+def test_the_command_says_what_it_compared(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = str(pair.iteration.parents[1])
+    verify([artifact, "--source", str(pair.hf_folder)])
+    out = capsys.readouterr().out
+    assert "compared 24 tensors" in out and "left out" in out and "equal, bit for bit" in out
+    change(pair.hf_folder, lambda tensors: tensors["model.norm.weight"].add_(1))
+    with pytest.raises(CheckpointError, match=r"they differ:\nmodel\.norm\.weight: 32 of 32 elements"):
+        verify([artifact, "--source", str(pair.hf_folder)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["a", "b", "--source", "c"], "is compared with one folder, 2 were given"), (["a", "--prompts", "p"], "--source")],
+)
+def test_flags_that_make_no_sense(argv: list[str], words: str) -> None:
+    from megatron_erpd.errors import RecipeError
+
+    with pytest.raises(RecipeError, match=words):
+        verify(argv)
