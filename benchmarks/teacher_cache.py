@@ -6,7 +6,8 @@
 Measured in one run, on random models that are made for it:
 
 - precompute: all of its work (loading, forward passes, scores, target, packing, writing to disk) against the bare
-  forward passes of the same policies over the same batches, with the logits of every token as Megatron computes them.
+  forward passes of the same policies over the same batches, with the logits of every token as Megatron computes them;
+  on a CPU in seconds of CPU, all threads together.
   What it does besides costs per entry of the vocabulary, so it weighs as much as the model is small beside its
   vocabulary. The first model has the proportions of one of 4 billion parameters with 152k entries (26,000
   multiplications of a forward pass for each entry); the second is small, so that the cost of the target shows;
@@ -151,6 +152,12 @@ def quiet(root: Path) -> Iterator[None]:
                 os.close(copy)
 
 
+def clock() -> float:
+    """Seconds of this process on all cores, where the model runs there: what else a machine does counts for little, and
+    a writer's thread counts in full although nobody waits for it. Seconds by the wall where it runs on a GPU."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def precompute_against_forward(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
     """Each kind of cache against the bare forward passes of its policies, in turns."""
     kinds: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -167,14 +174,14 @@ def precompute_against_forward(root: Path, sizes: Sizes, repeats: int) -> list[F
                 for name, value in found.items():
                     seconds[name].append(value)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    model = f"hidden {sizes.hidden}"
-    figures = [Figure(f"forward pass of a policy, {model}", medians["forward"], "s")]
+    model, unit = f"hidden {sizes.hidden}", "s" if torch.cuda.is_available() else "s of CPU"
+    figures = [Figure(f"forward pass of a policy, {model}", medians["forward"], unit)]
     for name, (policies, _) in kinds.items():
         bare = medians["forward"] * len(policies)
         ratio = medians[name] / bare
         what = f"{len(policies)} bare forward passes"
         aim = ("at most 1.1x", ratio <= 1.1) if sizes in (PROPORTIONATE_QUICK, PROPORTIONATE_WHOLE) else ("", None)
-        figures.append(Figure(f"precompute {name}, {model}", medians[name], "s", what, ratio, *aim))
+        figures.append(Figure(f"precompute {name}, {model}", medians[name], unit, what, ratio, *aim))
     return figures
 
 
@@ -190,9 +197,9 @@ def cost_of_target(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
     teacher = base + 0.3 * torch.randn_like(base)
     seconds = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         scores._target([base, teacher])["eta"].cpu()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     per_token = statistics.median(seconds[1:]) / len(base)
     per_entry = f"{1e9 * per_token / sizes.vocab:.1f} ns per entry"
     return [Figure(f"target of a token, vocabulary {sizes.vocab:,}", 1e3 * per_token, "ms", per_entry)]
@@ -244,9 +251,9 @@ def in_stage(root: Path, rollouts: Rollouts, layout: Layout, run: Callable[[Any]
     with stage_process() as store:
         initialize(root / "base" / "hf", layout, flags, [], int(rollouts.lengths.max()), store)
         model = build_frozen_model(model_config(get_args()))
-        start = time.perf_counter()
+        start = clock()
         run(model)
-        return time.perf_counter() - start
+        return clock() - start
 
 
 def reading_against_training(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
