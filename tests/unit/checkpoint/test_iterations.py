@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_erpd.checkpoint import iterations
 from megatron_erpd.checkpoint.iterations import (
     TRACKER,
+    find_iteration,
     latest_iteration,
     prune,
     save_intervals,
@@ -78,3 +81,44 @@ def test_copies_where_links_fail(tmp_path, monkeypatch):
     take_iteration(checkpoint(tmp_path / "source", 5), 5, tmp_path / "taken")
     file = tmp_path / "taken" / "iter_0000005" / "parts" / "__0_0.distcp"
     assert file.read_text() == "weights 5" and os.stat(file).st_nlink == 1
+
+
+def distributed(folder: Path, backend: str = "torch_dist") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": backend, "sharded_backend_version": 1}))
+    return folder
+
+
+def test_a_checkpoint_of_megatron_bridge(tmp_path):
+    """Its folder, with Megatron's tracker or with its own alone, or an iteration in it."""
+    for number in (100, 200):
+        distributed(tmp_path / f"iter_{number:07d}")
+    torch.save({"step": torch.tensor(100), "consumed": torch.tensor(7)}, tmp_path / "latest_train_state.pt")
+    assert find_iteration(tmp_path) == (tmp_path, 100)
+    assert find_iteration(tmp_path / "iter_0000200") == (tmp_path, 200)
+    (tmp_path / TRACKER).write_text("200")
+    assert find_iteration(tmp_path) == (tmp_path, 200)
+
+
+def test_a_state_of_megatron_bridge_is_not_executed(tmp_path):
+    distributed(tmp_path / "iter_0000001")
+    command = f"touch {tmp_path}/executed".encode()
+    (tmp_path / "latest_train_state.pt").write_bytes(b"cos\nsystem\n(S'" + command + b"'\ntR.")
+    with pytest.raises(CheckpointError, match=f"latest_train_state.pt: can't be read .* into {TRACKER}"):
+        latest_iteration(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_other_formats_are_named(tmp_path):
+    distributed(tmp_path / "iter_0000001", "zarr")
+    (tmp_path / "iter_0000002" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003" / ".metadata").touch()
+    (tmp_path / "iter_0000004").mkdir()
+    distributed(tmp_path / "iter_0000005").joinpath("metadata.json").write_text("{")
+    messages = ["in zarr", "old format, torch", "in fsdp_dtensor", "no whole checkpoint", "can't be read"]
+    for number, message in enumerate(messages, start=1):
+        with pytest.raises(CheckpointError, match=message):
+            find_iteration(tmp_path / f"iter_000000{number}")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        find_iteration(tmp_path / "iter_0000099")
