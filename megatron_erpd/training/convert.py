@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_erpd.checkpoint.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
 from megatron_erpd.checkpoint.processes import conversion_processes, do_together, peak_memory, process_rank
@@ -19,6 +21,7 @@ from megatron_erpd.checkpoint.stream_import import write_checkpoint
 from megatron_erpd.errors import CheckpointError, RecipeError
 from megatron_erpd.manifest import finish_artifact, read_manifest
 from megatron_erpd.settings import Layout
+from megatron_erpd.settings_arguments import settings_from_namespace
 from megatron_erpd.training.runtime import prepare_output
 
 _ANY_LENGTH = 2
@@ -30,18 +33,30 @@ def import_checkpoint(argv: list[str]) -> None:
 
     The artifact holds `megatron/` (loadable under any layout and precision) and `hf/` (the configuration, tokenizer,
     chat template and all else but the weights). Under torchrun the processes share the work, however many there are.
+    With --dry-run nothing is written, and config.json is enough: it shows the mapping, the shapes in every rank of a
+    layout, memory and time.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-erpd import",
         description=import_checkpoint.__doc__,
-        epilog="example: megatron-erpd import --hf Qwen3-4B --output runs/mine/base",
+        epilog="example: megatron-erpd import --hf Qwen3-4B --output runs/mine/base\n"
+        "         megatron-erpd import --hf Llama-3.1-70B --dry-run --tensor-parallel 8 --pipeline-parallel 4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder with config.json and safetensors")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+    parser.add_argument("--output", type=Path, help="folder of the artifact; required but for a dry run")
     _add_processes(parser)
+    _add_dry_run(parser)
     given = parser.parse_args(argv)
+    if given.dry_run:
+        _dry_run(given)
+        return
+    if given.output is None:
+        raise RecipeError("--output: is missing; name the folder of the artifact")
+    if unread := [name for name in (*_LAYOUT, "virtual_stages", "read_gb_per_s", "json") if getattr(given, name)]:
+        flag = "--" + unread[0].replace("_", "-")
+        raise RecipeError(f"{flag}: is read with --dry-run only; a checkpoint can be loaded under any layout")
     output: Path = given.output
 
     with conversion_processes():
@@ -124,6 +139,42 @@ def export_checkpoints(argv: list[str]) -> None:
                 finish_artifact(output, figures, checksums)
 
         do_together(output, finish)
+
+
+_LAYOUT = (
+    *("tensor_parallel", "pipeline_parallel", "expert_parallel", "context_parallel", "data_parallel", "precision"),
+)
+"""Settings of a layout that decide who holds what."""
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dry run")
+    group.add_argument("--dry-run", action="store_true", help="show what would be done, from config.json alone")
+    for name in _LAYOUT:
+        field = Layout.model_fields[name]
+        choices = get_args(field.annotation) or None
+        text = f"{field.description} (default: {field.default})"
+        group.add_argument("--" + name.replace("_", "-"), type=str if choices else int, choices=choices, help=text)
+    group.add_argument("--virtual-stages", type=int, help="chunks of layers in each pipeline stage (default: 1)")
+    group.add_argument("--read-gb-per-s", type=float, help="what a process reads from disk, for the times (default: 1)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write it all to a file too")
+
+
+def _dry_run(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megatron_erpd.checkpoint.dry_run import READ_BYTES_PER_SECOND, dry_run
+    from megatron_erpd.checkpoint.dry_run_tables import print_dry_run
+
+    rate = READ_BYTES_PER_SECOND if given.read_gb_per_s is None else given.read_gb_per_s * 1e9
+    if rate <= 0:
+        raise RecipeError(f"--read-gb-per-s {given.read_gb_per_s}: must be above 0")
+    layout = settings_from_namespace(given, Layout)
+    chunks = 1 if given.virtual_stages is None else given.virtual_stages
+    found = dry_run(given.hf, layout, virtual_stages=chunks, bytes_per_second=rate)
+    print_dry_run(found, Console(width=None if sys.stdout.isatty() else 150))
+    if given.json:
+        given.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

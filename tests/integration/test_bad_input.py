@@ -105,7 +105,7 @@ def test_tensor_parallel_that_does_not_divide_the_heads(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = fails("train-teacher", *training(made, tmp_path / "out"), "--tensor-parallel", 3)
-    assert "tensor parallel size 3" in message and "use 1 or 2" in message
+    assert "tensor parallel size 3" in message and "use 1, 2 or 4" in message
 
 
 def test_layout_that_is_not_the_number_of_processes(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import compare_weights
 from megatron_erpd.manifest import verify_manifest
+from tests.distributed.checkpoint.published import PUBLISHED
 from tests.distributed.harness import REPOSITORY
 from tests.integration.test_bad_input import write_tokenizer
 from tests.integration.tiny import write_model
@@ -61,3 +62,14 @@ def test_an_export_is_whole_and_verified(folder: Path, tmp_path: Path) -> None:
     save_file(tensors, weights)
     said = erpd("verify", tmp_path / "export" / "base", "--source", folder / "base", code=2)
     assert "they differ" in said and "model.norm.weight: 1 of 32 elements differ, by up to 1" in said
+
+
+def test_a_dry_run_needs_no_weights(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["llama-3.1-70b"]))
+    sizes = ["--tensor-parallel", 8, "--pipeline-parallel", 4, "--precision", "bf16"]
+    said = erpd("import", "--hf", tmp_path, "--dry-run", *sizes, "--json", tmp_path / "plan.json")
+    assert "70,553,706,496 parameters" in said and "decoder.layers.[0-79].mlp.linear_fc1.weight" in said
+    assert len(json.loads((tmp_path / "plan.json").read_text())["stages"]) == 4
+    message = erpd("import", "--hf", tmp_path, "--output", tmp_path / "out", "--tensor-parallel", 8, code=2)
+    assert "--tensor-parallel: is read with --dry-run only" in message
+    assert "--output: is missing" in erpd("import", "--hf", tmp_path, code=2)
