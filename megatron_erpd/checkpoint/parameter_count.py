@@ -30,6 +30,14 @@ def count_parameters(shape: ModelShape) -> int:
     return sum(_size(unit, unit.num_rows) for unit in units(shape))
 
 
+def active_parameters(shape: ModelShape) -> int:
+    """Parameters that a token is multiplied with: of a mixture's experts those that it is sent to."""
+    found = units(shape)
+    experts = sum(_size(unit, unit.num_rows) for unit in found if unit.expert is not None)
+    dense = sum(_size(unit, unit.num_rows) for unit in found if unit.expert is None)
+    return dense + (experts // shape.num_experts * shape.experts_per_token if shape.num_experts else 0)
+
+
 def parameters_per_process(
     shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1
 ) -> ProcessParameters:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
-from megatron_erpd.checkpoint.parameter_count import count_parameters
+from megatron_erpd.checkpoint.parameter_count import active_parameters, count_parameters
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.cache_plan import (
@@ -221,7 +221,7 @@ def _cache(
     if shape is None:
         return [], None
     reader = next(s for s in stages if s.inputs.get("cache") == maker.output)
-    parameters, share = count_parameters(shape), data.response_share if data else 1.0
+    parameters, share = active_parameters(shape), data.response_share if data else 1.0
     flop = forward_flop(parameters, frozen_policies(maker)), training_flop(parameters, frozen_policies(reader))
     speeds = [teraflops * 1e12 * s.num_processes / f * share for s, f in zip((maker, reader), flop, strict=True)]
     policies = ["base", *(name.removeprefix("policy-") for name in maker.inputs if name.startswith("policy-"))]

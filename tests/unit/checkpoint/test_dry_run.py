@@ -11,6 +11,8 @@ from rich.console import Console
 
 from megatron_erpd.checkpoint.dry_run import DryRun, dry_run
 from megatron_erpd.checkpoint.dry_run_tables import print_dry_run
+from megatron_erpd.checkpoint.hf_config import read_model_shape
+from megatron_erpd.checkpoint.parameter_count import active_parameters, count_parameters
 from megatron_erpd.errors import CheckpointError, LayoutError
 from megatron_erpd.settings import Layout
 from tests.distributed.checkpoint.published import LLAMA_31_70B, PUBLISHED, QWEN3_235B_A22B
@@ -36,6 +38,14 @@ def test_parameters_of_published_models(tmp_path: Path, name: str, parameters: i
     found = run(tmp_path, PUBLISHED[name], LARGE)
     assert found.parameters == parameters
     assert found.source_dtype == "bfloat16" and found.source_bytes == 2 * parameters
+
+
+def test_parameters_of_a_mixture_that_a_token_meets(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B_A22B))
+    shape = read_model_shape(tmp_path)
+    assert round(active_parameters(shape) / 1e9) == 22  # as its name says
+    idle = 94 * (128 - 8) * 3 * 1536 * 4096
+    assert active_parameters(shape) == count_parameters(shape) - idle
 
 
 def test_the_share_of_every_stage(tmp_path: Path) -> None:
