@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_erpd.checkpoint.hf_config import ModelShape
-from megatron_erpd.checkpoint.param_map import EMBEDDING_HF_NAME, HEAD_HF_NAME, hf_shapes, is_ignored
+from megatron_erpd.checkpoint.param_map import EMBEDDING_HF_NAME, HEAD_HF_NAME, JOINED_EXPERTS, hf_shapes, is_ignored
 from megatron_erpd.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -202,6 +202,11 @@ def check_tensors(weights: HfWeights, shape: ModelShape) -> list[str]:
 
     One exception: where tied embeddings are stored twice both are read, because only equal ones are tied.
     """
+    if joined := sorted(name for name in weights.names if name.endswith(JOINED_EXPERTS)):
+        return [
+            f"tensor {joined[0]} holds all experts of a layer; write the folder again with transformers' "
+            "`model.save_pretrained(folder, save_original_format=True)`, which keeps them apart"
+        ]
     expected = hf_shapes(shape)
     ignored = {name for name in weights.names if is_ignored(name)}
     if shape.tied_embeddings and HEAD_HF_NAME in weights.names:

@@ -205,6 +205,10 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_e
 """Tensors in older Hugging Face folders that follow from `config.json`; neither imported nor exported."""
 
 
+JOINED_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
+"""Ends of names under which transformers 5 holds a layer's experts in memory, and saves them if it is told to."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """One Megatron tensor of one layer, of one expert in it or of the model, with its source tensors' real names.

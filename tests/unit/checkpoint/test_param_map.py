@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_erpd.checkpoint.families import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
 from megatron_erpd.checkpoint.param_map import Segment, Unit, by_query_group, gate_then_up, hf_shapes, units
 
 SHAPE = ModelShape(
@@ -61,6 +62,21 @@ def test_names_and_shapes_are_those_that_transformers_writes(architecture: str, 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert hf_shapes(shape) == written
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_experts_that_were_saved_as_one_tensor_are_refused(architecture: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape = replace(MIXTURE_SHAPE, family=FAMILIES[architecture], num_heads=4)
+    model = AutoModelForCausalLM.from_config(hf_config(shape))
+    for keeps_apart in (True, False):
+        model.save_pretrained(tmp_path, save_original_format=keeps_apart)
+        problems = check_tensors(HfWeights(tmp_path), shape)
+        if keeps_apart:
+            assert problems == []
+        else:
+            assert len(problems) == 1 and "holds all experts of a layer; write the folder again" in problems[0]
 
 
 def _rearranged(segments: tuple[Segment, ...], sources: list[torch.Tensor]) -> torch.Tensor:
