@@ -44,7 +44,7 @@ class Sizes:
 
 def make_policies(root: Path, sizes: Sizes) -> None:
     """`base`, `teacher` and `rollouts.parquet` in a folder."""
-    from megatron_erpd.training.convert import import_checkpoint
+    from megatron_erpd.training.import_checkpoint import import_checkpoint
 
     for name, noise in (("base", 0.0), ("teacher", 0.002)):
         _write_model(root / f"hf-{name}", sizes, noise)

@@ -52,14 +52,14 @@ COMMANDS: dict[str, Command] = {
         "megatron_erpd.pipeline.verify_command", "verify", "check that artifacts are whole", "verify runs/quickstart"
     ),
     "import": Command(
-        f"{_TRAINING}.convert",
+        f"{_TRAINING}.import_checkpoint",
         "import_checkpoint",
         "Hugging Face folder to Megatron checkpoint",
         "import --hf Qwen3-4B --output runs/mine/base",
         launches="processes",
     ),
     "export": Command(
-        f"{_TRAINING}.convert",
+        f"{_TRAINING}.export_checkpoint",
         "export_checkpoints",
         "Megatron checkpoints to Hugging Face folders",
         "export --checkpoint student=runs/mine/round-01/student --output exported",

@@ -7,7 +7,7 @@ Any number of processes will do. `--help` tells all flags; `megatron-erpd export
 """
 
 from megatron_erpd.pipeline.commands import run_command
-from megatron_erpd.training.convert import export_checkpoints
+from megatron_erpd.training.export_checkpoint import export_checkpoints
 
 if __name__ == "__main__":
     run_command(export_checkpoints)

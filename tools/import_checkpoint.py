@@ -6,7 +6,7 @@ Any number of processes will do. `--help` tells all flags; `megatron-erpd import
 """
 
 from megatron_erpd.pipeline.commands import run_command
-from megatron_erpd.training.convert import import_checkpoint
+from megatron_erpd.training.import_checkpoint import import_checkpoint
 
 if __name__ == "__main__":
     run_command(import_checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import sys
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from megatron_erpd.checkpoint.shards import gather_objects, raise_together
-from megatron_erpd.errors import CheckpointError
+from megatron_erpd.errors import ErpdError
 
 _SECONDS = 5.0
 
@@ -47,12 +48,14 @@ def do_together(where: object, work: Callable[[], None]) -> None:
     Collective over all processes.
 
     Raises:
-        CheckpointError: the errors of all processes, each once.
+        CheckpointError: the errors of all processes, each once (one process alone raises its own).
     """
     problems: list[str] = []
     try:
         work()
-    except (CheckpointError, OSError) as error:
+    except (ErpdError, OSError) as error:
+        if num_processes() == 1 and isinstance(error, ErpdError):
+            raise
         problems = [str(error)]
     raise_together(where, problems)
 
@@ -61,6 +64,16 @@ def peak_memory() -> int:
     """The largest resident memory that any of the processes has had, in bytes; collective."""
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return max(gather_objects(here))
+
+
+def add_processes_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that has the command line start several processes (`cli`)."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="share the work among so many processes of this machine (default: 1; under torchrun, those it started)",
+    )
 
 
 class Progress:

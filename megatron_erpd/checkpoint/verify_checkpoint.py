@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
 from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors, has_weights
-from megatron_erpd.checkpoint.iterations import TRACKER, iteration_folder, latest_iteration
+from megatron_erpd.checkpoint.iterations import BRIDGE_TRACKER, TRACKER, iteration_folder, latest_iteration
 from megatron_erpd.checkpoint.param_map import is_ignored, units
 from megatron_erpd.checkpoint.shards import raise_problems
 from megatron_erpd.checkpoint.stream_export import unlike_table
@@ -57,7 +57,7 @@ def _find_iteration(path: Path) -> Path | None:
     if (folder / METADATA).is_file():
         return folder
     for checkpoint in (folder / "megatron", folder):
-        if (checkpoint / TRACKER).is_file():
+        if any((checkpoint / name).is_file() for name in (TRACKER, BRIDGE_TRACKER)):
             return iteration_folder(checkpoint, latest_iteration(checkpoint) if number is None else number)
     return None
 

@@ -111,6 +111,8 @@ def parse_megatron_arguments(
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
         args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
+    except AssertionError as error:  # how Megatron says that settings don't go together
+        raise RecipeError(f"Megatron refuses these settings: {error}") from error
     finally:
         sys.argv = saved
     # Micro-batches are padded to their own longest rollout; pipeline stages tell each other the shape.

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_erpd.checkpoint import compare_weights
+from megatron_erpd.checkpoint import compare_weights, write_checkpoint
 from megatron_erpd.manifest import verify_manifest
 from tests.distributed.checkpoint.published import PUBLISHED
 from tests.distributed.harness import REPOSITORY
 from tests.integration.test_bad_input import write_tokenizer
-from tests.integration.tiny import write_model
+from tests.integration.tiny import write_model, write_random_rollouts
 
 
 def erpd(*argv: object, code: int = 0) -> str:
@@ -73,3 +74,24 @@ def test_a_dry_run_needs_no_weights(folder: Path, tmp_path: Path) -> None:
     message = erpd("import", "--hf", tmp_path, "--output", tmp_path / "out", "--tensor-parallel", 8, code=2)
     assert "--tensor-parallel: is read with --dry-run only" in message
     assert "--output: is missing" in erpd("import", "--hf", tmp_path, code=2)
+
+
+def test_a_checkpoint_of_another_program_is_taken(folder: Path, tmp_path: Path) -> None:
+    """One that has none of Megatron-LM's arguments, as Megatron-Bridge's have not, and its tracker alone."""
+    other = tmp_path / "other" / "iter_0000250"
+    write_checkpoint(folder / "hf", other, lambda: {"iteration": 250, "checkpoint_version": 3.0})
+    torch.save({"step": torch.tensor(250)}, other.parent / "latest_train_state.pt")
+    erpd("import", "--hf", folder / "hf", "--checkpoint", other.parent, "--output", tmp_path / "base")
+    erpd("verify", tmp_path / "base", "--source", folder / "hf")
+    write_random_rollouts(tmp_path / "rollouts.parquet")
+    data = ["--base", tmp_path / "base", "--rollouts", tmp_path / "rollouts.parquet"]
+    short = ["--loss", "sft", "--global-batch-size", 16, "--micro-batch-size", 16, "--epochs", 0.4]
+    erpd("train-teacher", *data, *short, "--output", tmp_path / "teacher")
+    write_model(tmp_path / "untied", tied=False)
+    message = erpd("import", "--hf", tmp_path / "untied", "--checkpoint", other, "--output", tmp_path / "no", code=2)
+    assert "the checkpoint has no tensor output_layer.weight" in message
+
+
+def test_a_folder_without_bridge_says_how_to_get_it(folder: Path, tmp_path: Path) -> None:
+    message = erpd("import", "--hf", folder / "hf", "--via", "megatron-bridge", "--output", tmp_path / "x", code=2)
+    assert "--via megatron-bridge: can't be imported here" in message
