@@ -12,7 +12,8 @@ Measured in one run, on random models that are made for it:
   vocabulary. The first model has the proportions of one of 4 billion parameters with 152k entries (26,000
   multiplications of a forward pass for each entry); the second is small, so that the cost of the target shows;
 - target: signal, projection and top-k of a token alone, from two policies' logits;
-- reading: rollouts per second out of the cache, checked and collated, against those that stage 2 trains on;
+- reading: rollouts per second out of the cache, checked and collated, against those that stage 2 trains on, by the
+  same clock;
 - disk: bytes read from it in an epoch by two processes of a node, from a cold page cache, against the size of the files
   (Linux; 0 where the file system doesn't say);
 - rows: how often each row is fetched in an epoch by all data-parallel ranks together;
@@ -290,9 +291,9 @@ def read_epoch(root: Path, rank: int = 0, size: int = 1) -> float:
     """Rollouts per second over an epoch of a data-parallel rank."""
     source, rollouts = source_of(root)
     order = OneEpoch(rollouts.lengths, MICRO_BATCH * size, seed=1)
-    start = time.perf_counter()
+    start = clock()
     seen = sum(len(batch.row_indices) for batch in source.replay(order, 0, MICRO_BATCH, rank, size))
-    return seen / (time.perf_counter() - start)
+    return seen / (clock() - start)
 
 
 def training_rate(root: Path, sizes: Sizes) -> float:
@@ -306,9 +307,9 @@ def training_rate(root: Path, sizes: Sizes) -> float:
         argv += ["--base-log-probs", f"{root}/base-log-probs", "--cache", f"{root}/cache"]
         argv += ["--global-batch-size", str(MICRO_BATCH), "--micro-batch-size", str(MICRO_BATCH)]
         argv += ["--epochs", str(count * MICRO_BATCH / sizes.num_rollouts)]
-        start = time.perf_counter()
+        start = clock()
         distill(argv)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return (steps[1] - steps[0]) * MICRO_BATCH / (seconds[1] - seconds[0])
 
 
