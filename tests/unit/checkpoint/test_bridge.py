@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_erpd.checkpoint import compare_weights, export_checkpoint, write_checkpoint
 from megatron_erpd.checkpoint.bridge import export_with_bridge, hf_source, import_with_bridge
-from megatron_erpd.checkpoint.iterations import latest_iteration
+from megatron_erpd.checkpoint.iterations import find_iteration, iteration_folder, latest_iteration
 from megatron_erpd.errors import CheckpointError
+from tests.distributed.checkpoint.tiny_models import save_hf_model
 
 
 def hf_folder(folder: Path) -> Path:
@@ -172,3 +174,15 @@ def test_where_a_checkpoint_came_from(tmp_path: Path) -> None:
         hf_source(iteration)
     config.unlink()
     assert hf_source(iteration) is None
+
+
+def test_a_checkpoint_that_megatron_bridge_saved_is_read_as_it_is(tmp_path: Path) -> None:
+    """Of a known architecture: Megatron's tensors, what Megatron-Bridge has beside them, and no tracker of Megatron's."""
+    save_hf_model("qwen3-untied", tmp_path / "hf", torch.bfloat16)
+    root = tmp_path / "bridge"
+    write_checkpoint(tmp_path / "hf", root / "iter_0000005", dict)
+    (root / "iter_0000005" / "run_config.yaml").write_text("model:\n  hf_model_id: org/mystery\n")
+    for path in (root / "latest_train_state.pt", root / "iter_0000005" / "train_state.pt"):
+        torch.save({"step": torch.tensor(5)}, path)
+    export_checkpoint(iteration_folder(*find_iteration(root)), tmp_path / "hf", tmp_path / "out")
+    assert compare_weights(tmp_path / "hf", tmp_path / "out") == []
