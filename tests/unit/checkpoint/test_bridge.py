@@ -177,7 +177,7 @@ def test_where_a_checkpoint_came_from(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_megatron_bridge_saved_is_read_as_it_is(tmp_path: Path) -> None:
-    """Of a known architecture: Megatron's tensors, what Megatron-Bridge has beside them, and no tracker of Megatron's."""
+    """Of a known architecture: Megatron's tensors, what Megatron-Bridge has beside them, no tracker of Megatron's."""
     save_hf_model("qwen3-untied", tmp_path / "hf", torch.bfloat16)
     root = tmp_path / "bridge"
     write_checkpoint(tmp_path / "hf", root / "iter_0000005", dict)
