@@ -37,7 +37,7 @@ from tests.distributed.checkpoint.tiny_models import (
 )
 from tests.distributed.harness import Case, run_cases
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 """TP x PP on four ranks; the ranks left over are data-parallel replicas."""
 
 NUM_RANKS = 4
