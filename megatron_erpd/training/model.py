@@ -14,8 +14,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_erpd import platform
-from megatron_erpd.checkpoint.iterations import iteration_folder, latest_iteration, saved_iterations
-from megatron_erpd.errors import CheckpointError
+from megatron_erpd.checkpoint.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
+from megatron_erpd.errors import CheckpointError, LayoutError
 from megatron_erpd.training.layer_spec import local_block_spec
 from megatron_erpd.vocab_parallel import VocabShard
 
@@ -91,6 +91,27 @@ def load_iteration(model: Any, folder: Path) -> None:
     lacking = sorted({key for key in (*absent, *kept.missing_keys, *kept.unexpected_keys) if "_extra_state" not in key})
     if lacking:
         raise CheckpointError(f"{folder}: is of another model: {lacking[0]} and {len(lacking) - 1} more don't fit")
+
+
+def check_optimizer_fits(checkpoint: Path, expert_parallel: int) -> None:
+    """Refuses to go on from a checkpoint whose optimizer Megatron can't load; one that isn't there yet is fine.
+
+    With expert parallelism it chains an optimizer for the experts to that of the other parameters, without it there is
+    one for all, and it reads the state of neither as the other's.
+
+    Raises:
+        LayoutError: the checkpoint was saved with experts spread over ranks and these aren't, or the reverse.
+    """
+    if not (checkpoint / TRACKER).is_file():
+        return
+    folder = iteration_folder(checkpoint, latest_iteration(checkpoint))
+    saved = dist_checkpointing.load_common_state_dict(str(folder))["args"].expert_model_parallel_size
+    if (saved > 1) != (expert_parallel > 1):
+        raise LayoutError(
+            f"{folder}: was saved with expert parallel size {saved}, and Megatron can't give its optimizer's state to "
+            f"one with {expert_parallel}; go on with expert_parallel {'above 1' if saved > 1 else '1'}, or delete the "
+            "training's folder to begin anew"
+        )
 
 
 def synchronize() -> None:

@@ -109,9 +109,10 @@ class TrainingRun(ABC):
             flags = self._megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
             configure_head(self.layout)
-            exited = self._train(args, store)
-            from megatron_erpd.training.model import synchronize
+            from megatron_erpd.training.model import check_optimizer_fits, synchronize
 
+            check_optimizer_fits(self.output / "megatron", self.layout.expert_parallel)
+            exited = self._train(args, store)
             stop, done = self._early_stop(), latest_iteration(self.output / "megatron")
             if stop is None and (exited or done != self.num_iterations):
                 raise StageError(

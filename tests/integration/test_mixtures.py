@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megatron_erpd.checkpoint import compare_weights
+from megatron_erpd.errors import LayoutError
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
@@ -37,12 +40,24 @@ def stages(inputs: Path, output: Path, layout: list[str]) -> Stages:
     return [(command, [*argv, *layout] if command in runs_the_model else argv) for command, argv in found]
 
 
+def run_and_resume(rank: int, world_size: int, todo: Stages, alone: Path, spread: Path) -> None:
+    """Runs stages, then asks from whose checkpoints a training could go on with which sizes."""
+    run_stages(rank, world_size, todo)
+    from megatron_erpd.training.model import check_optimizer_fits
+
+    for artifact, other in ((alone, 2), (spread, 1)):
+        with pytest.raises(LayoutError, match=f"can't give its optimizer's state to one with {other}"):
+            check_optimizer_fits(artifact / "megatron", other)
+    check_optimizer_fits(alone / "megatron", 1)
+    check_optimizer_fits(spread / "megatron", 4)
+
+
 def test_experts_over_ranks_give_the_result_of_one_process(tmp_path: Path) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     write_mixture(one / "hf")
     write_random_rollouts(one / "rollouts.parquet")
     run_ranks(run_stages, 1, stages(one, one, ["--micro-batch-size", "16"]))
-    run_ranks(run_stages, 2, stages(one, many, PARALLEL), timeout=240)
+    run_ranks(run_and_resume, 2, stages(one, many, PARALLEL), one / "teacher", many / "teacher", timeout=240)
 
     for name in ("teacher", "student"):
         assert_same_training(metrics(many / name), metrics(one / name), name)
