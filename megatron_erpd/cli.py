@@ -46,7 +46,7 @@ _TRAINING = "megatron_erpd.training"
 COMMANDS: dict[str, Command] = {
     "run": Command(_HERE, "run", "run a recipe, all stages that are not done", "run recipe.yaml --tensor-parallel 2"),
     "status": Command(_HERE, "status", "where a run stands", "status runs/quickstart"),
-    "plan": Command(_HERE, "plan", "what a run will need: memory, cache, disk", "plan recipe.yaml --tensor-parallel 2"),
+    "plan": Command(_HERE, "plan", "what a run will need: memory, time, disk", "plan recipe.yaml --tensor-parallel 2"),
     "report": Command(_COMMANDS, "report", "write the report of a run", "report runs/quickstart"),
     "verify": Command(
         "megatron_erpd.pipeline.verify_command", "verify", "check that artifacts are whole", "verify runs/quickstart"
@@ -206,26 +206,38 @@ def run(argv: list[str]) -> None:
 
 
 def plan(argv: list[str]) -> None:
-    """Shows what a recipe will need before anything runs: stages, memory of each process, teacher cache, disk."""
+    """Shows what a recipe will need before anything runs: stages, memory of each process, time, teacher cache, disk."""
     parser = _recipe_parser(
         "plan",
         f"{plan.__doc__} Takes what `run` takes; nothing is run or changed.",
-        "plan recipe.yaml --tensor-parallel 8 --set cache.k=32 --json plan.json",
+        "plan recipe.yaml --tensor-parallel 8 --gpu h100 --gpus 64 --json plan.json",
     )
     parser.add_argument(
         "--teraflops-per-device",
         type=float,
         metavar="TERAFLOPS",
-        help="what a device reaches, for the cache's rates (default: 400, an H100 in bf16 at 40%% of its peak)",
+        help="what a device reaches, for times and the cache's rates (default: what a finished training of the run "
+        "measured, else 400, an H100 in bf16 at 40%% of its peak)",
+    )
+    parser.add_argument("--gpu", metavar="KIND|GIB", help="say what fits: h100, h200, a100-80, b200 or the GiB of one")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="how many there are (default: as many as the largest stage's processes)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(argv)
     recipe = _recipe(given)
-    from megatron_erpd.pipeline.resources import TERAFLOPS_PER_DEVICE, estimate
+    from megatron_erpd.pipeline.gpu_fit import parse_gpus
+    from megatron_erpd.pipeline.planner import plan as stages_of
+    from megatron_erpd.pipeline.resources import estimate
     from megatron_erpd.pipeline.resources_tables import show
 
-    speed = TERAFLOPS_PER_DEVICE if given.teraflops_per_device is None else given.teraflops_per_device
-    resources = estimate(recipe, speed)
+    if given.gpus is not None and given.gpu is None:
+        raise RecipeError("--gpus: says how many, --gpu of which kind; give --gpu h100, say")
+    gpus = None
+    if given.gpu is not None:
+        count = max(stage.num_processes for stage in stages_of(recipe)) if given.gpus is None else given.gpus
+        gpus = parse_gpus(given.gpu, count)
+    resources = estimate(recipe, given.teraflops_per_device, gpus)
     show(resources)
     if given.json:
         try:

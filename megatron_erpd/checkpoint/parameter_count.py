@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_erpd.checkpoint.families import ModelShape
 from megatron_erpd.checkpoint.parallel_layout import check_layout, stage_layers
@@ -44,22 +45,41 @@ def parameters_per_process(
     """Parameters of a process of the pipeline stage that holds the most.
 
     That is the last one, which has the output layer (with tied embeddings a copy of the embedding), unless it has fewer
-    layers than others and they weigh more. Padding rows of the vocabulary are counted.
+    layers than others and they weigh more.
+
+    Raises:
+        LayoutError: a size doesn't divide what it splits.
+    """
+    stages = parameters_per_stage(shape, tensor_parallel, pipeline_parallel, expert_parallel)
+    return max(reversed(stages), key=lambda stage: stage.total)
+
+
+@cache
+def parameters_per_stage(
+    shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1
+) -> tuple[ProcessParameters, ...]:
+    """Parameters of a process of every pipeline stage. Padding rows of the vocabulary are counted.
 
     Raises:
         LayoutError: a size doesn't divide what it splits.
     """
     check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel)
-    found = units(shape)
-    first_layer = [unit for unit in found if unit.layer == 0]
-    dense = _split_sizes((unit for unit in first_layer if unit.expert is None), tensor_parallel)
-    experts = _split_sizes((unit for unit in first_layer if unit.expert is not None), 1) // expert_parallel
+    layer, outside = _one_layer_and_the_rest(shape)
+    dense = _split_sizes((unit for unit in layer if unit.expert is None), tensor_parallel)
+    experts = _split_sizes((unit for unit in layer if unit.expert is not None), 1) // expert_parallel
     stages = []
     for stage, chunks in enumerate(stage_layers(shape.num_layers, pipeline_parallel)):
-        here = [unit for unit in found if unit.layer is None and _on_stage(unit, shape, stage, pipeline_parallel)]
+        here = [unit for unit in outside if _on_stage(unit, shape, stage, pipeline_parallel)]
         layers = sum(map(len, chunks))
         stages.append(ProcessParameters(layers * dense + _split_sizes(here, tensor_parallel), layers * experts))
-    return max(reversed(stages), key=lambda stage: stage.total)
+    return tuple(stages)
+
+
+@cache
+def _one_layer_and_the_rest(shape: ModelShape) -> tuple[list[Unit], list[Unit]]:
+    """The units of the first layer, as all layers are alike, and those outside of the layers."""
+    found = units(shape)
+    return [unit for unit in found if unit.layer == 0], [unit for unit in found if unit.layer is None]
 
 
 def _on_stage(unit: Unit, shape: ModelShape, stage: int, pipeline_parallel: int) -> bool:

@@ -1,4 +1,4 @@
-"""How many rollouts and tokens Parquet files hold, read from their footers alone."""
+"""How many rollouts and tokens Parquet files hold, read from their footers alone, and how long the longest is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_erpd.errors import RolloutError
@@ -36,8 +37,7 @@ def count_rollouts(path: Path, prompt: str = PROMPT, response: str = RESPONSE) -
     Raises:
         RolloutError: a file that ends in `.parquet` is none.
     """
-    names = path.glob("*.parquet") if path.is_dir() else [path] if path.suffix == ".parquet" and path.is_file() else []
-    paths = sorted(p for p in names if not p.name.startswith((".", "_")))
+    paths = _parquet_files(path)
     rollouts = tokens = answers = 0
     for file in paths:
         try:
@@ -49,6 +49,25 @@ def count_rollouts(path: Path, prompt: str = PROMPT, response: str = RESPONSE) -
             return None
         rollouts, tokens, answers = rollouts + footer.num_rows, tokens + found[0], answers + found[1]
     return RolloutCount(rollouts, tokens, answers) if paths else None
+
+
+def longest_rollout(path: Path, prompt: str = PROMPT, response: str = RESPONSE) -> int:
+    """Tokens of the longest rollout, prompt and response. Reads the two columns, a batch of rows at a time.
+
+    Args:
+        path, prompt, response: as in `count_rollouts`, which has found something there.
+    """
+    longest = 0
+    for file in _parquet_files(path):
+        for batch in pq.ParquetFile(file).iter_batches(columns=[prompt, response]):
+            lengths = pc.add(*(pc.fill_null(pc.list_value_length(batch[name]), 0) for name in (prompt, response)))
+            longest = max(longest, pc.max(lengths).as_py() or 0)
+    return longest
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    names = path.glob("*.parquet") if path.is_dir() else [path] if path.suffix == ".parquet" and path.is_file() else []
+    return sorted(p for p in names if not p.name.startswith((".", "_")))
 
 
 def _num_values(footer: Any, name: str) -> int | None:

@@ -7,6 +7,7 @@ they are there. What can't be known yet is told, and the rest is planned.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,9 +25,11 @@ from megatron_erpd.pipeline.cache_plan import (
     training_flop,
 )
 from megatron_erpd.pipeline.disk_plan import DiskPlan, disk_plan
+from megatron_erpd.pipeline.gpu_fit import GpuFit, Gpus, gpu_fit
 from megatron_erpd.pipeline.memory_plan import StageMemory, frozen_policies, reads_hidden, stage_memory, uncounted_flags
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Imported, Recipe
+from megatron_erpd.pipeline.stage_times import RolloutSize, StageTime, measured_speed, stage_times
 from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, dependencies
 
 TERAFLOPS_PER_DEVICE = 400.0
@@ -48,11 +51,16 @@ class StageRow:
 
 @dataclass(frozen=True)
 class DataSize:
-    """A round's rollouts; `is_upper_bound` where the responses aren't sampled yet."""
+    """A round's rollouts; `is_upper_bound` where the responses aren't sampled yet.
+
+    Attributes:
+        longest: tokens of the longest, with its prompt.
+    """
 
     num_rollouts: int
     prompt_tokens: int | None
     response_tokens: int
+    longest: int
     is_upper_bound: bool
     source: str
 
@@ -60,6 +68,11 @@ class DataSize:
     def response_share(self) -> float:
         """Response tokens among all that run through the model; 1 where the prompts aren't known."""
         return self.response_tokens / (self.response_tokens + (self.prompt_tokens or 0))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a rollout, with its prompt where that is known."""
+        return (self.response_tokens + (self.prompt_tokens or 0)) / max(1, self.num_rollouts)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,13 @@ class Resources:
     model: ModelSize | None
     data: DataSize | None
     memory: list[StageMemory]
+    times: list[StageTime]
+    gpus: GpuFit | None
+    """Where GPUs were asked about."""
     teraflops_per_device: float
+    """Of the times and the rates."""
+    speed_source: str
+    """Where that is from, in words."""
     cache: list[CacheOption]
     recommendation: str | None
     disk: DiskPlan
@@ -93,26 +112,32 @@ class Resources:
         found = asdict(self)
         for row, memory in zip(found["memory"], self.memory, strict=True):
             row["total"] = memory.total
+        if self.gpus:
+            found["gpus"] = self.gpus.to_json()
         return found | {"disk": found["disk"] | {"needed": self.disk.needed, "fits": self.disk.fits}}
 
 
-def estimate(recipe: Recipe, teraflops_per_device: float = TERAFLOPS_PER_DEVICE) -> Resources:
+def estimate(recipe: Recipe, teraflops_per_device: float | None = None, gpus: Gpus | None = None) -> Resources:
     """Plans a recipe. Nothing is run, and nothing is written.
 
     Args:
-        teraflops_per_device: what a device reaches, in units of 1e12 operations per second; for the rates.
+        teraflops_per_device: what a device reaches, in units of 1e12 operations per second; for rates and times.
+            Default: what a finished training of the run has measured, else `TERAFLOPS_PER_DEVICE`.
+        gpus: to check the stages' memory against, and to propose layouts for.
 
     Raises:
         RecipeError, CheckpointError, LayoutError: the recipe, the model or a layout can't be used (see `plan`).
     """
-    if not teraflops_per_device > 0:
+    if teraflops_per_device is not None and not teraflops_per_device > 0:
         raise RecipeError(f"--teraflops-per-device {teraflops_per_device:g}: give a number above 0")
     stages, notes = plan(recipe), list[str]()
-    shape, hf_dtype = _model(stages, notes)
-    data = _data(recipe, stages, notes)
+    shape, hf_dtype, context = _model(stages, notes)
+    data = _data(recipe, stages, notes, context)
     counts = (data.num_rollouts, data.response_tokens) if data else None
     disk = disk_plan(recipe.folder, stages, shape, hf_dtype, counts)
-    cache, advice = _cache(recipe, stages, shape, data, disk, teraflops_per_device)
+    rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
+    speed, source = _speed(teraflops_per_device, stages, shape, rollouts)
+    cache, advice = _cache(recipe, stages, shape, data, disk, speed)
     if ignored := uncounted_flags(stages):
         notes.append(f"{', '.join(ignored)} of Megatron's change the memory in ways that are not counted")
     return Resources(
@@ -122,13 +147,47 @@ def estimate(recipe: Recipe, teraflops_per_device: float = TERAFLOPS_PER_DEVICE)
         if shape
         else None,
         data=data,
-        memory=[stage_memory(s, shape) for s in stages if s.command in RUNS_MODEL] if shape else [],
-        teraflops_per_device=teraflops_per_device,
+        memory=_memory(stages, shape, data),
+        times=stage_times(stages, shape, rollouts, speed) if shape else [],
+        gpus=_gpus(stages, shape, data, gpus, notes),
+        teraflops_per_device=speed,
+        speed_source=source,
         cache=cache,
         recommendation=advice,
         disk=disk,
         notes=notes,
     )
+
+
+def _speed(
+    given: float | None, stages: Sequence[Stage], shape: ModelShape | None, rollouts: RolloutSize | None
+) -> tuple[float, str]:
+    """What a device reaches, in teraflop/s, and where that is from."""
+    if given is not None:
+        return given, "given"
+    measured = measured_speed(stages, shape, rollouts) if shape else None
+    if measured:
+        return measured.teraflops, f"measured by {measured.stage}, which is done"
+    return TERAFLOPS_PER_DEVICE, "assumed: bf16 on an H100 at 40% of its peak"
+
+
+def _memory(stages: Sequence[Stage], shape: ModelShape | None, data: DataSize | None) -> list[StageMemory]:
+    if shape is None:
+        return []
+    longest = data.longest if data else None
+    return [stage_memory(stage, shape, longest) for stage in stages if stage.command in RUNS_MODEL]
+
+
+def _gpus(
+    stages: Sequence[Stage], shape: ModelShape | None, data: DataSize | None, gpus: Gpus | None, notes: list[str]
+) -> GpuFit | None:
+    if gpus is None:
+        return None
+    if shape is None or data is None:
+        missing = "model" if shape is None else "length of the rollouts"
+        notes.append(f"whether the stages fit {gpus.count} x {gpus.name} can't be known without the {missing}")
+        return None
+    return gpu_fit([stage for stage in stages if stage.command in RUNS_MODEL], shape, data.longest, gpus)
 
 
 def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
@@ -144,8 +203,8 @@ def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
     return StageRow(stage.name, stage.command, stage.num_processes, layout, [*before, *own], done)
 
 
-def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None, int]:
-    """The model's geometry, and the bytes of a parameter in its Hugging Face folder."""
+def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None, int, int | None]:
+    """The model's geometry, the bytes of a parameter in its Hugging Face folder, and its context in tokens."""
     folder = next(stage.inputs["hf"] for stage in stages if stage.command == "import")
     prepared = any(stage.command == "prepare" and folder.is_relative_to(stage.output) for stage in stages)
     if not (folder / "config.json").is_file():
@@ -155,18 +214,18 @@ def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None
                 "weights may come later)"
             )
         notes.append(f"the model {folder} is not prepared yet: memory, cache and checkpoints can't be known")
-        return None, 0
+        return None, 0, None
     shape = read_model_shape(folder)
     config = json.loads((folder / "config.json").read_text())
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype not in _HF_TYPES:
         notes.append(f"{folder}/config.json names no dtype: exports are taken for float32")
-    return shape, _HF_TYPES.get(dtype, 4)
+    return shape, _HF_TYPES.get(dtype, 4), config.get("max_position_embeddings")
 
 
-def _data(recipe: Recipe, stages: Sequence[Stage], notes: list[str]) -> DataSize | None:
+def _data(recipe: Recipe, stages: Sequence[Stage], notes: list[str], context: int | None) -> DataSize | None:
     """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
-    from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts
+    from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts, longest_rollout
 
     stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))
     section, place, columns = recipe.rollouts, stage.output, {}
@@ -177,33 +236,37 @@ def _data(recipe: Recipe, stages: Sequence[Stage], notes: list[str]) -> DataSize
     if finished or isinstance(section, Imported):
         count = count_rollouts(place, **columns)
         if count:
-            tokens = (count.prompt_tokens, count.response_tokens)
-            return DataSize(count.num_rollouts, *tokens, is_upper_bound=False, source=str(place))
+            sizes = (count.num_rollouts, count.prompt_tokens, count.response_tokens, longest_rollout(place, **columns))
+            return DataSize(*sizes, is_upper_bound=False, source=str(place))
         why = "hold no columns of token ids to count" if place.exists() else "are not there yet"
         notes.append(f"the rollouts {place} {why}: the size of the whole data set can't be known")
         return None
-    prompts = _num_prompts(stage)
+    prompts, longest_prompt = _prompts(stage)
     if prompts is None:
         notes.append(
             f"the prompts {stage.inputs['prompts']} are not there yet, and rollouts.num_prompts is not given: the size "
             "of the whole data set can't be known"
         )
         return None
-    rollouts = prompts * section.num_rollouts
-    source = f"{prompts} prompts x {section.num_rollouts} rollouts x {section.max_new_tokens} tokens"
-    return DataSize(rollouts, None, rollouts * section.max_new_tokens, is_upper_bound=True, source=source)
+    if longest_prompt is None:
+        notes.append(f"the prompts {stage.inputs['prompts']} are not there yet: sequences are taken without them")
+    rollouts, response = prompts * section.num_rollouts, section.max_new_tokens
+    longest = min((longest_prompt or 0) + response, context or sys.maxsize)
+    source = f"{prompts} prompts x {section.num_rollouts} rollouts x {response} tokens"
+    return DataSize(rollouts, None, rollouts * response, longest, is_upper_bound=True, source=source)
 
 
-def _num_prompts(stage: Stage) -> int | None:
-    """Prompts of a round that is still to be sampled; None while their file isn't there and nothing bounds them."""
+def _prompts(stage: Stage) -> tuple[int | None, int | None]:
+    """Prompts of a round that is still to be sampled, and a bound on the tokens of the longest: a token is a byte or
+    more. None while their file isn't there; a round's number may still be given."""
     from megatron_erpd.sampling.prompts import load_prompts
 
     wanted: int | None = stage.settings["num_prompts"]
     file = stage.inputs.get("prompts")
     if file is not None and not file.is_file():
-        return wanted
-    spec = stage.arguments[stage.arguments.index("--prompts") + 1]
-    return len(load_prompts(spec, wanted))
+        return wanted, None
+    records = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], wanted)
+    return len(records), max(len(json.dumps(record["prompt"], ensure_ascii=False).encode()) for record in records)
 
 
 def _cache(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LOGGED = ("learning-rate", "grad-norm", "iteration-time")
+_LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
 
 
 def report(prefix: str, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -223,6 +223,9 @@ class TrainingRun(ABC):
             "log_interval": 1,
             "tensorboard_dir": str(self.output / "tensorboard"),
             "tensorboard_log_interval": 1,
+            # The seconds of a step and the processes that took them: what a plan measures speed by.
+            "log_timers_to_tensorboard": True,
+            "log_world_size_to_tensorboard": True,
         }
 
 

@@ -20,6 +20,7 @@ from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.pipeline import disk_plan
 from megatron_erpd.pipeline.cache_plan import Speed, cache_options
+from megatron_erpd.pipeline.gpu_fit import Gpus, parse_gpus
 from megatron_erpd.pipeline.memory_plan import stage_memory
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
@@ -51,6 +52,13 @@ PARAMETERS = 70_553_706_496
 LAYER = (8192 + 2 * 1024 + 8192) * 8192 // 8 + 3 * 28672 * 8192 // 8 + 2 * 8192
 HEAD = 129_024 // 8 * 8192
 HELD = 20 * LAYER + 8192 + HEAD
+FIRST = 20 * LAYER + HEAD
+"""Of the first stage, which has the embedding."""
+TOKENS = 32 * 2054
+"""Of a micro-batch: up to 2,048 of a response, and a prompt of 6 bytes in quotes."""
+# Per token, without sequence parallelism: four hidden states; an eighth of query, key, value, attention's output, and
+# the logarithms of 8 heads' sums in fp32; an eighth of gate, up and their product.
+KEPT = 4 * 2 * 8192 + 2 * (2 * 8192 + 2 * 1024) // 8 + 4 * 8 + 2 * 3 * 28672 // 8
 TB = 10**12
 
 
@@ -64,7 +72,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     Path("model/config.json").write_text(json.dumps(LLAMA_70B))
     Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n' * 1000)
 
-    def plan(teraflops: float = 400.0, **sections: Any) -> Resources:
+    def plan(teraflops: float | None = 400.0, gpus: Gpus | None = None, **sections: Any) -> Resources:
         recipe = {
             "name": "mine",
             "model": "model",
@@ -74,7 +82,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
             "layout": {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16"},
             "megatron": {"use-distributed-optimizer": True},
         }
-        return estimate(Recipe(**{**recipe, **sections}), teraflops)
+        return estimate(Recipe(**{**recipe, **sections}), teraflops, gpus)
 
     return plan
 
@@ -86,32 +94,46 @@ def shown(found: Resources, width: int = 200) -> str:
     return capture.get()
 
 
-def memory(found: Resources, stage: str) -> dict[str, int]:
+def memory(found: Resources, stage: str) -> dict[str, Any]:
     row = next(m for m in found.memory if m.stage == stage)
-    names = ("weights", "gradients", "optimizer", "frozen", "output_layer", "total")
+    names = ("weights", "gradients", "optimizer", "frozen", "output_layer", "activations", "total")
     return {name: getattr(row, name) for name in names}
 
 
 def test_memory_of_a_large_model(plan_of: Callable[..., Resources]) -> None:
+    """The first pipeline stage keeps the activations of four micro-batches of 20 layers, and has no output layer."""
     found = plan_of()
     assert found.model and found.model.parameters == PARAMETERS
-    assert HELD == 2_271_551_488 == found.memory[0].parameters
+    assert next(m for m in found.memory if m.stage == "teacher").parameters == FIRST
     # bf16 weights, fp32 gradients, and of the fp32 copy and Adam's moments the half, as there are two copies.
-    expected = {"weights": 2 * HELD, "gradients": 4 * HELD, "optimizer": 6 * HELD, "frozen": 0}
+    expected = {"weights": 2 * FIRST, "gradients": 4 * FIRST, "optimizer": 6 * FIRST, "frozen": 0, "output_layer": 0}
+    activations = 4 * 20 * TOKENS * KEPT
+    assert memory(found, "teacher") == {**expected, "activations": activations, "total": 12 * FIRST + activations}
+    # One policy at a time, here on the last stage: its layers one after another, the hidden states of both policies.
+    cache = memory(found, "cache")
+    assert cache["frozen"] == 2 * HELD + 2 * HEAD
+    assert cache["activations"] == TOKENS * KEPT + 2 * TOKENS * 2 * 8192
+    assert cache["total"] == cache["frozen"] + cache["activations"] + 256 * 2**20
+
+
+def test_memory_where_the_length_of_the_rollouts_is_not_known(plan_of: Callable[..., Resources]) -> None:
+    rollouts = {"rollouts": {"file": "later.parquet"}}
+    found = plan_of(**rollouts)
+    assert HELD == 2_271_551_488 == found.memory[0].parameters
+    expected = {"weights": 2 * HELD, "gradients": 4 * HELD, "optimizer": 6 * HELD, "frozen": 0, "activations": None}
     output_layer = 256 * 2**20 + 4 * HEAD
     assert memory(found, "teacher") == {
         **expected,
         "output_layer": output_layer,
         "total": 12 * HELD + output_layer,
     }
-    assert memory(found, "cache")["frozen"] == 4 * HELD  # base and teacher
-    assert memory(found, "cache")["total"] == 4 * HELD + 256 * 2**20
-    assert memory(plan_of(megatron={}), "student")["optimizer"] == 12 * HELD
+    assert memory(plan_of(megatron={}, **rollouts), "student")["optimizer"] == 12 * HELD
     layout = {"tensor_parallel": 8, "pipeline_parallel": 4}
-    assert memory(plan_of(megatron={}, layout=layout), "student") == {
-        **{"weights": 4 * HELD, "gradients": 4 * HELD, "optimizer": 8 * HELD, "frozen": 0},
+    assert memory(plan_of(megatron={}, layout=layout, **rollouts), "student") == {
+        **{"weights": 4 * HELD, "gradients": 4 * HELD, "optimizer": 8 * HELD, "frozen": 0, "activations": None},
         **{"output_layer": output_layer, "total": 16 * HELD + output_layer},
     }
+    assert "unknown" in shown(found)
 
 
 def test_memory_of_a_mixture(plan_of: Callable[..., Resources]) -> None:
@@ -141,9 +163,9 @@ def test_live_teachers_and_on_policy_samplers_are_counted(plan_of: Callable[...,
         student={"teacher": "live"},
         controls={"grpo": {"kind": "on_policy"}, "kl": {"kind": "on_policy", "kl_coefficient": 0.1}},
     )
-    assert memory(found, "student")["frozen"] == 2 * 2 * HELD
+    assert memory(found, "student")["frozen"] == 2 * 2 * FIRST
     assert memory(found, "controls/grpo")["frozen"] == 2 * PARAMETERS
-    assert memory(found, "controls/kl")["frozen"] == 2 * PARAMETERS + 2 * HELD
+    assert memory(found, "controls/kl")["frozen"] == 2 * PARAMETERS + 2 * FIRST
     assert found.cache == [] and found.recommendation and "none is made" in found.recommendation
 
 
@@ -244,6 +266,7 @@ def test_imported_rollouts_are_counted(plan_of: Callable[..., Resources]) -> Non
     found = plan_of(**sections)
     assert found.data and not found.data.is_upper_bound
     assert (found.data.num_rollouts, found.data.prompt_tokens, found.data.response_tokens) == (2, 4, 12)
+    assert (found.data.longest, found.data.mean_tokens) == (8, 8.0)
     # A quarter of the tokens that run through the model are the prompts', which nothing is kept of.
     assert found.cache[1].written_per_second == pytest.approx(0.75 * plan_of().cache[1].written_per_second)
     Path("dump.parquet").unlink()
@@ -297,6 +320,52 @@ def test_flags_that_are_not_counted_are_named(plan_of: Callable[..., Resources])
     assert any(note.startswith("--use-precision-aware-optimizer of Megatron's") for note in found.notes)
 
 
+def test_time_at_a_given_speed(plan_of: Callable[..., Resources]) -> None:
+    times = {row.stage: row for row in plan_of().times}
+    steps = 8 * 16_000 // 256  # batches of 256, of which each copy makes 4 micro-batches of 32
+    attention = 2 * 80 * 8192 * 2048
+    flop = 3 * (2 * PARAMETERS + attention) * steps * 256 * 2048
+    assert times["teacher"].flop == pytest.approx(flop)
+    assert times["teacher"].seconds == pytest.approx(flop * (1 + 3 / 4) / (64 * 400e12))
+    forward = 2 * (2 * PARAMETERS + attention) * 16_000 * 2048
+    assert times["cache"].seconds == pytest.approx(forward * (1 + 3 / 250) / (64 * 400e12))
+    assert times["rollouts"].seconds is None
+    full = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
+    again = {row.stage: row for row in plan_of(megatron=full).times}
+    assert again["teacher"].flop == pytest.approx(4 / 3 * flop)
+
+
+def test_time_at_a_measured_speed(plan_of: Callable[..., Resources]) -> None:
+    folder = Path("runs/mine/round-01/teacher")
+    folder.mkdir(parents=True)
+    rows = [{"iteration": i, "iteration-time": seconds, "world-size": 64} for i, seconds in ((2, 40.0), (3, 10.0))]
+    lines = "".join(json.dumps(row) + "\n" for row in [{"iteration": 1}, *rows, {**rows[1], "iteration": 4}])
+    (folder / "metrics.jsonl").write_text(lines)
+    write_manifest(folder, "train-teacher", {}, {}, {"seconds": 123.0})
+    found = plan_of(teraflops=None)
+    times = {row.stage: row for row in found.times}
+    assert times["teacher"].is_done and times["teacher"].seconds == 123.0
+    # The student has as many steps of the same kind as the teacher, whose median step took 10 s.
+    assert times["student"].seconds == pytest.approx(10.0 * 8 * 16_000 // 256)
+    assert found.speed_source.startswith("measured by teacher") and "measured by teacher" in shown(found)
+    assert plan_of(teraflops=300.0).teraflops_per_device == 300.0
+    (folder / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    assert plan_of(teraflops=None).teraflops_per_device == 400.0
+
+
+def test_gpus_in_the_table_and_in_json(plan_of: Callable[..., Resources]) -> None:
+    found = plan_of(gpus=parse_gpus("h100", 64))
+    text = shown(found)
+    assert "64 x h100: 71.64 of 79.60 GiB" in text and "micro_batch_size: 2" in text and "layouts that fit" in text
+    figures = json.loads(json.dumps(found.to_json()))["gpus"]
+    assert [row["fits"] for row in figures["stages"]] == [True, False, True, False]
+    assert figures["enough"] == 64 and figures["proposals"][0]["layout"]["tensor_parallel"] == 8
+    found = plan_of(gpus=parse_gpus("24", 8))
+    assert "No layout of 8 x 24 GiB fits every stage" in shown(found) and "are enough" in shown(found)
+    unknown = plan_of(gpus=parse_gpus("h100", 64), rollouts={"file": "later.parquet"})
+    assert unknown.gpus is None and any("without the length of the rollouts" in note for note in unknown.notes)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples/quickstart", "examples/quickstart")
@@ -310,7 +379,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     figures = json.loads(Path("plan.json").read_text())
     assert figures["cache"][1]["bytes_per_token"] == 2 * 4 + 4 * 4 + 1 + 8
     assert next(row["num_processes"] for row in figures["stages"] if row["name"] == "teacher") == 2
-    assert figures["disk"]["needed"] > 0 and figures["memory"][0]["total"] > 0
+    assert figures["disk"]["needed"] > 0 and figures["memory"][0]["total"] > 0 and figures["gpus"] is None
+    cli.main(["plan", *argv, "--gpu", "0.25"])
+    assert "2 x 0.25 GiB" in capsys.readouterr().out
+    for flags, message in ((["--gpus", "4"], "give --gpu"), (["--gpu", "h900"], "--gpu h900: give h100")):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", *argv, *flags])
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         cli.main(["plan", *argv, "--json", "nowhere/plan.json"])
     assert caught.value.code == 2 and "--json nowhere/plan.json" in capsys.readouterr().err
