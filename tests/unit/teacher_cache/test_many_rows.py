@@ -26,11 +26,11 @@ def resident():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1000 for line in file if line.startswith("VmRSS"))
 
-before, start = resident(), time.perf_counter()
+before, start = resident(), time.process_time()
 cache = CacheReader(sys.argv[1])
-opened = time.perf_counter()
+opened = time.process_time()
 row = cache.token_row("base", "the one")
-found = time.perf_counter()
+found = time.process_time()
 print(json.dumps({
     "rows": len(cache), "row": row.tolist(), "opening": opened - start, "finding": found - opened,
     "before": before, "resident": resident(), "torch": "torch" in sys.modules,
@@ -83,7 +83,7 @@ def test_ten_million_rows(folder: Path) -> None:
     found = json.loads(done.stdout)
     print(found)
     assert found["rows"] == NUM_ROWS and found["row"] == [-0.5, -0.25]
-    assert found["opening"] + found["finding"] < 1
+    assert found["opening"] + found["finding"] < 1, "seconds of CPU, which a busy machine does not change"
     assert found["resident"] < 200, "megabytes, of the whole process"
     assert found["resident"] - found["before"] < 100, "a scan of the index would be 160"
     assert not found["torch"], "only targets and hidden states need it"
