@@ -12,6 +12,9 @@ from typing import Any
 
 from megatron_erpd.errors import CheckpointError
 
+_FEW_BYTES = 2**16
+_SYNC_BYTES = 2**26
+
 
 class FileWriter:
     """A file that is written from its first byte to its last and then published by rename.
@@ -29,7 +32,9 @@ class FileWriter:
         self.size = 0
         self._temporary = path.with_name(path.name + ".tmp")
         self._digest = hashlib.sha256()
-        self._thread, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._thread, self._hasher, self._syncer = (ThreadPoolExecutor(1) for _ in range(3))
+        self._syncing: Future[None] | None = None
+        self._synced = 0
         self._pending: Future[None] | None = None
         self._file: io.RawIOBase | None = None
         try:
@@ -47,15 +52,30 @@ class FileWriter:
         """Appends bytes (of any object with a buffer) and returns how many: all of them."""
         assert self._file is not None
         view = memoryview(data).cast("B")
-        hashing = self._hasher.submit(self._digest.update, view)  # while the system copies the bytes
+        # While the system copies the bytes; handing a few of them to a thread costs more than it saves.
+        hashing = self._hasher.submit(self._digest.update, view) if len(view) > _FEW_BYTES else None
         done = 0
         try:
             while done < len(view):
                 done += self._file.write(view[done:]) or 0
         finally:
-            hashing.result()
+            if hashing is None:
+                self._digest.update(view)
+            else:
+                hashing.result()
         self.size += len(view)
+        self._sync()
         return len(view)
+
+    def _sync(self) -> None:
+        """Has what was written go to disk on the way, so that little is left to wait for at the end."""
+        assert self._file is not None
+        if self.size - self._synced < _SYNC_BYTES or (self._syncing is not None and not self._syncing.done()):
+            return
+        if self._syncing is not None:
+            self._syncing.result()  # the system tells an error once
+        self._synced = self.size
+        self._syncing = self._syncer.submit(os.fdatasync, self._file.fileno())
 
     def flush(self) -> None:
         """Does nothing: there is no buffer. `torch.save` asks for it."""
@@ -68,6 +88,8 @@ class FileWriter:
         try:
             if kind is None:
                 self._wait()
+                if self._syncing is not None:
+                    self._syncing.result()
                 assert self._file is not None
                 os.fsync(self._file.fileno())
                 is_whole = True
@@ -84,6 +106,7 @@ class FileWriter:
     def _close(self) -> None:
         self._thread.shutdown()
         self._hasher.shutdown()
+        self._syncer.shutdown()
         if self._file is not None:
             self._file.close()
 

@@ -6,6 +6,7 @@ whatever the size of the model.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_erpd.checkpoint.file_writer import require_space
@@ -93,11 +95,14 @@ def write_checkpoint(
     begin = time.monotonic()
     progress = Progress("imported", sum(_size(file, dtypes) for file in mine))
 
+    # While one block is written the next is read; fresh memory for each would cost as much as reading it.
+    buffers = itertools.cycle([_Buffer(), _Buffer()])
+
     def write() -> None:
         for file in mine:
             with CheckpointFileWriter(folder, file) as writer:
                 for block in file.blocks:
-                    values = _assemble(block, dtypes[block.unit.key], weights)
+                    values = _assemble(block, dtypes[block.unit.key], weights, next(buffers))
                     writer.add(block, values)
                     progress.advance(values.nbytes)
 
@@ -129,9 +134,23 @@ def _size(file: CheckpointFile, dtypes: Mapping[str, torch.dtype]) -> int:
     return sum(prod(block.size) * dtypes[block.unit.key].itemsize for block in file.blocks)
 
 
-def _assemble(block: Block, dtype: torch.dtype, weights: HfWeights) -> torch.Tensor:
+class _Buffer:
+    """Memory for a block, kept for the next one."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8)
+
+    def take(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        needed = prod(size) * dtype.itemsize
+        if self._bytes.size < needed:
+            self._bytes = np.empty(needed, dtype=np.uint8)
+        # A storage of its own, of this size: torch.save writes all of a tensor's storage.
+        return torch.from_numpy(self._bytes[:needed]).view(dtype).view(size)
+
+
+def _assemble(block: Block, dtype: torch.dtype, weights: HfWeights, buffer: _Buffer) -> torch.Tensor:
     unit = block.unit
-    values = torch.empty(block.size, dtype=dtype)
+    values = buffer.take(block.size, dtype)
     filled = 0
     for at, source in unit.pieces(block.row, block.count):
         name, target = unit.hf_names[source.tensor], values[at : at + source.count]
