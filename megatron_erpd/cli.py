@@ -223,6 +223,12 @@ def plan(argv: list[str]) -> None:
     parser.add_argument(
         "--gpus", type=int, metavar="N", help="how many there are (default: as many as the largest stage's processes)"
     )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="of the longest rollout (default: counted in the rollouts, else what the recipe allows)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(argv)
     recipe = _recipe(given)
@@ -237,7 +243,7 @@ def plan(argv: list[str]) -> None:
     if given.gpu is not None:
         count = max(stage.num_processes for stage in stages_of(recipe)) if given.gpus is None else given.gpus
         gpus = parse_gpus(given.gpu, count)
-    resources = estimate(recipe, given.teraflops_per_device, gpus)
+    resources = estimate(recipe, given.teraflops_per_device, gpus, given.sequence_length)
     show(resources)
     if given.json:
         try:

@@ -142,9 +142,9 @@ def propose(stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus
     """Layouts of exactly `gpus.count` processes under which every stage fits with `SPARE` left, the best first.
 
     The best has the least work: full recomputation costs a third more, and a pipeline's ends cost (PP - 1) /
-    micro-batches; what processes exchange is not counted. Among equals it is that with the least TP, then the least PP,
-    CP and EP, then the largest micro-batch. TP stays within a node and gets sequence parallelism; the distributed
-    optimizer is on wherever there is another copy to share with.
+    micro-batches; what processes exchange is not counted. Among equals it is that with the most DP (so the fewest
+    processes for a copy of the model), then the least TP, PP, CP and EP, then the largest micro-batch. TP stays within
+    a node and gets sequence parallelism; the distributed optimizer is on wherever there is another copy to share with.
     """
     found: list[tuple[tuple[float, ...], Proposal]] = []
     for layout in _layouts(stages, shape, longest, gpus.count):
@@ -154,7 +154,7 @@ def propose(stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus
                 chosen = proposal.layout
                 names = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
                 sizes = [chosen[name] for name in names]
-                key = (round(proposal.work, 9), *sizes, -chosen["micro_batch_size"])
+                key = (round(proposal.work, 9), -chosen["data_parallel"], *sizes, -chosen["micro_batch_size"])
                 found.append((key, proposal))
     return [proposal for _, proposal in sorted(found, key=lambda pair: pair[0])[:most]]
 

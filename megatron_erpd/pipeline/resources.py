@@ -117,22 +117,31 @@ class Resources:
         return found | {"disk": found["disk"] | {"needed": self.disk.needed, "fits": self.disk.fits}}
 
 
-def estimate(recipe: Recipe, teraflops_per_device: float | None = None, gpus: Gpus | None = None) -> Resources:
+def estimate(
+    recipe: Recipe,
+    teraflops_per_device: float | None = None,
+    gpus: Gpus | None = None,
+    sequence_length: int | None = None,
+) -> Resources:
     """Plans a recipe. Nothing is run, and nothing is written.
 
     Args:
         teraflops_per_device: what a device reaches, in units of 1e12 operations per second; for rates and times.
             Default: what a finished training of the run has measured, else `TERAFLOPS_PER_DEVICE`.
         gpus: to check the stages' memory against, and to propose layouts for.
+        sequence_length: tokens of the longest rollout. Default: counted, else bounded by the recipe.
 
     Raises:
         RecipeError, CheckpointError, LayoutError: the recipe, the model or a layout can't be used (see `plan`).
     """
     if teraflops_per_device is not None and not teraflops_per_device > 0:
         raise RecipeError(f"--teraflops-per-device {teraflops_per_device:g}: give a number above 0")
+    if sequence_length is not None and sequence_length < 1:
+        raise RecipeError(f"--sequence-length {sequence_length}: give 1 or more")
     stages, notes = plan(recipe), list[str]()
     shape, hf_dtype, context = _model(stages, notes)
     data = _data(recipe, stages, notes, context)
+    longest = sequence_length or (data.longest if data else None)
     counts = (data.num_rollouts, data.response_tokens) if data else None
     disk = disk_plan(recipe.folder, stages, shape, hf_dtype, counts)
     rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
@@ -147,9 +156,9 @@ def estimate(recipe: Recipe, teraflops_per_device: float | None = None, gpus: Gp
         if shape
         else None,
         data=data,
-        memory=_memory(stages, shape, data),
+        memory=[stage_memory(s, shape, longest) for s in stages if s.command in RUNS_MODEL] if shape else [],
         times=stage_times(stages, shape, rollouts, speed) if shape else [],
-        gpus=_gpus(stages, shape, data, gpus, notes),
+        gpus=_gpus(stages, shape, longest, gpus, notes),
         teraflops_per_device=speed,
         speed_source=source,
         cache=cache,
@@ -171,23 +180,16 @@ def _speed(
     return TERAFLOPS_PER_DEVICE, "assumed: bf16 on an H100 at 40% of its peak"
 
 
-def _memory(stages: Sequence[Stage], shape: ModelShape | None, data: DataSize | None) -> list[StageMemory]:
-    if shape is None:
-        return []
-    longest = data.longest if data else None
-    return [stage_memory(stage, shape, longest) for stage in stages if stage.command in RUNS_MODEL]
-
-
 def _gpus(
-    stages: Sequence[Stage], shape: ModelShape | None, data: DataSize | None, gpus: Gpus | None, notes: list[str]
+    stages: Sequence[Stage], shape: ModelShape | None, longest: int | None, gpus: Gpus | None, notes: list[str]
 ) -> GpuFit | None:
     if gpus is None:
         return None
-    if shape is None or data is None:
-        missing = "model" if shape is None else "length of the rollouts"
+    if shape is None or longest is None:
+        missing = "model" if shape is None else "length of the rollouts (--sequence-length)"
         notes.append(f"whether the stages fit {gpus.count} x {gpus.name} can't be known without the {missing}")
         return None
-    return gpu_fit([stage for stage in stages if stage.command in RUNS_MODEL], shape, data.longest, gpus)
+    return gpu_fit([stage for stage in stages if stage.command in RUNS_MODEL], shape, longest, gpus)
 
 
 def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:

@@ -88,7 +88,7 @@ def _gpus(found: Resources) -> list[RenderableType]:
         return []
     gpus = fit.gpus
     usable = f"{_gib(gpus.usable)} of {_gib(gpus.memory)} GiB"
-    table = _table(f"{gpus.count} x {gpus.name}: {usable} are planned with", "stage", "GiB", "fits", "what would fit")
+    table = _table(f"{gpus.count} x {gpus.name}: {usable}", "stage", "GiB", "fits", "what would fit")
     for row in fit.stages:
         remedies = "; or ".join(row.remedies) or ("" if row.fits else "no change on so many GPUs of this layout")
         if not row.enough_gpus:
@@ -113,9 +113,9 @@ def _proposals(fit: GpuFit) -> list[RenderableType]:
     best = fit.proposals[0]
     legend = (
         "Least work first (a full recomputation is a third more, the ends of a pipeline are (PP - 1) / micro-batches; "
-        "exchanges are not counted); then the least TP, PP, CP and EP, and the largest micro-batch. TP stays within a "
-        "node of 8 and has sequence parallelism, the distributed optimizer is on where there are copies, and a tenth "
-        "of the memory stays free."
+        "exchanges are not counted); then the most DP, the least TP, PP, CP and EP, and the largest micro-batch. TP "
+        "stays within a node of 8 and has sequence parallelism, the distributed optimizer is on where there are "
+        "copies, and a tenth of the memory stays free."
     )
     return [table, Text(legend, "dim"), Text(f"layout: {_inline(best.layout)}\nmegatron: {_inline(best.megatron)}")]
 

@@ -76,9 +76,9 @@ def test_every_proposal_fits_by_the_same_arithmetic(shape: ModelShape, count: in
         assert again.layout.sequence_parallel == (again.layout.tensor_parallel > 1)
 
 
-def test_the_least_work_comes_first_then_the_least_tensor_parallelism() -> None:
+def test_the_least_work_comes_first_then_the_most_data_parallelism() -> None:
     found = propose([stage()], EIGHT_B, LONGEST, parse_gpus("h100", 8))
-    sizes = [(p.work, p.layout["tensor_parallel"], p.layout["pipeline_parallel"]) for p in found]
+    sizes = [(p.work, -p.layout["data_parallel"], p.layout["tensor_parallel"]) for p in found]
     assert sizes == sorted(sizes) and sizes[0][0] == 1.0
     # A GPU holds 6 of 18 bytes per parameter of 8.03e9 alone, and its eighth of the other 12: 56 GiB.
     wide = propose([stage()], EIGHT_B, LONGEST, parse_gpus("b200", 8))[0]

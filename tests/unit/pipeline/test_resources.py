@@ -72,7 +72,9 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     Path("model/config.json").write_text(json.dumps(LLAMA_70B))
     Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n' * 1000)
 
-    def plan(teraflops: float | None = 400.0, gpus: Gpus | None = None, **sections: Any) -> Resources:
+    def plan(
+        teraflops: float | None = 400.0, gpus: Gpus | None = None, sequence_length: int | None = None, **sections: Any
+    ) -> Resources:
         recipe = {
             "name": "mine",
             "model": "model",
@@ -82,7 +84,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
             "layout": {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16"},
             "megatron": {"use-distributed-optimizer": True},
         }
-        return estimate(Recipe(**{**recipe, **sections}), teraflops, gpus)
+        return estimate(Recipe(**{**recipe, **sections}), teraflops, gpus, sequence_length)
 
     return plan
 
@@ -362,6 +364,10 @@ def test_gpus_in_the_table_and_in_json(plan_of: Callable[..., Resources]) -> Non
     assert figures["enough"] == 64 and figures["proposals"][0]["layout"]["tensor_parallel"] == 8
     found = plan_of(gpus=parse_gpus("24", 8))
     assert "No layout of 8 x 24 GiB fits every stage" in shown(found) and "are enough" in shown(found)
+    given = plan_of(gpus=parse_gpus("h100", 64), rollouts={"file": "later.parquet"}, sequence_length=2054)
+    assert given.gpus and given.gpus.proposals == plan_of(gpus=parse_gpus("h100", 64)).gpus.proposals  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match="--sequence-length 0: give 1 or more"):
+        plan_of(sequence_length=0)
     unknown = plan_of(gpus=parse_gpus("h100", 64), rollouts={"file": "later.parquet"})
     assert unknown.gpus is None and any("without the length of the rollouts" in note for note in unknown.notes)
 
