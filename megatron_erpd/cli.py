@@ -46,6 +46,8 @@ _TRAINING = "megatron_erpd.training"
 COMMANDS: dict[str, Command] = {
     "run": Command(_HERE, "run", "run a recipe, all stages that are not done", "run recipe.yaml --tensor-parallel 2"),
     "status": Command(_HERE, "status", "where a run stands", "status runs/quickstart"),
+    "submit": Command(_HERE, "submit", "submit a run to SLURM, a job for each stage", "submit recipe.yaml --dry-run"),
+    "cancel": Command(_HERE, "cancel", "end the SLURM jobs of a run", "cancel runs/quickstart"),
     "plan": Command(_HERE, "plan", "what a run will need: memory, time, disk", "plan recipe.yaml --tensor-parallel 2"),
     "report": Command(_COMMANDS, "report", "write the report of a run", "report runs/quickstart"),
     "verify": Command(
@@ -203,6 +205,46 @@ def run(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def submit(argv: list[str]) -> None:
+    """Submits a recipe to SLURM: a job for each stage that is not done, each after those that it needs."""
+    parser = _recipe_parser(
+        "submit",
+        f"{submit.__doc__} Submitted again, it leaves alone what is queued or running and submits what has failed. The "
+        "recipe's section `slurm` (and `stages.NAME.slurm`) says what the jobs ask for; docs/slurm.md lists its keys. "
+        "The scripts are RUN/slurm/STAGE.sbatch, the logs RUN/logs/slurm/STAGE-JOB-RESTART.log; `megatron-erpd status "
+        "RUN` shows the jobs, `megatron-erpd cancel RUN` ends them.",
+        "submit recipe.yaml --set slurm.partition=h100 --set slurm.gpus_per_node=8 --dry-run",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the scripts of all jobs; submit and write nothing"
+    )
+    parser.add_argument(
+        "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
+    )
+    given = parser.parse_args(argv)
+    recipe = _recipe(given)
+    from megatron_erpd.pipeline import slurm_submit
+
+    if given.dry_run:
+        for name, script in slurm_submit.scripts(recipe).items():
+            print(f"# ---- {recipe.folder / 'slurm' / name}.sbatch\n{script}")
+        return
+    slurm_submit.submit(recipe, checksums=not given.quick_check)
+    print(f"`megatron-erpd status {recipe.folder}` shows how far it is")
+
+
+def cancel(argv: list[str]) -> None:
+    """Ends the SLURM jobs that `megatron-erpd submit` submitted for a run, and no others. What is saved stays."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd cancel", description=cancel.__doc__, epilog="example: megatron-erpd cancel runs/quickstart"
+    )
+    parser.add_argument("run", type=Path, help="the run's folder (or its recipe)")
+    given = parser.parse_args(argv)
+    from megatron_erpd.pipeline.slurm_submit import cancel as cancel_jobs
+
+    cancel_jobs(load_recipe(given.run).folder)
 
 
 def plan(argv: list[str]) -> None:

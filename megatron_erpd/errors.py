@@ -31,3 +31,7 @@ class LayoutError(ErpdError):
 
 class StageError(ErpdError):
     """A stage ended without what it promised; its artifact isn't complete."""
+
+
+class StageInterrupted(StageError):
+    """A stage was stopped before its end, by a signal say; started again, it goes on. Its exit code is its own."""

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.errors import ErpdError, RecipeError, StageError
+from megatron_erpd.errors import ErpdError, RecipeError, StageError, StageInterrupted
 from megatron_erpd.manifest import (
     begin_artifact,
     finish_artifact,
@@ -227,12 +227,15 @@ def report(argv: list[str]) -> None:
     print(render_report(given.run))
 
 
+_INTERRUPTED = 75
+"""Exit code for "try again", as sysexits.h has it."""
 _OTHER_RANKS_WAIT = 3.0
 """Seconds; after them an error of another rank than the first must be one of its own, and is shown."""
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a command as a program: an `ErpdError` becomes one message on stderr and exit code 2.
+    """Runs a command as a program: an `ErpdError` becomes one message on stderr and exit code 2, or 75 when the same
+    command would go on.
 
     `--debug` among the arguments shows the traceback instead.
     """
@@ -249,7 +252,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
             time.sleep(_OTHER_RANKS_WAIT)
         # Further lines are indented: whoever reads a log can tell where the message ends.
         print("error: " + "\n".join(_indented(str(error))), file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(_INTERRUPTED if isinstance(error, StageInterrupted) else 2)
 
 
 def _indented(message: str) -> list[str]:

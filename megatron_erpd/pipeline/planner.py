@@ -42,6 +42,8 @@ from megatron_erpd.settings import (
     SampleSettings,
     SelectSettings,
     Settings,
+    SlurmSettings,
+    parse_settings,
 )
 from megatron_erpd.settings_arguments import settings_to_argv
 
@@ -321,6 +323,7 @@ class _Planner:
                 settings=settings_identity(settings, megatron, **precision),
                 layout=layout,
                 megatron=megatron,
+                slurm=self._slurm(override),
             )
         )
         return output
@@ -330,6 +333,13 @@ class _Planner:
             return Layout()
         given = override.layout.model_dump(include=override.layout.model_fields_set)
         return self.recipe.layout.model_copy(update=given)
+
+    def _slurm(self, override: StageOverrides) -> SlurmSettings:
+        """The recipe's section with what the stage gives; of the environment, variable by variable."""
+        given = override.slurm.model_dump(include=override.slurm.model_fields_set)
+        if "environment" in given:
+            given["environment"] = {**self.recipe.slurm.environment, **given["environment"]}
+        return parse_settings(SlurmSettings, {**self.recipe.slurm.model_dump(exclude_unset=True), **given})
 
     def _path(self, text: str) -> Path:
         inside = self.recipe.prepare and Path(text).parts[:1] == ("prepare",)

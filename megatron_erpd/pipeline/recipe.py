@@ -29,6 +29,7 @@ from megatron_erpd.settings import (
     SampleSettings,
     SelectSettings,
     Settings,
+    SlurmSettings,
     error_lines,
 )
 
@@ -115,6 +116,7 @@ class StageOverrides(Settings):
 
     layout: Layout = Field(default=Layout(), description="fields of the layout that differ from the recipe's")
     megatron: MegatronFlags = Field(default={}, description="Megatron's own flags, over the recipe's")
+    slurm: SlurmSettings = Field(default=SlurmSettings(), description="of the stage's job, over the recipe's")
 
 
 def _rollouts_tag(value: Any) -> str:
@@ -155,6 +157,7 @@ class Recipe(Settings):
     controls: dict[str, Control] = {}
     evaluation: Evaluation | None = None
     layout: Layout = Layout()
+    slurm: SlurmSettings = SlurmSettings()
     stages: dict[str, StageOverrides] = {}
     megatron: MegatronFlags = {}
 
@@ -394,7 +397,11 @@ def _known_keys(section: list[str]) -> list[str]:
         "controls": (ReplayControl, DistillControl, OnPolicyControl),
         "evaluation": (Evaluation,),
         "layout": (Layout,),
-        "stages": (Layout,) if section[-1:] == ["layout"] else (StageOverrides,),
+        "slurm": (SlurmSettings,),
+        "stages": (StageOverrides,),
     }
+    # A stage's own sections are those of the recipe.
+    if section[:1] == ["stages"] and section[2:] in (["layout"], ["slurm"]):
+        section = section[2:]
     chosen = models.get(section[0], ()) if section else (Recipe,)
     return [key for model in chosen for key in model.model_fields]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.pipeline.recipe import MegatronFlags
-from megatron_erpd.settings import Layout
+from megatron_erpd.settings import Layout, SlurmSettings
 from megatron_erpd.settings_arguments import settings_to_argv
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,7 @@ class Stage:
     """All settings that decide the result, as the manifest keeps them."""
     layout: Layout = field(default_factory=Layout)
     megatron: tuple[str, ...] = ()
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
     @property
     def num_processes(self) -> int:
@@ -69,24 +70,28 @@ class Stage:
             words = shlex.split(self.arguments[0])
             return [sys.executable if words[0] in ("python", "python3") else words[0], *words[1:]]
         launcher = ["-m", "torch.distributed.run"] if self.num_processes > 1 else []
-        return [sys.executable, *launcher, *self._program(), *self._flags()]
+        return [sys.executable, *launcher, *self._program(), *self.flags()]
 
     def shown(self) -> str:
         """The command line as a person would type it."""
         if self.command == "prepare":
             return self.arguments[0]
-        return shlex.join(["torchrun" if self.num_processes > 1 else "python", *self._program(), *self._flags()])
+        return shlex.join(["torchrun" if self.num_processes > 1 else "python", *self._program(), *self.flags()])
 
     def _program(self) -> list[str]:
         """What to run, with the launcher's own flags before it."""
-        script, here = PACKAGE_ROOT / "tools" / TOOLS[self.command], Path.cwd()
-        if script.is_file():
-            program = [str(script.relative_to(here) if script.is_relative_to(here) else script)]
-        else:  # installed without a checkout
-            program = ["-m", "megatron_erpd.cli", self.command]
+        program = self.program()
         return launcher_flags(self.num_processes, program) if self.num_processes > 1 else program
 
-    def _flags(self) -> list[str]:
+    def program(self) -> list[str]:
+        """The script of the command, or `-m` and the module where there is no checkout."""
+        script, here = PACKAGE_ROOT / "tools" / TOOLS[self.command], Path.cwd()
+        if script.is_file():
+            return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+        return ["-m", "megatron_erpd.cli", self.command]  # installed without a checkout
+
+    def flags(self) -> list[str]:
+        """The command's flags: its own, the layout's, and Megatron's after `--`."""
         layout = settings_to_argv(self.layout) if self.command in RUNS_MODEL else []
         return [*self.arguments, *layout, *(["--", *self.megatron] if self.megatron else [])]
 

@@ -14,6 +14,7 @@ from megatron_erpd.settings.sampling import (
     SampleSettings,
     SelectSettings,
 )
+from megatron_erpd.settings.slurm import SlurmSettings
 from megatron_erpd.settings.training import (
     AdvantageKind,
     Aggregation,
@@ -42,6 +43,7 @@ __all__ = [
     "SampleSettings",
     "SelectSettings",
     "Settings",
+    "SlurmSettings",
     "TrainingSettings",
     "error_lines",
     "parse_settings",

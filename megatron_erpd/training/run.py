@@ -20,7 +20,7 @@ from megatron_erpd.checkpoint.iterations import TRACKER, SaveIntervals, latest_i
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.errors import RolloutError, StageError
+from megatron_erpd.errors import RolloutError, StageInterrupted
 from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
 from megatron_erpd.settings import DistillSettings, Layout, ReplaySettings, TrainingSettings
 from megatron_erpd.training.advantages import Advantages
@@ -100,7 +100,8 @@ class TrainingRun(ABC):
         """Trains to the last iteration or an early stop, resuming what an interrupted run left; writes the artifact.
 
         Raises:
-            StageError: the run was stopped before its end; its last checkpoint is kept and the same command continues.
+            StageInterrupted: the run was stopped before its end; its last checkpoint is kept and the same command
+                continues.
         """
         prepare_output(self.output, self.stage, self.identity, self.inputs)
         if rank() == 0 and (note := self.note()):
@@ -115,7 +116,7 @@ class TrainingRun(ABC):
             exited = self._train(args, store)
             stop, done = self._early_stop(), latest_iteration(self.output / "megatron")
             if stop is None and (exited or done != self.num_iterations):
-                raise StageError(
+                raise StageInterrupted(
                     f"{self.output}: stopped at iteration {done} of {self.num_iterations}; the checkpoint is kept, run "
                     "the same command again to continue"
                 )

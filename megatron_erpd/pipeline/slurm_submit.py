@@ -1,0 +1,231 @@
+"""Submitting a run: what is done is skipped, what is queued or running is left alone, the rest goes into the queue."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.errors import StageError
+from megatron_erpd.pipeline.artifacts import Artifacts
+from megatron_erpd.pipeline.planner import plan
+from megatron_erpd.pipeline.preflight import check_recipe
+from megatron_erpd.pipeline.processes import Slots
+from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder, write_atomically
+from megatron_erpd.pipeline.slurm_queue import queued, slurm
+from megatron_erpd.pipeline.slurm_script import render
+from megatron_erpd.pipeline.stages import Stage, dependencies
+
+Say = Callable[[str], None]
+
+
+def scripts(recipe: Recipe) -> dict[str, str]:
+    """The sbatch files of all jobs of a run by the names of the jobs, done or not; nothing is written."""
+    return {job.name: render(job, recipe.name, recipe.folder) for job in jobs_of(plan(recipe))}
+
+
+def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[str, str]:
+    """Submits what is neither done nor in the queue; returns the new jobs' numbers by their names.
+
+    Args:
+        checksums: verify the content of finished artifacts, not only presence and size of their files.
+        say: gets a line for each job.
+
+    Raises:
+        RecipeError: the recipe can't run as it is.
+        StageError: somebody else is submitting or running this, jobs with other settings are in the queue, or SLURM
+            refuses a job (those before it are in the queue then, and are left alone by the next try).
+    """
+    stages, root = plan(recipe), recipe.folder
+    check_recipe(recipe, stages, Slots(gpus=[], cores=1))
+    return submit_stages(recipe.name, root, stages, recipe.to_yaml(), checksums=checksums, say=say)
+
+
+def submit_stages(
+    name: str, root: Path, stages: Sequence[Stage], recipe: str, *, checksums: bool = True, say: Say = print
+) -> dict[str, str]:
+    """As `submit`, with the stages given. `recipe` is kept in the run's folder."""
+    jobs = jobs_of(stages)
+    with submitting(root):
+        done = _done(root, stages, checksums)
+        jobs = [job for job in jobs if job.stage.name not in done]
+        for stage in stages:
+            if stage.name in done:
+                say(f"{stage.name}: done")
+        submitted = read_submitted(root)
+        known = queued()
+        live = {job.name: submitted[job.name]["id"] for job in jobs if submitted.get(job.name, {}).get("id") in known}
+        _refuse_others(root, jobs, live)
+        new = [job for job in jobs if job.name not in live]
+        (root / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
+        (root / "recipe.yaml").write_text(recipe)
+        for job in new:
+            write_atomically(_script(root, job.name), render(job, name, root))
+            write_atomically(record_file(root, job.name), json.dumps(job.record(), indent=1, sort_keys=True) + "\n")
+        numbers = dict(live)
+        for job in jobs:
+            if job.name in live:
+                say(f"{job.name}: job {live[job.name]} is in the queue, left alone")
+                continue
+            needs = [numbers[need] for need in job.needs if need in numbers]
+            numbers[job.name] = _sbatch(root, job.name, needs)
+            submitted[job.name] = {
+                "id": numbers[job.name],
+                "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            write_atomically(_submitted_file(root), json.dumps({"jobs": submitted}, indent=1) + "\n")
+            after = f" after {', '.join(needs)}" if needs else ""
+            say(f"{job.name}: job {numbers[job.name]}{after}")
+    return {job.name: numbers[job.name] for job in new}
+
+
+def read_submitted(root: Path) -> dict[str, dict[str, Any]]:
+    """What was submitted last for each job, by its name: `id` and the time; empty where nothing was."""
+    path = _submitted_file(root)
+    try:
+        return json.loads(path.read_text())["jobs"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, OSError) as error:
+        raise StageError(f"{path}: can't be read ({error}); delete it when no job of this run is queued") from None
+
+
+def live_jobs(root: Path) -> dict[str, str]:
+    """The jobs of a run that have not ended: their numbers by their names."""
+    submitted = read_submitted(root)
+    known = queued() if submitted else {}
+    return {name: entry["id"] for name, entry in submitted.items() if entry["id"] in known}
+
+
+def cancel(root: Path, say: Say = print) -> None:
+    """Ends the jobs that were submitted for this run and have not ended, and no others."""
+    live = live_jobs(root)
+    if not live:
+        say(f"{root}: no job of this run is queued or running")
+        return
+    slurm("scancel", *live.values())
+    for name, number in live.items():
+        say(f"{name}: job {number} cancelled")
+
+
+def record_file(root: Path, job: str) -> Path:
+    """What a job is told of its stage (`JobRecord`)."""
+    return slurm_folder(root) / f"{job}.json"
+
+
+@contextmanager
+def submitting(root: Path) -> Iterator[None]:
+    """One submission at a time, and none beside a `megatron-erpd run`.
+
+    The lock is the existence of a file, which holds on network file systems too, where flock may not. One that a killed
+    submission left behind on this host is taken over; on another host nobody here can tell.
+
+    Raises:
+        StageError: another submission, or a run, has the folder.
+    """
+    folder = slurm_folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, host = folder / ".submitting", socket.gethostname()
+    mine = f"process {os.getpid()} on {host}"
+    own = folder / f".submitting-{host}-{os.getpid()}"
+    own.write_text(mine)
+    try:
+        _take(lock, own, host)
+        try:
+            with shared_with_jobs(root):
+                yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+@contextmanager
+def shared_with_jobs(root: Path) -> Iterator[None]:
+    """Holds the run's lock as jobs do: beside each other, and not beside `megatron-erpd run`, which holds it alone."""
+    with (root / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise StageError(
+                f"{root}: {file.read().strip() or 'another process'} runs this with `megatron-erpd run`; wait for it "
+                "or stop it"
+            ) from None
+        yield
+
+
+def _take(lock: Path, own: Path, host: str) -> None:
+    """Makes `lock` a second name of the file `own`, which succeeds for one process alone."""
+    for _ in range(2):
+        try:
+            os.link(own, lock)
+            return
+        except FileExistsError:
+            holder = ""
+            with suppress(FileNotFoundError):
+                holder = lock.read_text()
+            dead = holder.endswith(f" on {host}") and not Path(f"/proc/{holder.split()[1]}").is_dir()
+            if not dead:
+                raise StageError(
+                    f"{lock.parent.parent}: {holder or 'another process'} is submitting this now; wait for it, "
+                    f"or delete {lock} when it is gone"
+                ) from None
+            with suppress(FileNotFoundError):
+                lock.rename(own.with_name(own.name + ".left-behind"))
+                own.with_name(own.name + ".left-behind").unlink()
+    raise StageError(f"{lock}: another process took it just now; try again")
+
+
+def _done(root: Path, stages: Sequence[Stage], checksums: bool) -> set[str]:
+    """Stages whose artifacts are complete, like all that they were made from."""
+    artifacts, done = Artifacts(root, checksums), set[str]()
+    for stage in stages:
+        ready = set(dependencies(stage, list(stages))) <= done and all(p.exists() for p in stage.inputs.values())
+        if ready and artifacts.assess(stage).found == "complete":
+            done.add(stage.name)
+    return done
+
+
+def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> None:
+    """A job in the queue does what it was submitted for: with other settings, it is in the way."""
+    changed = []
+    for job in jobs:
+        if job.name in live:
+            before = json.loads(record_file(root, job.name).read_text())
+            now = json.loads(json.dumps(job.record()))
+            if lines := [key for key in now if before.get(key) != now[key]]:
+                changed.append(f"\n  {job.name}, job {live[job.name]}: {', '.join(lines)}")
+    if changed:
+        raise StageError(
+            f"{root}: jobs in the queue were submitted with other settings than these; `megatron-erpd cancel {root}`, "
+            f"then submit again:{''.join(changed)}"
+        )
+
+
+def _sbatch(root: Path, job: str, needs: Sequence[str]) -> str:
+    """Submits a job's script; returns its number."""
+    # A job whose needs have failed could never start: SLURM then cancels it, and with it those that wait for it.
+    after = [f"--dependency=afterok:{':'.join(needs)}", "--kill-on-invalid-dep=yes"] if needs else []
+    try:
+        return slurm("sbatch", "--parsable", *after, str(_script(root, job))).strip().partition(";")[0]
+    except StageError as error:
+        raise StageError(
+            f"{job}: {error}\nthe jobs listed before it are in the queue: correct the recipe's slurm section and "
+            f"submit again, or `megatron-erpd cancel {root}`"
+        ) from None
+
+
+def _script(root: Path, job: str) -> Path:
+    return slurm_folder(root) / f"{job}.sbatch"
+
+
+def _submitted_file(root: Path) -> Path:
+    return slurm_folder(root) / "jobs.json"

@@ -1,0 +1,103 @@
+"""Runs whose stages are small scripts, submitted for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_erpd.pipeline.slurm_queue import queued, slurm, state_of
+from megatron_erpd.pipeline.slurm_submit import cancel, read_submitted, submit_stages
+from megatron_erpd.pipeline.stages import Stage
+from megatron_erpd.settings import Layout, SlurmSettings
+
+SCRIPT = Path(__file__).with_name("fake_stage.py")
+
+
+@dataclass(frozen=True)
+class FakeStage(Stage):
+    """A stage that runs `fake_stage.py`; `behavior` is no part of its identity."""
+
+    behavior: dict[str, Any] = field(default_factory=dict)
+
+    def program(self) -> list[str]:
+        return [str(SCRIPT)]
+
+    def flags(self) -> list[str]:
+        inputs = {name: str(path) for name, path in self.inputs.items()}
+        return [json.dumps({"output": str(self.output), "settings": self.settings, "inputs": inputs, **self.behavior})]
+
+
+class Run:
+    """A run's folder and what was submitted for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.said: list[str] = []
+
+    def stage(self, name: str, needs: tuple[str, ...] = (), processes: int = 1, **behavior: Any) -> FakeStage:
+        """A stage, with `slurm` and `settings` besides what `fake_stage.py` knows."""
+        slurm_settings = {"signal_seconds": 20, "requeues": 3, **behavior.pop("slurm", {})}
+        settings = behavior.pop("settings", {})
+        inputs = {other: self.root / other for other in needs}
+        return FakeStage(
+            name=name,
+            command="train-teacher",
+            arguments=(),
+            inputs=inputs,
+            output=self.root / name,
+            settings=settings,
+            layout=Layout(data_parallel=processes),
+            slurm=SlurmSettings(**slurm_settings),
+            behavior=behavior,
+        )
+
+    def submit(self, *stages: Stage) -> dict[str, str]:
+        return submit_stages("test", self.root, stages, "name: test\n", say=self.said.append)
+
+    def cancel(self) -> None:
+        cancel(self.root, say=self.said.append)
+
+    def number(self, name: str) -> str:
+        return str(read_submitted(self.root)[name]["id"])
+
+    def state(self, name: str) -> str:
+        return state_of(self.number(name))
+
+    def ends(self, name: str, seconds: float = 60) -> str:
+        """Waits for the end of a job and returns its state."""
+        self.until(lambda: self.number(name) not in queued(), seconds, f"{name} ends")
+        return self.state(name)
+
+    def starts(self, name: str, restart: int = 0) -> None:
+        """Waits until a job's stage runs, in that start."""
+        self.until(lambda: "started" in self.log(name, restart), 40, f"{name} starts")
+
+    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                logs = [f"{p.name}:\n{p.read_text()[-3000:]}" for p in sorted((self.root / "logs/slurm").glob("*"))]
+                raise AssertionError(f"waited {seconds} s until {what}\n{slurm('squeue')}\n" + "\n".join(logs))
+            time.sleep(0.1)
+
+    def log(self, name: str, restart: int = 0) -> str:
+        path = self.root / "logs" / "slurm" / f"{name}-{self.number(name)}-{restart}.log"
+        return path.read_text() if path.is_file() else ""
+
+    def signal(self, name: str) -> None:
+        """What SLURM sends before a job's time limit."""
+        slurm("scancel", "--batch", "--signal=USR1", self.number(name))
+
+    def result(self, name: str) -> str:
+        return (self.root / name / "result").read_text()
+
+
+def processes_of(text: str) -> list[int]:
+    """Processes with this text in their command line."""
+    listed = subprocess.run(["pgrep", "-f", text], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
