@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NoReturn
@@ -24,6 +24,7 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import finish_artifact, read_manifest
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
 from megatron_erpd.pipeline.display import Display, summary_table
+from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, stop
@@ -57,7 +58,10 @@ def run_recipe(
     with locked(root) as lock:
         (root / "recipe.yaml").write_text(recipe.to_yaml())
         with Display(f"{recipe.name} in {root}", [s.name for s in stages], console) as display:
-            runner = Runner(root, stages, slots, display, jobs, checksums, keep_open=(lock.fileno(),))
+            refresh = InterimReport(root)
+            runner = Runner(
+                root, stages, slots, display, jobs, checksums, keep_open=(lock.fileno(),), after_stage=refresh
+            )
             prepare = [s for s in stages if s.command == "prepare"]
             if prepare:
                 runner.run(prepare)
@@ -82,7 +86,10 @@ class Runner:
         checksums: bool = True,
         keep_open: Sequence[int] = (),
         grace: float = GRACE_SECONDS,
+        after_stage: Callable[[Stage], str | None] | None = None,
     ) -> None:
+        """`after_stage` is called when a stage has left its artifact; what it returns is shown."""
+        self._after_stage = after_stage
         self.root, self.slots, self.display = root, slots, display
         self.jobs, self.keep_open, self.grace = jobs, keep_open, grace
         self.artifacts = Artifacts(root, checksums)
@@ -180,6 +187,8 @@ class Runner:
                 self._fail(process, f"{error}\n(log in {process.log})")
             self.done.add(name)
             self.display.update(name, "done", process.elapsed)
+            if self._after_stage and (note := self._after_stage(process.stage)):
+                self.display.say(f"[{name}] {note}")
 
     def _fail(self, process: StageProcess, why: str) -> NoReturn:
         self.display.update(process.stage.name, "failed", process.elapsed)

@@ -221,3 +221,12 @@ def _runs(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"  # nobody may be there to collect an orphan
+
+
+def test_something_is_done_after_every_stage(make_stage, run_stages):
+    seen = []
+    stages = [make_stage("a"), make_stage("b", ["a"])]
+    outcome = run_stages(stages, after_stage=lambda stage: seen.append(stage.name) or f"saw {stage.name}")
+    assert seen == ["a", "b"] and "[a] saw a" in outcome.text
+    assert run_stages(stages, after_stage=lambda stage: seen.append(stage.name)).states == {"a": "kept", "b": "kept"}
+    assert seen == ["a", "b"]

@@ -1,0 +1,44 @@
+"""A run's report while it is going on: figures after every stage, the page now and then."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_erpd.errors import ErpdError
+from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.pipeline.stages import Stage
+
+PAGE_SECONDS = 60.0
+"""The page's pictures take a second or two, in which no stage is started: they are drawn this often at the most."""
+
+
+class InterimReport:
+    """Brings `report/summary.json` up to date when a stage is done, and `report/index.html` at most once a minute.
+
+    The report's own stage, the last of a run, draws everything again. A report of an earlier state of the run loses its
+    manifest, as it is no longer what that says.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._drawn = -PAGE_SECONDS
+
+    def __call__(self, stage: Stage) -> str | None:
+        """Returns what went wrong, in words; a report that can't be written never ends a run."""
+        if stage.command in ("report", "prepare") or not any(self.root.glob("round-*")):
+            return None
+        from megatron_erpd.report.collect import collect_run, write_summary
+
+        try:
+            (self.root / "report" / MANIFEST).unlink(missing_ok=True)
+            if time.monotonic() - self._drawn < PAGE_SECONDS:
+                write_summary(collect_run(self.root), self.root / "report" / "summary.json")
+                return None
+            from megatron_erpd.report.render import render_report
+
+            render_report(self.root)
+            self._drawn = time.monotonic()
+        except (ErpdError, OSError, ValueError, KeyError) as error:
+            return f"the report is not brought up to date ({error}); `megatron-erpd report {self.root}` tries again"
+        return None
