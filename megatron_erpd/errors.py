@@ -35,3 +35,15 @@ class StageError(ErpdError):
 
 class StageInterrupted(StageError):
     """A stage was stopped before its end, by a signal say; started again, it goes on. Its exit code is its own."""
+
+
+class TokenError(ErpdError):
+    """What was computed for some tokens is no number, or can't be computed.
+
+    Attributes:
+        tokens: which they are, by their place in what was computed.
+    """
+
+    def __init__(self, message: str, tokens: list[int]) -> None:
+        super().__init__(message)
+        self.tokens = tokens

@@ -22,6 +22,7 @@ from megatron_erpd.teacher_cache.format import hidden_table
 from megatron_erpd.training.cache_rows import unpack_target
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
 from megatron_erpd.training.heads import Hidden, HiddenStates, PolicyHead, TargetOf, at_positions, policy_head
+from megatron_erpd.training.loss_guard import finite_loss
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import forward_stage, join
 from megatron_erpd.vocab_parallel import (
@@ -72,7 +73,7 @@ class DistillStep:
         processors = [self._head, *(Hidden() for _ in self.frozen)]
         local = slice_batch(batch, *context_parallel_rank())
         outputs = forward_stage(models, local, processors, {"batch": local})
-        return join(outputs, model), partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
+        return join(outputs, model), partial(whole_sequence_loss, partial(finite_loss, self.loss_and_metrics, batch))
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]}), counted in tokens."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.training.loss_guard import naming_rollouts
 from megatron_erpd.training.model import unwrap, vocab_shard
 from megatron_erpd.vocab_parallel import (
     LiveTarget,
@@ -132,13 +133,15 @@ class PolicyHead:
             assert self.kind is not None
             logits = output_layer(hidden_states, weight=output_weight)[0].flatten(0, 1)[positions]
             whole = LiveTarget(target.rows(slice(0, len(positions))), target.temperature)
-            log_probs, entropy, _ = token_terms(logits, self.shard, labels)
+            with naming_rollouts(batch, positions):
+                log_probs, entropy, _ = token_terms(logits, self.shard, labels)
             rows = [log_probs, entropy.detach(), gathered_divergence(self.kind, logits, whole, self.shard)]
         else:
             layer, weight = _output_layer(output_layer, output_weight, config)
-            log_probs, entropy, divergence = fused_token_terms(
-                hidden_states, weight, self.shard, labels, self.kind, target, positions=positions, layer=layer
-            )
+            with naming_rollouts(batch, positions):
+                log_probs, entropy, divergence = fused_token_terms(
+                    hidden_states, weight, self.shard, labels, self.kind, target, positions=positions, layer=layer
+                )
             rows = [log_probs, entropy.detach(), *([divergence] if target is not None else [])]
         return torch.stack([to_grid(row.float(), positions, batch) for row in rows])
 

@@ -24,6 +24,7 @@ from megatron_erpd.training.context_parallel import context_parallel_rank, slice
 from megatron_erpd.training.early_stop import EarlyStop
 from megatron_erpd.training.heads import Hidden, PolicyHead, TargetOf, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
+from megatron_erpd.training.loss_guard import finite_loss
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.policies import forward_stage, join
 
@@ -89,7 +90,7 @@ class ReplayStep:
         local = slice_batch(batch, *context_parallel_rank())
         processors = [self._head, *(Hidden() for _ in self.frozen)]
         outputs = forward_stage([model, *self.frozen], local, processors, {"batch": local})
-        return join(outputs, model), partial(whole_sequence_loss, partial(self.loss_and_metrics, batch))
+        return join(outputs, model), partial(whole_sequence_loss, partial(finite_loss, self.loss_and_metrics, batch))
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]})."""

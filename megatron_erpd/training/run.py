@@ -16,7 +16,14 @@ import numpy as np
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import copy_sidecar
 from megatron_erpd.checkpoint.hf_config import model_flags
-from megatron_erpd.checkpoint.iterations import TRACKER, SaveIntervals, latest_iteration, prune, save_intervals
+from megatron_erpd.checkpoint.iterations import (
+    TRACKER,
+    SaveIntervals,
+    latest_iteration,
+    prune,
+    save_intervals,
+    saved_iterations,
+)
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
@@ -27,9 +34,14 @@ from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
 from megatron_erpd.training.early_stop import Stop, read_stop
+from megatron_erpd.training.loss_guard import NonFiniteLoss
 from megatron_erpd.training.runtime import common_flags, configure_head, prepare_output, stage_process
 
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
+
+_NAMES_SHOWN = 4
+_BAD_GRADIENT = "in local grad norm"
+"""In the message of Megatron's check of the gradients (`--check-for-nan-in-loss-and-grad`, on by default)."""
 
 
 @dataclass
@@ -84,6 +96,10 @@ class TrainingRun(ABC):
     def figures(self) -> dict[str, int]:
         """What the manifest's summary says of the data."""
         return {}
+
+    def name_of(self, row: int) -> str:
+        """What a rollout is called, by its number in a batch's `row_indices`."""
+        return f"rollout number {row}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -183,7 +199,23 @@ class TrainingRun(ABC):
             )
         except SystemExit:
             return True
+        except NonFiniteLoss as error:
+            names = ", ".join(self.name_of(row) for row in error.rows[:_NAMES_SHOWN])
+            names += f" and {len(error.rows) - _NAMES_SHOWN} more" if len(error.rows) > _NAMES_SHOWN else ""
+            raise self._diverged(f"{error.what}; from {names}", args) from None
+        except RuntimeError as error:
+            if _BAD_GRADIENT not in str(error):
+                raise
+            raise self._diverged("the gradient is no number, though the loss is one", args) from error
         return False
+
+    def _diverged(self, what: str, args: argparse.Namespace) -> StageError:
+        kept = saved_iterations(self.output / "megatron")
+        checkpoint = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was saved yet"
+        return StageError(
+            f"{self.output}: at step {args.curr_iteration + 1} {what}; {checkpoint}. Lower the learning rate, clip "
+            "the gradient, or look at the rollouts"
+        )
 
     def _log_as_json_lines(self) -> None:
         """Puts the JSON-lines file before Megatron's TensorBoard writer, on the rank that has one."""
@@ -257,6 +289,9 @@ class ReplayRun(TrainingRun):
     @property
     def max_length(self) -> int:
         return int(self.rollouts.lengths.max())
+
+    def name_of(self, row: int) -> str:
+        return f"rollout {self.rollouts.sample_ids[row]}"
 
     @property
     def compares_within_groups(self) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_erpd.errors import ErpdError
+from megatron_erpd.errors import TokenError
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel.buckets import RowGradient, bucket_gradient, bucket_terms, entry_logits
 from megatron_erpd.vocab_parallel.kernels import passes_for
@@ -287,7 +287,7 @@ def _finish(
 
 
 def _check(request: Request, scalars: Scalars, logits_of: RowsOf, groups: list[list[slice]]) -> None:
-    """Raises `ErpdError` that names the tensor and the token. All ranks hold the same numbers and raise together."""
+    """Raises `TokenError` that names the tensor and the token. All ranks hold the same numbers and raise together."""
     tokens, size = request.tokens, request.shard.vocab_size
     problems = {
         "the policy's logits": ~(scalars.remainder.isfinite() & scalars.maximum.isfinite()),
@@ -300,18 +300,23 @@ def _check(request: Request, scalars: Scalars, logits_of: RowsOf, groups: list[l
     if not torch.stack(list(problems.values())).any():  # one look from the host for all of them
         return
     name = next(name for name, bad in problems.items() if bad.any())
-    position = int(problems[name].nonzero()[0])
+    positions: list[int] = problems[name].nonzero().flatten().tolist()
+    position = positions[0]
     if name == "tokens":
-        raise ErpdError(f"tokens[{position}] is {int(tokens[position])}; the vocabulary has ids 0 to {size - 1}")
+        raise TokenError(
+            f"tokens[{position}] is {int(tokens[position])}; the vocabulary has ids 0 to {size - 1}", positions
+        )
     if name == "the target":
         assert request.topk_target is not None
-        raise ErpdError(f"the target of token {position} {why_unnormalized(request.topk_target, position)}")
+        why = why_unnormalized(request.topk_target, position)
+        raise TokenError(f"the target of token {position} {why}", positions)
     part = next(part for group in groups for part in group if part.start <= position < part.stop)
     rows_of = logits_of if name == "the policy's logits" or request.full_target is None else request.full_target.rows
     row = rows_of(part)[position - part.start, : request.shard.valid_columns]
     wrong = (row.isnan() | (row == torch.inf)).nonzero().flatten()
     found = f"{float(row[wrong[0]])} at id {int(wrong[0]) + request.shard.start}" if len(wrong) else "none of these"
-    raise ErpdError(
+    raise TokenError(
         f"{name} of token {position} hold NaN or +inf, or nothing above -inf (this rank's columns: {found}); the "
-        "weights or the activations before them have overflowed"
+        "weights or the activations before them have overflowed",
+        positions,
     )
