@@ -27,7 +27,7 @@ from megatron_erpd.checkpoint.iterations import (
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.errors import RolloutError, StageInterrupted
+from megatron_erpd.errors import RolloutError, StageError, StageInterrupted
 from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
 from megatron_erpd.settings import DistillSettings, Layout, ReplaySettings, TrainingSettings
 from megatron_erpd.training.advantages import Advantages
