@@ -29,6 +29,7 @@ from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, stop
 from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.slurm_jobs import slurm_folder
 from megatron_erpd.pipeline.stages import Stage, dependencies
 
 _POLL_SECONDS = 0.1
@@ -216,6 +217,7 @@ def locked(root: Path) -> Iterator[IO[str]]:
         StageError: another run has the folder.
     """
     root.mkdir(parents=True, exist_ok=True)
+    _refuse_jobs(root)
     with (root / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,6 +236,18 @@ def locked(root: Path) -> Iterator[IO[str]]:
             yield file
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_jobs(root: Path) -> None:
+    """Jobs that wait in SLURM's queue hold no lock, and those on other nodes may hold one that is not seen here."""
+    if not slurm_folder(root).is_dir():
+        return
+    from megatron_erpd.pipeline.slurm_submit import live_jobs
+
+    for name, number in live_jobs(root).items():
+        raise StageError(
+            f"{root}: job {number} of {name!r} is in the queue of SLURM; wait for it, or `megatron-erpd cancel {root}`"
+        )
 
 
 def status_table(recipe: Recipe) -> Display:

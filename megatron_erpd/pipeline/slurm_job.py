@@ -27,7 +27,7 @@ from megatron_erpd.pipeline.commands import run_command
 from megatron_erpd.pipeline.processes import error_message
 from megatron_erpd.pipeline.slurm_jobs import JobRecord, slurm_folder
 from megatron_erpd.pipeline.slurm_lock import JobLock
-from megatron_erpd.pipeline.slurm_queue import slurm, state_of
+from megatron_erpd.pipeline.slurm_queue import slurm, state_of, steps_of
 from megatron_erpd.pipeline.slurm_script import slurm_patience
 from megatron_erpd.pipeline.slurm_submit import record_file, shared_with_jobs
 from megatron_erpd.pipeline.slurm_watch import Watch, first_traceback, read_from
@@ -230,9 +230,13 @@ class StageJob:
         sys.exit(1)
 
     def _tell(self, number: signal.Signals) -> None:
-        """Signals all processes of the stage, on all nodes; not this one."""
+        """Signals all processes of the stage, on all nodes; not this one.
+
+        By the number of the step: SLURM takes a SIGKILL for the job to be its cancellation.
+        """
         try:
-            slurm("scancel", f"--signal={number.name.removeprefix('SIG')}", self.id)
+            if steps := steps_of(self.id):
+                slurm("scancel", f"--signal={number.name.removeprefix('SIG')}", *steps)
         except StageError as error:  # it may have ended by itself
             self._say(str(error))
 

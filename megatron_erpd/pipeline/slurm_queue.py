@@ -46,6 +46,12 @@ def state_of(job_id: str) -> str:
     return states.get(job_id, "")
 
 
+def steps_of(job_id: str) -> list[str]:
+    """The running steps of a job that srun started, as scancel names them."""
+    listed = slurm("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
+    return [step for step in listed if step.rpartition(".")[2].isdigit()]
+
+
 def how_ended(job_id: str) -> str:
     """How a job that the queue does not list any more ended, as far as anybody knows."""
     if shutil.which("sacct"):

@@ -1,21 +1,206 @@
-"""Jobs on a real cluster: what is done, what is queued again, what fails, and what becomes of the jobs behind it."""
+"""Jobs on a real cluster: what is done, what is queued again, what fails, and what becomes of the jobs behind it.
+
+All runs are submitted at once, and go on while the tests look at one after the other.
+"""
 
 from __future__ import annotations
 
-from tests.slurm.runs import Run
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_erpd.errors import StageError
+from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.pipeline.local import locked
+from megatron_erpd.pipeline.slurm_queue import slurm
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import Run, processes_of
+
+ONCE = {"requeues": 1}
+HANGS = {"hang_minutes": 0.25}
+
+SCENARIOS: dict[str, Callable[[Run], object]] = {
+    "limit": lambda run: run.submit(
+        run.stage("a", waits=1, slurm={"time": "00:01:00", "signal_seconds": 55}),
+    ),
+    "chain": lambda run: run.submit(run.stage("a"), run.stage("b", ("a",)), run.stage("c", ("b",))),
+    "signal": lambda run: run.submit(run.stage("a", waits=1), run.stage("b", ("a",))),
+    "forgets": lambda run: run.submit(run.stage("a", forgets_manifest=True, slurm=ONCE), run.stage("b", ("a",))),
+    "mistake": lambda run: run.submit(
+        run.stage("a", error="reward: no such column"), run.stage("b", ("a",)), run.stage("c", ("b",))
+    ),
+    "late": lambda run: run.submit(run.stage("a", ends_with=3), run.stage("b", ("a",))),
+    "crash": lambda run: run.submit(run.stage("a", **{"raise": "out of luck"}, raises=1)),
+    "dies": lambda run: run.submit(run.stage("a", processes=2, die=True, rank_waits=True, slurm={"nodes": 2})),
+    "hangs": lambda run: run.submit(run.stage("a", processes=2, hang=500, slurm={"nodes": 2, **HANGS})),
+    "chatty": lambda run: run.submit(run.stage("a", waits=9, chatty=True, slurm=HANGS)),
+    "killed": lambda run: run.submit(run.stage("a", waits=1), run.stage("b", ("a",))),
+    "cancelled": lambda run: run.submit(run.stage("a", waits=9)),
+    "stubborn": lambda run: run.submit(run.stage("a", waits=1, stubborn=True, slurm={"signal_seconds": 10})),
+}
 
 
-def test_a_chain_runs_in_its_order(a_run: Run) -> None:
-    a_run.submit(a_run.stage("a"), a_run.stage("b", ("a",)), a_run.stage("c", ("b",)))
-    assert a_run.ends("c") == "COMPLETED"
-    assert [a_run.result(name) for name in "abc"] == ["fresh in start 0"] * 3
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    made = {name: Run(tmp_path_factory.mktemp(name) / "run") for name in SCENARIOS}
+    for name, scenario in SCENARIOS.items():
+        scenario(made[name])
+    yield made
+    for run in made.values():
+        run.cancel()
 
 
-def test_a_stage_that_got_the_signal_saves_and_goes_on(a_run: Run) -> None:
-    a_run.submit(a_run.stage("a", waits=1), a_run.stage("b", ("a",)))
-    a_run.starts("a")
-    a_run.signal("a")
-    assert a_run.ends("b") == "COMPLETED"
-    assert a_run.result("a") == "in start 0"
-    assert "its time was over; the job is queued again (1 of 3)" in a_run.log("a")
-    assert "start 1 of job" in a_run.log("a", 1)
+@pytest.fixture
+def run(runs: dict[str, Run], request: pytest.FixtureRequest) -> Run:
+    return runs[request.param]
+
+
+def of(scenario: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("run", [scenario], indirect=True)
+
+
+@of("signal")
+def test_a_stage_that_got_the_signal_saves_and_goes_on(run: Run) -> None:
+    run.starts("a")
+    run.signal("a")
+    assert run.ends("b") == "COMPLETED"
+    assert run.result("a") == "in start 0"
+    assert "its time was over; the job is queued again (1 of 3)" in run.log("a")
+    assert "start 1 of job" in run.log("a", 1)
+
+
+@of("killed")
+def test_a_job_whose_wrapper_is_killed_fails_and_goes_on_when_submitted_again(run: Run) -> None:
+    run.starts("a")
+    wrapper = processes_of(f"slurm_job {run.root} a ")
+    assert len(wrapper) == 1
+    os.kill(wrapper[0], signal.SIGKILL)
+    assert run.ends("a") == "FAILED"
+    assert run.ends("b") == "CANCELLED"
+    run.until(lambda: not processes_of(f"fake_stage.py.*{run.root}"), 20, "the stage's processes are gone")
+    before = run.number("a")
+    run.submit(run.stage("a"), run.stage("b", ("a",)))
+    assert run.number("a") != before
+    assert run.ends("b") == "COMPLETED"
+
+
+@of("cancelled")
+def test_cancel_ends_the_jobs_of_its_run_and_no_others(run: Run, runs: dict[str, Run]) -> None:
+    run.starts("a")
+    number = run.number("a")
+    # While it runs, nobody else gets at its stage.
+    with pytest.raises(StageError, match=rf"job {number} of .a. is in the queue"), locked(run.root):
+        pass
+    with pytest.raises(StageError, match=rf"other settings than these(?s:.*)\n  a, job {number}: .*settings"):
+        run.submit(run.stage("a", waits=9, settings={"epochs": 2}))
+    assert run.submit(run.stage("a", waits=9)) == {}
+    assert f"a: job {number} is in the queue, left alone" in run.said
+    second = slurm("sbatch", "--parsable", str(run.root / "slurm/a.sbatch")).strip()
+    log = run.root / "logs" / "slurm" / f"a-{second}-0.log"
+    run.until(lambda: log.is_file() and "error: " in log.read_text(), 30, "the second job fails")
+    assert f"job {number} (running, on" in log.read_text()
+    run.cancel()
+    assert run.ends("a") == "CANCELLED"
+    assert "queued again" not in run.log("a")
+    assert (run.root / "a" / "saved").is_file() and not (run.root / "a" / MANIFEST).exists()
+    assert runs["hangs"].state("a") != "CANCELLED"
+    run.cancel()
+    assert run.said[-1].endswith("no job of this run is queued or running")
+
+
+@of("stubborn")
+def test_a_stage_that_does_not_end_is_killed_before_the_time_limit(run: Run) -> None:
+    run.starts("a")
+    run.signal("a")
+    assert run.ends("a") == "COMPLETED"
+    assert "the stage has not ended in 5 s" in run.log("a")
+    assert "its time was over; the job is queued again" in run.log("a")
+
+
+@of("chain")
+def test_a_chain_runs_in_its_order(run: Run) -> None:
+    assert run.ends("c") == "COMPLETED"
+    assert [run.result(name) for name in "abc"] == ["fresh in start 0"] * 3
+    assert not list((run.root / "slurm/locks").iterdir())
+    assert run.submit(run.stage("a"), run.stage("b", ("a",)), run.stage("c", ("b",))) == {}
+    assert run.said[-3:] == ["a: done", "b: done", "c: done"]
+    # What is made from other settings is made anew, and nothing before it.
+    new = run.submit(run.stage("a"), run.stage("b", ("a",), settings={"epochs": 2}), run.stage("c", ("b",)))
+    assert set(new) == {"b", "c"}
+    assert run.ends("c") == "COMPLETED"
+    assert "b is made anew, other:\n  epochs: None -> 2" in run.log("b")
+
+
+@of("forgets")
+def test_exit_code_0_without_an_artifact_is_not_done_and_the_requeues_end(run: Run) -> None:
+    assert run.ends("a") == "FAILED"
+    assert "its artifact is not complete" in run.log("a") and "queued again (1 of 1)" in run.log("a")
+    assert "error: a failed:" in run.log("a", 1) and "queued again 1 times already" in run.log("a", 1)
+    assert run.ends("b") == "CANCELLED"
+
+
+@of("mistake")
+def test_a_mistake_of_the_user_is_not_tried_again(run: Run) -> None:
+    assert run.ends("a") == "FAILED"
+    assert "error: a failed: reward: no such column" in run.log("a")
+    assert not run.log("a", 1)
+    assert run.ends("b") == run.ends("c") == "CANCELLED"
+    run.submit(run.stage("a"), run.stage("b", ("a",)), run.stage("c", ("b",)))
+    assert run.ends("c") == "COMPLETED"
+
+
+@of("late")
+def test_a_complete_artifact_counts_whatever_the_exit_code(run: Run) -> None:
+    assert run.ends("b") == "COMPLETED"
+    assert "a is complete (its command ended with 3)" in run.log("a")
+
+
+@of("crash")
+def test_a_crash_is_shown_and_tried_again(run: Run) -> None:
+    assert run.ends("a") == "COMPLETED"
+    shown = run.log("a").partition("queued again (1 of 3)")[2]
+    assert "Traceback (most recent call last)" in shown and "RuntimeError: out of luck" in shown
+    assert run.result("a") == "fresh in start 1"
+
+
+@of("dies")
+def test_a_rank_that_dies_ends_the_job_on_all_nodes(run: Run) -> None:
+    assert run.ends("a") == "COMPLETED"
+    first = run.log("a")
+    assert "started 0 n" in first and "started 1 n" in first and {"n1", "n2"} <= set(first.split())
+    assert "queued again (1 of 3)" in first
+    assert not processes_of(f"fake_stage.py.*{run.root}")
+
+
+@of("hangs")
+def test_ranks_that_hang_are_ended_with_their_stacks_shown(run: Run) -> None:
+    assert run.ends("a") == "COMPLETED"
+    first = run.log("a")
+    assert "hung: no output and no file for 0.25 minutes; its stacks follow" in first
+    assert "Fatal Python error: Aborted" in first and "fake_stage.py" in first.partition("Fatal Python error")[2]
+    assert run.result("a") == "fresh in start 1"
+
+
+@of("chatty")
+def test_a_stage_that_prints_does_not_hang(run: Run) -> None:
+    assert "hung" not in run.log("a") and run.state("a") == "RUNNING"
+
+
+def test_nodes_that_do_not_share_the_folder_are_noticed_before_the_stage(cluster: Cluster) -> None:
+    if not cluster.can_unshare():
+        pytest.skip("needs mount namespaces (root)")
+    run = Run(cluster.unshared / "run")
+    run.submit(run.stage("a", processes=2, slurm={"nodes": 2}), run.stage("b", ("a",)))
+    assert run.ends("a") == "FAILED"
+    assert "error: " in run.log("a") and "do not share this folder" in run.log("a")
+    assert "n2 (" in run.log("a") and "started" not in run.log("a")
+    assert run.ends("b") == "CANCELLED"
+
+
+@of("limit")
+def test_the_time_limit_itself_ends_in_a_resumed_stage(run: Run) -> None:
+    assert run.ends("a", 120) == "COMPLETED"
+    assert "signal SIGUSR1: telling the stage" in run.log("a")
+    assert run.result("a") == "in start 0"
