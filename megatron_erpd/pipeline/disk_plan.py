@@ -11,10 +11,9 @@ from megatron_erpd.checkpoint.families import ModelShape
 from megatron_erpd.checkpoint.parameter_count import count_parameters
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.memory_plan import DISTRIBUTED_OPTIMIZER, OPTIMIZER_BYTES, WEIGHT_BYTES
-from megatron_erpd.pipeline.stages import Stage
+from megatron_erpd.pipeline.stages import TRAINS, Stage
 from megatron_erpd.teacher_cache.sizes import cache_size
 
-TRAINS = ("train-teacher", "train-on-policy", "distill")
 WRITES = (*TRAINS, "import", "export", "precompute")
 """Commands whose artifacts are counted; the others write little beside them."""
 

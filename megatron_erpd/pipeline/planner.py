@@ -26,7 +26,7 @@ from megatron_erpd.pipeline.recipe import (
     Selection,
     StageOverrides,
 )
-from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, flags_of
+from megatron_erpd.pipeline.stages import RUNS_MODEL, TRAINS, Stage, flags_of
 from megatron_erpd.sampling.prompts import REASONING_GYM
 from megatron_erpd.sampling.task import task_identity, verifier_file
 from megatron_erpd.settings import (
@@ -36,6 +36,7 @@ from megatron_erpd.settings import (
     EvaluateSettings,
     ImportSettings,
     Layout,
+    Monitoring,
     OnPolicySettings,
     PrecomputeSettings,
     ReplaySettings,
@@ -311,6 +312,8 @@ class _Planner:
             # Prompts and verifiers are not always files: their flags are among the arguments.
             files = {key: path for key, path in inputs.items() if key not in ("prompts", "verifier")}
             arguments = [*_input_flags(files), *arguments]
+        if command in TRAINS:
+            arguments = [*arguments, *settings_to_argv(self._monitoring())]
         if command not in ("prepare", "report"):
             arguments = [*arguments, "--output", str(output)]
         self.stages.append(
@@ -333,6 +336,13 @@ class _Planner:
             return Layout()
         given = override.layout.model_dump(include=override.layout.model_fields_set)
         return self.recipe.layout.model_copy(update=given)
+
+    def _monitoring(self) -> Monitoring:
+        """The recipe's section; the files of Weights & Biases lie in one folder of the run."""
+        monitoring = self.recipe.monitoring
+        if monitoring.wandb_project is None or monitoring.wandb_dir is not None:
+            return monitoring
+        return monitoring.model_copy(update={"wandb_dir": str(self.root / "wandb")})
 
     def _slurm(self, override: StageOverrides) -> SlurmSettings:
         """The recipe's section with what the stage gives; of the environment, variable by variable."""

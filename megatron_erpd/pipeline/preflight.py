@@ -15,7 +15,7 @@ from megatron_erpd.sampling.task import verifier_file
 
 
 def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
-    """Checks paths, the model and its layouts, batch sizes, verifiers and processes.
+    """Checks paths, the model and its layouts, batch sizes, verifiers, processes and monitoring.
 
     What `prepare` will write is checked when it is there.
 
@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
         *_batch_problems(stages),
         *_task_problems(stages),
         *_process_problems(stages, slots),
+        *([f"monitoring.{recipe.monitoring.problem}"] if recipe.monitoring.problem else []),
     ]
     if problems:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))

@@ -22,6 +22,7 @@ from megatron_erpd.settings import (
     EvaluateSettings,
     ImportSettings,
     Layout,
+    Monitoring,
     OnPolicySettings,
     PrecomputeSettings,
     ReplayLoss,
@@ -160,6 +161,7 @@ class Recipe(Settings):
     slurm: SlurmSettings = SlurmSettings()
     stages: dict[str, StageOverrides] = {}
     megatron: MegatronFlags = {}
+    monitoring: Monitoring = Monitoring()
 
     @model_validator(mode="before")
     @classmethod
@@ -397,6 +399,7 @@ def _known_keys(section: list[str]) -> list[str]:
         "controls": (ReplayControl, DistillControl, OnPolicyControl),
         "evaluation": (Evaluation,),
         "layout": (Layout,),
+        "monitoring": (Monitoring,),
         "slurm": (SlurmSettings,),
         "stages": (StageOverrides,),
     }

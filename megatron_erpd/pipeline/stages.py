@@ -38,6 +38,10 @@ RUNS_MODEL = ("train-teacher", "train-on-policy", "precompute", "distill")
 """Commands that run data through a model in Megatron; they take a layout and Megatron's own flags."""
 
 
+TRAINS = ("train-teacher", "train-on-policy", "distill")
+"""Those of them that train."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command of a run and the artifact that it writes."""

@@ -2,11 +2,13 @@
 
 A recipe's sections are these models; the tools' command lines are generated from them (`settings_arguments`), so a
 key, its default, its check and its help text have one home.
-`Layout` says how a stage runs and never changes its result; everything else is part of an artifact's identity.
+`Layout` says how a stage runs, `Monitoring` what it tells whom; neither changes a result. Everything else is part of an
+artifact's identity.
 """
 
 from megatron_erpd.settings.base import Layout, Settings, error_lines, parse_settings
 from megatron_erpd.settings.distillation import AUTO_SIGNAL, NO_SIGNAL, DistillSettings, PrecomputeSettings
+from megatron_erpd.settings.monitoring import Monitoring
 from megatron_erpd.settings.sampling import (
     EvaluateSettings,
     HeldOutSettings,
@@ -34,6 +36,7 @@ __all__ = [
     "HeldOutSettings",
     "ImportSettings",
     "Layout",
+    "Monitoring",
     "NO_SIGNAL",
     "OnPolicySettings",
     "OptimizerSettings",

@@ -15,7 +15,7 @@ from megatron_erpd import platform
 from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags, read_model_shape
 from megatron_erpd.checkpoint.parallel_layout import check_expert_groups
 from megatron_erpd.errors import LayoutError, RecipeError
-from megatron_erpd.settings import Layout
+from megatron_erpd.settings import Layout, Monitoring
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 
 
@@ -29,6 +29,22 @@ def split_pass_through(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser, Layout, "layout")
+
+
+def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings_arguments(parser, Monitoring, "monitoring")
+
+
+def monitoring_from_namespace(namespace: argparse.Namespace) -> Monitoring:
+    """What the flags gave.
+
+    Raises:
+        RecipeError: it can't be done here.
+    """
+    monitoring = settings_from_namespace(namespace, Monitoring)
+    if monitoring.problem:
+        raise RecipeError("--" + monitoring.problem.replace("_", "-", 1))
+    return monitoring
 
 
 def layout_from_namespace(namespace: argparse.Namespace) -> Layout:
@@ -157,6 +173,11 @@ def _refuse_contradictions(fixed: Mapping[str, object], pass_through: list[str])
     ours = {"--" + name.replace("_", "-"): value for name, value in fixed.items()}
     for item in pass_through:
         flag = item.split("=", 1)[0]
+        if flag.startswith("--wandb-"):
+            raise RecipeError(
+                f"{flag}: Megatron's flags count as settings of the result, which monitoring is not; give "
+                "monitoring.wandb_project in the recipe, or --wandb-project before the `--` of a training"
+            )
         if flag in ours:
             raise RecipeError(
                 f"{flag}: follows from the checkpoint, the layout or the stage's settings (it is {ours[flag]}) and "

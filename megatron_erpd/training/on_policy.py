@@ -24,7 +24,14 @@ from megatron_erpd.sampling.task import task_identity
 from megatron_erpd.sampling.verifiers import get_verifier
 from megatron_erpd.settings import OnPolicySettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
-from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
+from megatron_erpd.training.arguments import (
+    add_layout_arguments,
+    add_monitoring_arguments,
+    layout_from_namespace,
+    monitoring_from_namespace,
+    rank,
+    split_pass_through,
+)
 from megatron_erpd.training.fresh_rollouts import FreshBatches, Sampler
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.replay_step import ReplayStep, sequence_advantages
@@ -49,10 +56,12 @@ def train_on_policy(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
     add_settings_arguments(parser, OnPolicySettings, "training")
     add_layout_arguments(parser)
+    add_monitoring_arguments(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     settings = settings_from_namespace(namespace, OnPolicySettings)
     layout = layout_from_namespace(namespace)
+    monitoring = monitoring_from_namespace(namespace)
     base: Path = namespace.base
     read_manifest(base)
     if namespace.num_prompts is not None and namespace.num_prompts < 1:
@@ -65,6 +74,7 @@ def train_on_policy(argv: list[str]) -> None:
         prefix="stage1",
         settings=settings,
         layout=layout,
+        monitoring=monitoring,
         base=base,
         output=namespace.output,
         inputs={"base": base, **inputs},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RolloutError, StageError, StageInterrupted
 from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
-from megatron_erpd.settings import DistillSettings, Layout, ReplaySettings, TrainingSettings
+from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
 from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
@@ -54,6 +55,7 @@ class TrainingRun(ABC):
         settings: the stage's settings; part of the artifact's identity with `pass_through`.
         inputs: name to folder or file of everything that the result depends on.
         make_step: called on every rank once models and process groups are there; returns the forward step.
+        monitoring: where metrics go besides the artifact's own files.
     """
 
     stage: str
@@ -65,6 +67,7 @@ class TrainingRun(ABC):
     inputs: dict[str, Path]
     pass_through: list[str]
     make_step: Callable[[Any, argparse.Namespace], ForwardStep]
+    monitoring: Monitoring = field(default=Monitoring(), kw_only=True)
 
     @property
     @abstractmethod
@@ -259,6 +262,22 @@ class TrainingRun(ABC):
             # The seconds of a step and the processes that took them: what a plan measures speed by.
             "log_timers_to_tensorboard": True,
             "log_world_size_to_tensorboard": True,
+            **self._wandb_flags(),
+        }
+
+    def _wandb_flags(self) -> dict[str, object]:
+        """Megatron logs to Weights & Biases itself, what TensorBoard gets under the same names, in a run for each
+        attempt; all attempts of an artifact have its path as their name."""
+        chosen = self.monitoring
+        if chosen.wandb_project is None:
+            return {}
+        if chosen.wandb_mode is not None:
+            os.environ["WANDB_MODE"] = chosen.wandb_mode
+        return {
+            "wandb_project": chosen.wandb_project,
+            "wandb_entity": chosen.wandb_entity,
+            "wandb_exp_name": "/".join(self.output.absolute().parts[-3:]),
+            "wandb_save_dir": chosen.wandb_dir or str(self.output.parent / "wandb"),
         }
 
 

@@ -18,7 +18,13 @@ from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.advantages import advantages_of
-from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, split_pass_through
+from megatron_erpd.training.arguments import (
+    add_layout_arguments,
+    add_monitoring_arguments,
+    layout_from_namespace,
+    monitoring_from_namespace,
+    split_pass_through,
+)
 from megatron_erpd.training.batch import TokenRow
 from megatron_erpd.training.cache_rows import (
     base_topk_rows,
@@ -50,10 +56,12 @@ def train_teacher(argv: list[str]) -> None:
     _add_paths(parser, log_probs_help="cache with the base policy's log-probs; only --loss sft can do without")
     add_settings_arguments(parser, ReplaySettings, "training")
     add_layout_arguments(parser)
+    add_monitoring_arguments(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     settings = settings_from_namespace(namespace, ReplaySettings)
     layout = layout_from_namespace(namespace)
+    monitoring = monitoring_from_namespace(namespace)
     if namespace.base_log_probs is None and (settings.loss != "sft" or settings.kl_coefficient > 0):
         raise RecipeError(
             f"--base-log-probs: loss {settings.loss} needs the base policy's log-probs; make them with "
@@ -85,6 +93,7 @@ def train_teacher(argv: list[str]) -> None:
         prefix="stage1",
         settings=settings,
         layout=layout,
+        monitoring=monitoring,
         base=namespace.base,
         output=namespace.output,
         inputs=inputs,
@@ -111,10 +120,12 @@ def distill(argv: list[str]) -> None:
     )
     add_settings_arguments(parser, DistillSettings, "distillation")
     add_layout_arguments(parser)
+    add_monitoring_arguments(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     settings = settings_from_namespace(namespace, DistillSettings)
     layout = layout_from_namespace(namespace)
+    monitoring = monitoring_from_namespace(namespace)
     policies = {"base": namespace.base, **parse_policies(namespace.policy)}
     _check_teacher_flags(settings, namespace, policies)
     if namespace.base_log_probs is None:
@@ -139,6 +150,7 @@ def distill(argv: list[str]) -> None:
         prefix="stage2",
         settings=settings,
         layout=layout,
+        monitoring=monitoring,
         base=namespace.base,
         output=namespace.output,
         inputs=inputs,

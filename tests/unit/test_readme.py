@@ -13,12 +13,19 @@ from megatron_erpd.pipeline.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-RECIPES = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+RECIPES = [block for block in BLOCKS if block.startswith("name:")]
+SECTIONS = [block for block in BLOCKS if not block.startswith("name:")]
 
 
 @pytest.mark.parametrize("text", RECIPES, ids=range(len(RECIPES)))
 def test_recipes_are_valid(text: str) -> None:
     assert Recipe(**yaml.safe_load(text)).name == "my-run"
+
+
+@pytest.mark.parametrize("text", SECTIONS, ids=range(len(SECTIONS)))
+def test_sections_fit_into_the_first_recipe(text: str) -> None:
+    assert Recipe(**{**yaml.safe_load(RECIPES[0]), **yaml.safe_load(text)})
 
 
 @pytest.mark.parametrize("page", PAGES)

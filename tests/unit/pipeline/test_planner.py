@@ -335,3 +335,24 @@ def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(_Captured):
         function[stage.command](stage.argv()[2:])
     assert seen == [stage.command, stage.output, stage.settings, stage.inputs]
+
+
+def test_monitoring_is_asked_for_in_trainings_and_is_no_part_of_their_identity():
+    plain, watched = stages_of(), stages_of(monitoring={"wandb_project": "erpd", "wandb_mode": "offline"})
+    flags = ["--wandb-project", "erpd", "--wandb-mode", "offline", "--wandb-dir", "out/wandb"]
+    for name, stage in watched.items():
+        assert stage.settings == plain[name].settings
+        words = list(stage.arguments)
+        trains = stage.command in ("train-teacher", "distill")
+        assert ("--wandb-project" in words) == trains
+        if trains:
+            at = words.index("--wandb-project")
+            assert words[at : at + 6] == flags
+            assert words[:at] + words[at + 6 :] == list(plain[name].arguments)
+    elsewhere = stages_of(monitoring={"wandb_project": "erpd", "wandb_dir": "/scratch"})["teacher"].arguments
+    assert elsewhere[elsewhere.index("--wandb-dir") + 1] == "/scratch"
+
+
+def test_monitoring_without_a_project_is_refused():
+    with pytest.raises(ValueError, match="wandb_mode offline has no effect with wandb_project: none"):
+        stages_of(monitoring={"wandb_mode": "offline"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,12 @@ def test_what_prepare_writes_is_checked_when_it_is_there(problems):
     prepared.mkdir(parents=True)
     write_manifest(prepared, "prepare", {}, {})
     assert "base: hf runs/mine/prepare/model: no such file or folder" in problems(**sections)
+
+
+def test_monitoring_that_is_not_installed(problems, monkeypatch):
+    found = importlib.util.find_spec
+    for there, expected in ((None, True), (found("json"), False)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: there if name == "wandb" else found(name, *a))  # noqa: B023
+        text = problems(monitoring={"wandb_project": "erpd"})
+        assert ("monitoring.wandb_project: wandb isn't installed; pip install wandb" in text) == expected
+    assert problems() == ""
