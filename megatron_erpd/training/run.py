@@ -25,6 +25,7 @@ from megatron_erpd.checkpoint.iterations import (
     save_intervals,
     saved_iterations,
 )
+from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
@@ -123,8 +124,13 @@ class TrainingRun(ABC):
                 continues.
         """
         prepare_output(self.output, self.stage, self.identity, self.inputs)
-        if rank() == 0 and (note := self.note()):
-            print(note, flush=True)
+        if rank() == 0:
+            # Before any rank loads: those are still far from it.
+            checksums = "--verify-integrity" in self.pass_through
+            recovered = recover(self.output / "megatron", self.output / ".damaged", checksums)
+            for text in (recovered, self.note()):
+                if text:
+                    print(text, flush=True)
         with stage_process() as store:
             flags = self._megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_erpd.checkpoint.iterations import saved_iterations
 from megatron_erpd.manifest import verify_manifest
 from tests.distributed.harness import REPOSITORY, run_ranks
 from tests.integration.stages import make_round, run_stages
@@ -55,6 +56,26 @@ def test_stopped_run_ends_with_the_same_weights(form: str, stop: signal.Signals,
     verify_manifest(tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert weights(tmp_path / "stopped", tmp_path) == weights(tmp_path / "whole", tmp_path)
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(made: Path, tmp_path: Path) -> None:
+    script, flags = FORMS["replay"]
+    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet"]
+    command = [sys.executable, str(REPOSITORY / "tools" / script), *data]
+    command += ["--base-log-probs", f"{made}/base-log-probs", *flags, *STEPS, "--checkpoints", "5"]
+    assert run_to_the_end([*command, "--output", f"{tmp_path}/whole"]).returncode == 0
+    output = tmp_path / "damaged"
+    run_until_step(27, [*command, "--output", str(output)], output, signal.SIGKILL)
+    last = saved_iterations(output / "megatron")[-1]
+    shard = next((output / "megatron" / f"iter_{last:07d}").glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    (output / "megatron" / "latest_checkpointed_iteration.txt").write_text("")
+    resumed = run_to_the_end([*command, "--output", str(output)])
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert f"the checkpoint of step {last} is damaged" in resumed.stdout and "going on from step" in resumed.stdout
+    verify_manifest(output)
+    assert losses(output) == losses(tmp_path / "whole")
+    assert weights(output, tmp_path) == weights(tmp_path / "whole", tmp_path)
 
 
 def run_to_the_end(command: list[str]) -> subprocess.CompletedProcess[str]:
