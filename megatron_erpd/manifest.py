@@ -28,6 +28,8 @@ from megatron_erpd.errors import StageError
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
+METRICS = "metrics.jsonl"
+"""How the stage went, step by step. No part of what it made, as it holds times."""
 SCHEMA_VERSION = 1
 _VERSIONED = ("megatron-erpd", "megatron-core", "torch", "transformers")
 
@@ -275,9 +277,9 @@ def file_digest(path: Path) -> str:
 
 
 def _is_content(path: Path) -> bool:
-    """Logs, TensorBoard files, the request, and hidden and temporary names are no part of an artifact."""
-    first = path.parts[0]
-    return first not in ("logs", "tensorboard", MANIFEST, REQUEST) and first[0] != "." and path.suffix != ".tmp"
+    """Logs, metrics, TensorBoard files, the request, and hidden and temporary names are no part of an artifact."""
+    first, aside = path.parts[0], ("logs", "tensorboard", MANIFEST, REQUEST)
+    return first not in aside and first[0] != "." and path.suffix != ".tmp" and path.name != METRICS
 
 
 def _version(name: str) -> str:

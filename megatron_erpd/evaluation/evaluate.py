@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
+from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.evaluation.divergence import compare_policies
 from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_metrics, saved_metrics
 from megatron_erpd.evaluation.responses import accuracies, decode, respond, score, standard_error
+from megatron_erpd.manifest import METRICS
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.sample import write_json
@@ -100,6 +102,9 @@ def evaluate_policies(
         )
         facts = {"name": name, "identity": identity, "seconds": round(time.monotonic() - started, 3)}
         write_json(file, {**facts, **asdict(evaluation)})
+        StepLines(folder / METRICS, f"evaluation/{name}").add(
+            {"policy_seconds": facts["seconds"], **asdict(evaluation.metrics)}
+        )
         results[name] = evaluation.metrics
     return results
 

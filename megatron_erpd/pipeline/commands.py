@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_erpd.errors import ErpdError, RecipeError, StageError, StageInterrupted
 from megatron_erpd.manifest import (
+    METRICS,
     begin_artifact,
     finish_artifact,
     input_digest,
@@ -27,6 +28,9 @@ from megatron_erpd.manifest import (
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+
+if TYPE_CHECKING:
+    from megatron_erpd.data.step_lines import StepLines
 
 _PROMPTS_HELP = "JSON lines with prompt and answer, or reasoning-gym:TASK?size=100&seed=1"
 _VERIFIER_HELP = (
@@ -61,13 +65,16 @@ def sample(argv: list[str]) -> None:
     )
     _begin("sample", given.output, request)
 
+    from megatron_erpd.data.step_lines import StepLines
     from megatron_erpd.sampling.prompts import load_prompts
     from megatron_erpd.sampling.sample import sample_rollouts
 
     prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt)
+    lines = StepLines(given.output / METRICS, "sample")
     report = sample_rollouts(
-        given.model, prompts, given.output, settings, verifier=given.verifier, progress=_progress("sampled")
+        given.model, prompts, given.output, settings, verifier=given.verifier, progress=_progress("sampled", lines)
     )
+    lines.add(_figures(report))
     finish_artifact(given.output, _figures(report))
 
 
@@ -330,8 +337,8 @@ def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _progress(word: str) -> Callable[[int, int], None]:
-    """Says how far it is, at most once in some seconds and at the end."""
+def _progress(word: str, lines: StepLines | None = None) -> Callable[[int, int], None]:
+    """Says how far it is, at most once in some seconds and at the end, and keeps it in `lines`."""
     said = 0.0
 
     def tell(done: int, total: int) -> None:
@@ -339,6 +346,8 @@ def _progress(word: str) -> Callable[[int, int], None]:
         if done >= total or time.monotonic() - said >= _PROGRESS_SECONDS:
             said = time.monotonic()
             print(f"{word} {done} of {total}", flush=True)
+            if lines:
+                lines.add({"responses": done, "responses_wanted": total})
 
     return tell
 

@@ -207,7 +207,9 @@ def _last_step(path: Path, newer_than: float) -> str:
         return ""
     for line in reversed(lines):  # the last line may be half written
         with suppress(json.JSONDecodeError, AttributeError):
-            return _words(json.loads(line))
+            step = json.loads(line)
+            # What doesn't train says in its log how far it is.
+            return _words(step) if any(name.startswith(("stage1/", "stage2/")) for name in step) else ""
     return ""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.mismatch import MISMATCH, Mismatch, read_mismatch
 from megatron_erpd.evaluation.strength import Selection, read_selection
-from megatron_erpd.manifest import MANIFEST, REQUEST, Manifest, read_manifest
+from megatron_erpd.manifest import MANIFEST, METRICS, REQUEST, Manifest, read_manifest
 
 ROLES = ("base", "teacher", "unlearned", "student", "control")
 """What a policy is in a round. A name that is none of the first four is a further teacher's or a control's."""
@@ -68,6 +68,11 @@ class Curve:
                 if points:
                     return [p[0] for p in points], [p[1] for p in points]
         return [], []
+
+    @property
+    def is_training(self) -> bool:
+        """Whether these are steps of a training: other stages log how they went, too."""
+        return any(key.startswith(("stage1/", "stage2/")) for row in self.rows for key in row)
 
     @property
     def stage(self) -> int:
@@ -228,10 +233,10 @@ def _collect_round(folder: Path) -> Round:
     named = [*sorted(folder.glob("teachers/*")), *sorted(folder.glob("controls/*"))]
     artifacts = [*sorted(p for p in folder.iterdir() if p.is_dir()), *named]
     stages = [StageRecord(f"{folder.name}/{p.relative_to(folder)}", read_manifest(p)) for p in _finished(artifacts)]
-    curves = [Curve(p.name, _read_lines(p / "metrics.jsonl")) for p in artifacts if (p / "metrics.jsonl").is_file()]
+    curves = [Curve(p.name, _read_lines(p / METRICS)) for p in artifacts if (p / METRICS).is_file()]
     chosen = folder / "selection"
     selection = read_selection(chosen) if (chosen / MANIFEST).is_file() else None
-    curves = [c for c in curves if c.rows]
+    curves = [curve for curve in curves if curve.is_training]
     log_probs = folder / "base-log-probs"
     mismatch = read_mismatch(log_probs) if (log_probs / MISMATCH).is_file() else None
     return Round(folder.name, folder, policies, curves, stages, _target(folder / "cache"), selection, mismatch)

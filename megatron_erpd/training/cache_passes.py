@@ -16,7 +16,9 @@ from torch import Tensor
 from megatron_erpd import platform
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.errors import CacheError
+from megatron_erpd.manifest import METRICS
 from megatron_erpd.objectives.global_eta import eta_grid, kl_curve, solve_global_eta
 from megatron_erpd.settings import Layout, PrecomputeSettings
 from megatron_erpd.teacher_cache.format import TOPK, CacheMeta, hidden_table, log_probs_table
@@ -244,7 +246,8 @@ class CachePasses:
             stored = store() if is_live and len(self.names) > 1 else None
             rollouts = self.rollouts.select(chosen)
             consume = partial(self._consume, name, chosen, rollouts, stores, stored, is_live)
-            run_forward(self._model, rollouts, self.layout, self._tokens, consume, f"precompute {name}")
+            lines = StepLines(self.output / METRICS, f"precompute/{name}")
+            run_forward(self._model, rollouts, self.layout, self._tokens, consume, f"precompute {name}", lines)
         self._flush()
         tables = [log_probs_table(name), *([hidden_table(name)] if stores else []), *([TOPK] if is_live else [])]
         for table in tables:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.errors import CacheError
 from megatron_erpd.settings import Layout
 from megatron_erpd.teacher_cache.format import hidden_table
@@ -47,6 +48,7 @@ def run_forward(
     tokens: int,
     consume: Callable[[Batch, HiddenStates], None],
     what: str,
+    lines: StepLines | None = None,
 ) -> None:
     """Every rollout once through a policy; on last pipeline stages `consume` gets each batch and its hidden states.
 
@@ -62,7 +64,7 @@ def run_forward(
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     source = BatchSource(rollouts, pad_multiple(layout), {}, {})
     groups = length_groups(rollouts.lengths, tokens, source.pad_multiple)
-    progress = Progress(what, sum(len(group) for group in groups[index::size]))
+    progress = Progress(what, sum(len(group) for group in groups[index::size]), lines)
 
     def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
         batch = next(data_iterator)
@@ -86,6 +88,7 @@ def run_forward(
             forward_only=True,
             collect_non_loss_data=True,
         )
+    progress.close()
 
 
 def run_stored(
@@ -129,9 +132,14 @@ def is_filler(batch: Batch) -> bool:
 
 
 class Progress:
-    """Lines on how far the first data-parallel rank is, every ten seconds, from the one process that knows."""
+    """Lines on how far the first data-parallel rank is, every ten seconds, from the one process that knows.
 
-    def __init__(self, what: str, num_rows: int) -> None:
+    Args:
+        lines: where the figures are kept too, and once more at the end: this rank's rollouts and tokens, and tokens per
+            second of all ranks.
+    """
+
+    def __init__(self, what: str, num_rows: int, lines: StepLines | None = None) -> None:
         from megatron.core import mpu
 
         self._speaks = (
@@ -140,7 +148,7 @@ class Progress:
             and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
         )
         self._ranks = mpu.get_data_parallel_world_size()
-        self._what, self._total = what, num_rows
+        self._what, self._total, self._lines = what, num_rows, lines
         self._rows = self._tokens = 0
         self._start = self._latest = time.monotonic()
 
@@ -151,8 +159,22 @@ class Progress:
         now = time.monotonic()
         if self._speaks and now - self._latest > _REPORT_SECONDS:
             self._latest = now
-            rate = self._ranks * self._tokens / (now - self._start)
-            print(f"{self._what}: {self._rows} of {self._total} rollouts, {rate:,.0f} tokens/s", flush=True)
+            print(f"{self._what}: {self._rows} of {self._total} rollouts, {self._rate():,.0f} tokens/s", flush=True)
+            self._keep()
+
+    def close(self) -> None:
+        """Keeps the last figures."""
+        if self._speaks:
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._lines:
+            figures = {"rollouts": self._rows, "tokens": self._tokens, "tokens_per_second": self._rate()}
+            self._lines.add({name: round(value, 1) for name, value in figures.items()})
+
+    def _rate(self) -> float:
+        """Tokens per second of all data-parallel ranks."""
+        return self._ranks * self._tokens / max(time.monotonic() - self._start, 1e-9)
 
 
 def output_weight(model: Any) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_erpd.data.step_lines import keep_before
+
 _LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
 
 
@@ -62,24 +64,3 @@ class JsonLinesWriter:
         with self._path.open("a") as file:
             file.write(json.dumps(self._row) + "\n")
         self._row = {}
-
-
-def keep_before(path: Path, iteration: int) -> None:
-    """Drops the lines of a JSON-lines file from `iteration` on (and a last line cut short by a kill)."""
-    if not path.is_file():
-        return
-    kept = [row for row in read_json_lines(path) if row["iteration"] < iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(path)
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

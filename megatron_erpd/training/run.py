@@ -30,7 +30,7 @@ from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RolloutError, StageError, StageInterrupted
-from megatron_erpd.manifest import finish_artifact, read_manifest, settings_identity
+from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity
 from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
 from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
@@ -234,7 +234,7 @@ class TrainingRun(ABC):
 
         writer = global_vars.get_tensorboard_writer()
         if writer is not None:
-            global_vars._GLOBAL_TENSORBOARD_WRITER = JsonLinesWriter(self.output / "metrics.jsonl", writer)
+            global_vars._GLOBAL_TENSORBOARD_WRITER = JsonLinesWriter(self.output / METRICS, writer)
 
     def _megatron_flags(self) -> dict[str, object]:
         settings, total = self.settings, self.num_iterations

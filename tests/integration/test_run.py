@@ -76,6 +76,19 @@ def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
     ):
         verify_manifest(output / "round-01" / folder)
 
+    # Every stage that takes long has left lines on how it went, under names of its own.
+    kept = {
+        "rollouts": ("sample/responses", "sample/reward_mean"),
+        "base-log-probs": ("precompute/base/tokens_per_second",),
+        "cache": ("precompute/teacher/tokens", "precompute/base/rollouts"),
+        "teacher": ("stage1/loss", "world-size"),
+        "evaluation": ("evaluation/student/accuracy_sampled", "evaluation/base/entropy"),
+    }
+    for folder, names in kept.items():
+        rows = [json.loads(line) for line in (output / "round-01" / folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
+        assert set(names) <= {name for row in rows for name in row}, folder
+
     # Nothing has changed: nothing is done. One setting has: what depends on it is made anew, and no more.
     teacher = (output / "round-01" / "teacher" / "manifest.json").stat().st_mtime_ns
     again = run(recipe, output, "--set", "student.epochs=2")

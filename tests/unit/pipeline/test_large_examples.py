@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_erpd import cli
 from megatron_erpd.pipeline.gpu_fit import parse_gpus
 from megatron_erpd.pipeline.recipe import load_recipe
 from megatron_erpd.pipeline.resources import Resources, estimate
@@ -41,6 +42,13 @@ def test_the_layout_fits(planned: tuple[str, Resources]) -> None:
     assert [row for row in found.gpus.stages if not (row.fits and row.enough_gpus)] == []
     assert max(row.num_processes for row in found.stages) == LARGE[name][2]
     assert found.gpus.proposals
+
+
+def test_the_jobs_on_slurm_take_whole_nodes(planned: tuple[str, Resources], capsys: pytest.CaptureFixture[str]) -> None:
+    name, _ = planned
+    cli.main(["submit", str(EXAMPLES / name / "recipe.yaml"), "--dry-run"])
+    script = next(text for text in capsys.readouterr().out.split("#!/bin/bash") if f"--job-name={name}/teacher" in text)
+    assert f"#SBATCH --nodes={LARGE[name][2] // 8}\n" in script and "#SBATCH --gpus-per-node=8\n" in script
 
 
 def test_the_readme_tells_the_plans_figures(planned: tuple[str, Resources]) -> None:

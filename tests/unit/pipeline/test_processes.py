@@ -68,3 +68,5 @@ def test_progress_is_the_last_whole_step(tmp_path):
     assert process.progress() == "1"  # the step is an earlier attempt's
     metrics.write_text('{"iteration": 4, "stage1/loss": 0.25, "stage1/kl_k3": 0.0125, "learning-rate": 1e-4}\n{"iter')
     assert process.progress() == "iteration 4, loss 0.25, kl_k3 0.0125"
+    metrics.write_text('{"iteration": 1, "seconds": 3.0, "sample/responses": 16}\n')
+    assert process.progress() == "1"  # what doesn't train tells in its log how far it is

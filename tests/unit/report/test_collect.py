@@ -120,3 +120,10 @@ def test_missing_pieces_leave_the_others(tmp_path: Path) -> None:
     assert run.recipe == "" and run.rounds[0].target == {}
     assert {c.name for c in run.rounds[0].curves} == {"teacher", "student"}
     assert "reward_gained" not in summarise(run)["policies"]["student"]
+
+
+def test_lines_of_what_does_not_train_are_no_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "round-01/rollouts/metrics.jsonl").write_text('{"iteration": 1, "seconds": 2.0, "sample/responses": 8}\n')
+    names = {curve.name for curve in collect_run(run).rounds[0].curves}
+    assert "rollouts" not in names and {"teacher", "student", "direct"} <= names
