@@ -295,7 +295,7 @@ def plan(argv: list[str]) -> None:
 
 
 def status(argv: list[str]) -> None:
-    """Shows where a run stands. Nothing is run or changed."""
+    """Shows where a run stands; of one that was submitted to SLURM, its jobs too. Nothing is run or changed."""
     parser = argparse.ArgumentParser(
         prog="megatron-erpd status", description=status.__doc__, epilog="example: megatron-erpd status runs/quickstart"
     )

@@ -274,4 +274,8 @@ def status_table(recipe: Recipe) -> Display:
             row.state, row.note = "stopped", "goes on with what is there"
         else:
             row.note = "; ".join(assessment.reasons)
+    if slurm_folder(recipe.folder).is_dir():
+        from megatron_erpd.pipeline.slurm_status import show_or_say
+
+        show_or_say(display, stages, recipe.folder)
     return display

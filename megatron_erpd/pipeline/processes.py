@@ -22,7 +22,7 @@ GRACE_SECONDS = 40.0
 """From SIGTERM to SIGKILL. Torchrun itself gives its workers 30 seconds."""
 
 _TAIL_BYTES = 64 * 1024
-_FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Slots:
@@ -113,7 +113,7 @@ class StageProcess:
 
     def progress(self) -> str:
         """A few words on where the stage is: its last training step, or the last line of its log."""
-        step = _last_step(self.stage.output / "metrics.jsonl", newer_than=time.time() - self.elapsed)
+        step = last_step(self.stage.output / "metrics.jsonl", newer_than=time.time() - self.elapsed)
         if step:
             return step
         lines = [line for line in self._tail().splitlines() if line.strip()]
@@ -182,7 +182,7 @@ def _unranked(line: str) -> str:
 
 
 def _environment(gpus: Sequence[str], threads: int) -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k not in _FROM_A_LAUNCHER}
+    environment = {k: v for k, v in os.environ.items() if k not in FROM_A_LAUNCHER}
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     # Threads that wait by spinning take the cores from whatever else runs: tens of times slower on a busy machine.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -195,7 +195,7 @@ def _environment(gpus: Sequence[str], threads: int) -> dict[str, str]:
     return environment
 
 
-def _last_step(path: Path, newer_than: float) -> str:
+def last_step(path: Path, newer_than: float = 0.0) -> str:
     """The last line of a `metrics.jsonl` in a few words; empty when this attempt has not written one yet."""
     try:
         if path.stat().st_mtime < newer_than:

@@ -73,6 +73,8 @@ class StageJob:
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.artifacts = Artifacts(root, checksums=False)
         self.slice = int(os.environ["SLURM_ARRAY_TASK_ID"]) if record.slices > 1 else 0
+        # The last job of an array has the number of the array, which SLURM takes for all of its jobs.
+        self.only_this = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.slice}" if self.slice else self.id
         self.stage = record.as_slice(self.slice) if self.slice else record.as_stage()
         name = f"{record.name}-{self.slice}" if self.slice else record.name
         self.lock = JobLock(slurm_folder(root) / "locks" / name, self.id, self.restart)
@@ -222,7 +224,7 @@ class StageJob:
         if details:
             self._say(details)
         del self.signals[:]
-        slurm("scontrol", "requeue", self.id)
+        slurm("scontrol", "requeue", self.only_this)
         self.why_ended = "requeued"
         deadline = time.monotonic() + _KILLED_SECONDS
         while not self.signals and time.monotonic() < deadline:
@@ -235,7 +237,7 @@ class StageJob:
         By the number of the step: SLURM takes a SIGKILL for the job to be its cancellation.
         """
         try:
-            if steps := steps_of(self.id):
+            if steps := steps_of(self.only_this):
                 slurm("scancel", f"--signal={number.name.removeprefix('SIG')}", *steps)
         except StageError as error:  # it may have ended by itself
             self._say(str(error))

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd.pipeline.display import Display
 from megatron_erpd.pipeline.slurm_queue import queued, slurm, state_of
+from megatron_erpd.pipeline.slurm_status import show_jobs
 from megatron_erpd.pipeline.slurm_submit import cancel, read_submitted, submit_stages
 from megatron_erpd.pipeline.stages import Stage
 from megatron_erpd.settings import Layout, SlurmSettings
@@ -84,6 +86,12 @@ class Run:
                 logs = [f"{p.name}:\n{p.read_text()[-3000:]}" for p in sorted((self.root / "logs/slurm").glob("*"))]
                 raise AssertionError(f"waited {seconds} s until {what}\n{slurm('squeue')}\n" + "\n".join(logs))
             time.sleep(0.1)
+
+    def shown(self, *stages: Stage) -> dict[str, str]:
+        """State and note of each stage, as `megatron-erpd status` shows them."""
+        display = Display("test", [stage.name for stage in stages])
+        show_jobs(display, stages, self.root)
+        return {name: f"{row.state}: {row.note}" for name, row in display.rows.items()}
 
     def log(self, name: str, restart: int = 0) -> str:
         path = self.root / "logs" / "slurm" / f"{name}-{self.number(name)}-{restart}.log"

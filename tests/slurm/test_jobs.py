@@ -80,6 +80,10 @@ def test_a_job_whose_wrapper_is_killed_fails_and_goes_on_when_submitted_again(ru
     assert run.ends("a") == "FAILED"
     assert run.ends("b") == "CANCELLED"
     run.until(lambda: not processes_of(f"fake_stage.py.*{run.root}"), 20, "the stage's processes are gone")
+    shown = run.shown(run.stage("a"), run.stage("b", ("a",)))
+    assert shown["a"].startswith(f"failed: job {run.number('a')} FAILED")
+    assert shown["a"].endswith(f"(log in {run.root}/logs/slurm/a-{run.number('a')}-0.log)")
+    assert shown["b"] == f"stopped: job {run.number('b')} CANCELLED"
     before = run.number("a")
     run.submit(run.stage("a"), run.stage("b", ("a",)))
     assert run.number("a") != before
@@ -95,6 +99,8 @@ def test_cancel_ends_the_jobs_of_its_run_and_no_others(run: Run, runs: dict[str,
         pass
     with pytest.raises(StageError, match=rf"other settings than these(?s:.*)\n  a, job {number}: .*settings"):
         run.submit(run.stage("a", waits=9, settings={"epochs": 2}))
+    (run.root / "a" / "metrics.jsonl").write_text('{"iteration": 7, "stage1/loss": 0.25}\n')
+    assert run.shown(run.stage("a")) == {"a": f"running: job {number} RUNNING, iteration 7, loss 0.25"}
     assert run.submit(run.stage("a", waits=9)) == {}
     assert f"a: job {number} is in the queue, left alone" in run.said
     second = slurm("sbatch", "--parsable", str(run.root / "slurm/a.sbatch")).strip()
@@ -147,6 +153,7 @@ def test_a_mistake_of_the_user_is_not_tried_again(run: Run) -> None:
     assert "error: a failed: reward: no such column" in run.log("a")
     assert not run.log("a", 1)
     assert run.ends("b") == run.ends("c") == "CANCELLED"
+    assert "FAILED: a failed: reward: no such column (log in" in run.shown(run.stage("a"))["a"]
     run.submit(run.stage("a"), run.stage("b", ("a",)), run.stage("c", ("b",)))
     assert run.ends("c") == "COMPLETED"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe, load_recipe
 from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of
 from megatron_erpd.pipeline.slurm_submit import scripts
+from megatron_erpd.settings import SlurmSettings
 from tests.distributed.harness import REPOSITORY
 
 RECIPE: dict[str, Any] = {
@@ -52,6 +54,7 @@ def test_all_scripts_are_bash(recipe, tmp_path):
         (tmp_path / name).write_text(script)
         checked = subprocess.run(["bash", "-n", str(tmp_path / name)], capture_output=True, text=True)
         assert checked.returncode == 0, f"{name}: {checked.stderr}"
+        assert "\nunset RANK WORLD_SIZE" in script
         assert "export A='b c'\n" in script and "\nmodule load cuda\n" in script
 
 
@@ -193,3 +196,12 @@ def test_submitting_without_slurm_says_what_is_missing(recipe, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, cwd=REPOSITORY
     )
     assert "squeue: not found; run this where SLURM's programs are" in done.stderr
+
+
+def test_the_page_on_slurm_has_every_key_and_a_recipe_that_works(tmp_path):
+    page = (REPOSITORY / "docs" / "slurm.md").read_text()
+    rows = [line.partition(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= set(SlurmSettings.model_fields)
+    (tmp_path / "recipe.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    made = scripts(load_recipe(tmp_path / "recipe.yaml"))
+    assert "2 nodes" in made["teacher"].splitlines()[1] and directives(made["cache-slices"])["array"] == "1-8"
