@@ -36,6 +36,9 @@ if "raise" in job and restart < job.get("raises", 100):
 if "error" in job:
     print(f"error: {job['error']}", file=sys.stderr, flush=True)
     sys.exit(2)
+if job.get("stops") and restart == 0:
+    print("error: stopped before its end", file=sys.stderr, flush=True)
+    sys.exit(75)
 if "hang" in job and restart == 0:
     time.sleep(job["hang"])
 if "die" in job and restart == 0 and os.environ["RANK"] == "1":

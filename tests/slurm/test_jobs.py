@@ -31,6 +31,7 @@ SCENARIOS: dict[str, Callable[[Run], object]] = {
     "mistake": lambda run: run.submit(
         run.stage("a", error="reward: no such column"), run.stage("b", ("a",)), run.stage("c", ("b",))
     ),
+    "stops": lambda run: run.submit(run.stage("a", stops=True)),
     "late": lambda run: run.submit(run.stage("a", ends_with=3), run.stage("b", ("a",))),
     "crash": lambda run: run.submit(run.stage("a", **{"raise": "out of luck"}, raises=1)),
     "dies": lambda run: run.submit(run.stage("a", processes=2, die=True, rank_waits=True, slurm={"nodes": 2})),
@@ -156,6 +157,12 @@ def test_a_mistake_of_the_user_is_not_tried_again(run: Run) -> None:
     assert "FAILED: a failed: reward: no such column (log in" in run.shown(run.stage("a"))["a"]
     run.submit(run.stage("a"), run.stage("b", ("a",)), run.stage("c", ("b",)))
     assert run.ends("c") == "COMPLETED"
+
+
+@of("stops")
+def test_a_stage_that_stopped_by_itself_goes_on(run: Run) -> None:
+    assert run.ends("a") == "COMPLETED"
+    assert "queued again (1 of 3)" in run.log("a") and run.result("a") == "fresh in start 1"
 
 
 @of("late")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd import __version__, cli
-from megatron_erpd.errors import StageError
+from megatron_erpd.errors import RecipeError, StageError, StageInterrupted
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.pipeline import commands
 from megatron_erpd.pipeline.stages import TOOLS
@@ -165,3 +165,14 @@ def test_the_scripts_call_the_same_functions(script, monkeypatch):
     runpy.run_path(str(Path(cli.__file__).parents[1] / "tools" / script), run_name="__main__")
     name = next(command for command, file in TOOLS.items() if file == script)
     assert called == [cli.COMMANDS[name].load()]
+
+
+@pytest.mark.parametrize(("error", "code"), [(StageInterrupted("stopped"), 75), (RecipeError("stopped"), 2)])
+def test_a_stage_that_would_go_on_has_an_exit_code_of_its_own(error, code, capsys):
+    def fail(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        commands.run_command(fail, [])
+    assert caught.value.code == code
+    assert capsys.readouterr().err == "error: stopped\n"

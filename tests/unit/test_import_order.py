@@ -24,8 +24,11 @@ ONLY_IN = {
 }
 """Packages that may import a heavy library at all, at the top of a module or inside a function."""
 
-LIGHT = ["errors", "settings", "settings_arguments", "manifest", "cli", "pipeline/commands", "pipeline/recipe"]
-"""Modules that a command line loads before it knows what to do."""
+LIGHT = [
+    *("errors", "settings", "settings_arguments", "manifest", "cli"),
+    *("pipeline/commands", "pipeline/recipe", "pipeline/slurm_job"),
+]
+"""Modules that a command line, or a job, loads before it knows what to do."""
 
 
 def imports(path: Path) -> set[str]:
