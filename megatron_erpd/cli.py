@@ -305,7 +305,7 @@ def status(argv: list[str]) -> None:
 
     from megatron_erpd.pipeline.local import status_table
 
-    Console().print(status_table(load_recipe(given.run)).table())
+    Console().print(status_table(load_recipe(given.run)).table(whole_notes=True))
 
 
 def _recipe_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -73,14 +73,17 @@ class Display:
         after = "" if seconds is None or state == "running" == before != state else f" {duration(seconds)}"
         self.say(f"[{name}] {state}{after}{': ' + note if note else ''}")
 
-    def table(self) -> Table:
-        """The stages as they stand."""
+    def table(self, whole_notes: bool = False) -> Table:
+        """The stages as they stand; notes that are too long end in an ellipsis, or go over several lines."""
         table = Table(
             title=self.title, title_justify="left", title_style="bold", expand=False, box=None, padding=(0, 2)
         )
         for heading in ("stage", "state", "time", ""):
             table.add_column(
-                heading, justify="right" if heading == "time" else "left", no_wrap=True, overflow="ellipsis"
+                heading,
+                justify="right" if heading == "time" else "left",
+                no_wrap=bool(heading) or not whole_notes,
+                overflow="fold" if whole_notes else "ellipsis",
             )
         for name, row in self.rows.items():
             seconds = "" if row.seconds is None else duration(row.seconds)

@@ -66,7 +66,7 @@ def how_ended(job_id: str) -> str:
         shown = slurm("squeue", "--noheader", "--states=all", "--array", f"--jobs={job_id}", "--format=%T")
     except StageError:
         shown = ""
-    return "; ".join(dict.fromkeys(shown.split())) or "ended"
+    return "; ".join(dict.fromkeys(shown.split())) or "ended, and SLURM has forgotten how"
 
 
 def slurm(*command: str) -> str:

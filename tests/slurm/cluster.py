@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -48,6 +49,8 @@ MpiDefault=none
 JobRequeue=1
 KillWait=2
 MinJobAge=300
+# A stage's processes meet on a port that follows from the job's number: clusters on one machine must not share numbers.
+FirstJobId={first_job}
 SlurmdTimeout=10
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=16 RealMemory=4000
@@ -79,7 +82,13 @@ class Cluster:
         for name in ("state", *(f"spool-{node}" for node in NODES), "unshared"):
             (self.folder / name).mkdir()
         (self.folder / "slurm.conf").write_text(
-            _CONFIG.format(host=socket.gethostname(), user=getpass.getuser(), folder=self.folder, ports=_free_ports(3))
+            _CONFIG.format(
+                host=socket.gethostname(),
+                user=getpass.getuser(),
+                folder=self.folder,
+                ports=_free_ports(3),
+                first_job=random.SystemRandom().randrange(1, 60_000),
+            )
         )
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))

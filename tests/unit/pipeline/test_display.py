@@ -7,7 +7,7 @@ import json
 
 from rich.console import Console
 
-from megatron_erpd.pipeline.display import Display, duration, summary_table
+from megatron_erpd.pipeline.display import Display, Row, duration, summary_table
 
 
 def test_durations():
@@ -69,3 +69,12 @@ def test_the_final_table_of_two_rounds(tmp_path):
     assert rows[1][1:] == ["0.610", "-", "-", "-", "0.300", "-", "-", "-"]
     assert rows[3][1:] == ["0.790", "-", "-", "-", "0.900", "-", "-", "-"]
     assert "1st base" in out.getvalue()
+
+
+def test_long_notes_leave_the_other_columns_their_room():
+    display = Display("test", ["a stage"])
+    display.rows["a stage"] = Row("running", 200.0, " ".join(["note"] * 40))
+    console = Console(file=io.StringIO(), width=60)
+    console.print(display.table(whole_notes=True))
+    shown = console.file.getvalue()
+    assert "a stage" in shown and "running" in shown and "3 min 20 s" in shown and shown.count("note") == 40
