@@ -75,10 +75,10 @@ def precompute(*argv: str) -> None:
 
 
 def test_nothing_but_the_cache_is_left(made: Path) -> None:
-    tables = {"log_probs.base", "log_probs.teacher", "topk"}
-    assert {path.name for path in (made / "whole").iterdir()} == {*tables, "cache.json", "manifest.json"}
+    tables, aside = {"log_probs.base", "log_probs.teacher", "topk"}, {"cache.json", "manifest.json", "metrics.jsonl"}
+    assert {path.name for path in (made / "whole").iterdir()} == {*tables, *aside}
     kept = {*tables, "hidden.base", "hidden.teacher"}
-    assert {path.name for path in (made / "hidden").iterdir()} == {*kept, "cache.json", "manifest.json"}
+    assert {path.name for path in (made / "hidden").iterdir()} == {*kept, *aside}
 
 
 def test_passes_are_as_many_as_the_disk_asks_for(made: Path, tmp_path: Path) -> None:
