@@ -44,13 +44,13 @@ if "hang" in job and restart == 0:
 if "die" in job and restart == 0 and os.environ["RANK"] == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if restart < job.get("waits", 0):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         time.sleep(0.05)
         if job.get("chatty"):
             print(".", flush=True)
 if job.get("rank_waits") and restart == 0:
-    time.sleep(120)
+    time.sleep(600)
 if first and not job.get("forgets_manifest"):
     saved = output / "saved"
     (output / "result").write_text(saved.read_text() if saved.is_file() else f"fresh in start {restart}")
