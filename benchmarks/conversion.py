@@ -136,6 +136,7 @@ def write_model(folder: Path, sizes: dict[str, int]) -> int:
 
 
 def copy_seconds(source: Path, copy: Path) -> float:
+    os.sync()  # what was deleted before keeps the disk busy for a while
     begin = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
     for path in copy.iterdir():
@@ -154,6 +155,7 @@ def convert(verb: str, root: Path, source: Path, processes: int) -> dict[str, fl
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "megatron_erpd.cli", verb, *flags]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    os.sync()
     begin = time.monotonic()
     done = subprocess.run([*command, "--output", str(output)], env=environment, capture_output=True, text=True)
     wall = time.monotonic() - begin
