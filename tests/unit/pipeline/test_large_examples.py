@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def test_the_jobs_on_slurm_take_whole_nodes(planned: tuple[str, Resources], caps
     cli.main(["submit", str(EXAMPLES / name / "recipe.yaml"), "--dry-run"])
     script = next(text for text in capsys.readouterr().out.split("#!/bin/bash") if f"--job-name={name}/teacher" in text)
     assert f"#SBATCH --nodes={LARGE[name][2] // 8}\n" in script and "#SBATCH --gpus-per-node=8\n" in script
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_scripts_beside_the_recipe_are_what_submit_prints(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... in a checkout in /opt/megatron-erpd."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    cli.main(["submit", f"examples/{name}/recipe.yaml", "--dry-run"])
+    printed = capsys.readouterr().out.replace(sys.executable, "/opt/megatron-erpd/.venv/bin/python")
+    printed = printed.replace(str(EXAMPLES.parent), "/opt/megatron-erpd")
+    parts = re.split(r"^# ---- \S+/slurm/(\S+)\n", printed, flags=re.MULTILINE)
+    expected = {file: text.rstrip("\n") + "\n" for file, text in zip(parts[1::2], parts[2::2], strict=True)}
+    assert {path.name: path.read_text() for path in (EXAMPLES / name / "slurm").iterdir()} == expected
 
 
 def test_the_readme_tells_the_plans_figures(planned: tuple[str, Resources]) -> None:
