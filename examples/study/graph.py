@@ -249,12 +249,12 @@ def _run(job: Job) -> str:
 
 def _command(name: str) -> Callable[[list[str]], None]:
     from megatron_erpd.pipeline import commands
-    from megatron_erpd.training import convert, on_policy, precompute, train
+    from megatron_erpd.training import export_checkpoint, import_checkpoint, on_policy, precompute, train
 
     known: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
-        "import": convert.import_checkpoint,
-        "export": convert.export_checkpoints,
+        "import": import_checkpoint.import_checkpoint,
+        "export": export_checkpoint.export_checkpoints,
         "sample": commands.sample,
         "evaluate": commands.evaluate,
         "train-teacher": train.train_teacher,
