@@ -27,7 +27,7 @@ from megatron_erpd.checkpoint.processes import Progress, do_together, process_ra
 from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFile, ShardWriter, plan_files, write_index
 from megatron_erpd.checkpoint.shards import raise_problems
 from megatron_erpd.checkpoint.sidecar import copy_files
-from megatron_erpd.checkpoint.torch_dist import METADATA, Chunk, TorchDistReader
+from megatron_erpd.checkpoint.torch_dist import Chunk, TorchDistReader
 from megatron_erpd.checkpoint.torch_dist_writer import write_json
 from megatron_erpd.checkpoint.verify import ROWS_AT_ONCE, Compared, compare_checkpoint
 from megatron_erpd.errors import CheckpointError
@@ -106,7 +106,10 @@ def export_checkpoint(
         names = [name for file in mine for name in file.shapes]
         written = HfWeights(folder, only=[file.name for file in mine])
         found.append(compare_checkpoint(reader, written, _runs(names, owner)))
-        raise_problems(f"{folder}: differs from {iteration}", found[0].differences)
+        if found[0].differences:
+            for file in mine:  # or the next attempt would keep them
+                (folder / file.name).unlink()
+        raise_problems(f"{folder}: differs from {iteration}, export again", found[0].differences)
 
     do_together(folder, compare)
     compared_at = time.monotonic()
@@ -141,8 +144,12 @@ def _begin(
     """Makes the folder and all in it but the weights, or finds it as an interrupted export of the same left it."""
     if process_rank() != 0:
         return
-    metadata = hashlib.sha256((iteration / METADATA).read_bytes()).hexdigest()
-    plan = {"checkpoint": metadata, "files": {file.name: [len(file.header()), file.tensor_bytes] for file in files}}
+    # Two checkpoints of one architecture may have the same metadata, and files of the same size.
+    found = {path.name: path.stat() for path in sorted(iteration.iterdir())}
+    plan = {
+        "checkpoint": {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()},
+        "files": {file.name: hashlib.sha256(file.header()).hexdigest() for file in files},
+    }
     if folder.exists() and _read_plan(folder) != plan:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

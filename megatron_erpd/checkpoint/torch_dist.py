@@ -55,6 +55,7 @@ class TorchDistReader:
         self.tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
         self._files: dict[Path, BinaryIO] = {}
         self._places: dict[MetadataIndex, tuple[int, int]] = {}
+        self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
 
     def names(self) -> list[str]:
         """Keys of the model's tensors, as Megatron stores them; the optimizer's are left out."""
@@ -79,17 +80,24 @@ class TorchDistReader:
             raise CheckpointError(
                 f"{self.folder}: tensor {key} has shape {list(size)}, but config.json makes it {list(wanted)}"
             )
-        found = []
+        if (key, len(at)) not in self._chunks:
+            self._chunks[key, len(at)] = self._by_place(key, len(at))
+        return self._chunks[key, len(at)].get(at, [])
+
+    def _by_place(self, key: str, num_axes: int) -> dict[tuple[int, ...], list[Chunk]]:
+        """A tensor's chunks by their indices on its leading axes: a mixture has thousands of units in one."""
+        found: dict[tuple[int, ...], list[Chunk]] = {}
         for chunk in self.tensors[key].chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            if offsets[: len(at)] != at:
-                continue
-            if prod(sizes[: len(at)]) != 1:
+            if prod(sizes[:num_axes]) != 1:
                 raise CheckpointError(f"{self.folder}: a chunk of {key} spans several layers, which is not supported")
-            here, part = offsets[len(at) :], sizes[len(at) :]
+            here, part = offsets[num_axes:], sizes[num_axes:]
             column = here[1] if len(here) > 1 else 0
-            found.append(Chunk(here[0], column, part, MetadataIndex(key, chunk.offsets)))
-        return sorted(found, key=lambda chunk: (chunk.row, chunk.column))
+            index = MetadataIndex(key, chunk.offsets)
+            found.setdefault(offsets[:num_axes], []).append(Chunk(here[0], column, part, index))
+        for chunks in found.values():
+            chunks.sort(key=lambda chunk: (chunk.row, chunk.column))
+        return found
 
     def dtype(self, chunk: Chunk) -> torch.dtype:
         found: torch.dtype = self.tensors[chunk.index.fqn].properties.dtype

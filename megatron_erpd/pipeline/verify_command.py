@@ -75,6 +75,7 @@ def verify(argv: list[str]) -> None:
 
 
 def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
+    from megatron_erpd.checkpoint.shards import raise_problems
     from megatron_erpd.checkpoint.verify_checkpoint import find_pair, verify_checkpoint
 
     pair = find_pair(folder, source)
@@ -83,7 +84,7 @@ def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
         found = verify_checkpoint(pair, advance)
     print(f"{pair.iteration} and {pair.hf_folder}: compared {found.describe()}", flush=True)
     if found.compared.differences:
-        raise CheckpointError("they differ:\n" + "\n".join(found.compared.differences[:20]))
+        raise_problems("they differ", found.compared.differences)
     print("equal, bit for bit", flush=True)
     if artifact is not None:
         verify_manifest(artifact)

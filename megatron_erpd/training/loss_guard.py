@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ def finite_loss(loss: LossAndMetrics, batch: Batch, output: Tensor) -> tuple[Ten
     """
     result = loss(batch, output)
     value = float(result[0].detach())
-    if value - value == 0:  # neither infinite nor NaN
+    if math.isfinite(value):
         return result
     wrong = (~torch.isfinite(output.detach()) & (batch.loss_mask > 0)).flatten(2).any(dim=2).any(dim=0)
     rows = batch.row_indices[wrong] if wrong.any() else batch.row_indices

@@ -137,7 +137,8 @@ class TrainingRun(ABC):
             configure_head(self.layout)
             from megatron_erpd.training.model import check_optimizer_fits, synchronize
 
-            check_optimizer_fits(self.output / "megatron", self.layout.expert_parallel)
+            if rank() == 0:  # which has put the checkpoint in order; its error ends the others
+                check_optimizer_fits(self.output / "megatron", self.layout.expert_parallel)
             exited = self._train(args, store)
             stop, done = self._early_stop(), latest_iteration(self.output / "megatron")
             if stop is None and (exited or done != self.num_iterations):

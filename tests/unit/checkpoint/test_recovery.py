@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,9 +72,7 @@ def test_what_is_wrong_is_said(checkpoint: Path, kind: str) -> None:
     assert damage(folder) is None
     work(folder)
     found = damage(folder)
-    assert found is not None
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(found)
+    assert found is not None and re.search(words, found)
 
 
 @pytest.mark.parametrize("text", ["", "garbage\n", "40", "\x00\x00"])

@@ -147,13 +147,32 @@ def test_an_interrupted_export_keeps_its_files(
     assert compare_weights(source, output) == [] and not (output / ".export.json").exists()
 
 
-def test_an_export_of_something_else_is_not_gone_on_with(
-    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_export_of_another_type_is_not_gone_on_with(
+    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     with monkeypatch.context() as patch:
         stop_after(patch, 2, Stopped)
         with pytest.raises(Stopped):
-            export_checkpoint(checkpoint, source, tmp_path / "export", dtype="float32", **SHARDS)
+            export_checkpoint(checkpoint, source, tmp_path / "export", dtype=dtype, **SHARDS)
+    export_checkpoint(checkpoint, source, tmp_path / "export", dtype="bfloat16", **SHARDS)
+    assert {HfWeights(tmp_path / "export").dtype(name) for name in HfWeights(source).names} == {torch.bfloat16}
+
+
+def test_an_export_of_another_checkpoint_is_not_gone_on_with(
+    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... though its metadata and sizes are the same."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file({k: v + 1 for k, v in load_file(source / "model.safetensors").items()}, other / "model.safetensors")
+    write_checkpoint(other, tmp_path / "other-checkpoint", dict, **BLOCKS)
+    assert (tmp_path / "other-checkpoint" / ".metadata").read_bytes() == (checkpoint / ".metadata").read_bytes()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, Stopped)
+        with pytest.raises(Stopped):
+            export_checkpoint(tmp_path / "other-checkpoint", source, tmp_path / "export", **SHARDS)
     export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
     assert compare_weights(source, tmp_path / "export") == []
 
@@ -175,8 +194,7 @@ def test_a_killed_import_is_finished_by_the_next(source: Path, checkpoint: Path,
     with pytest.raises(CheckpointError, match="no finished torch_dist checkpoint"):
         TorchDistReader(folder)
     write_checkpoint(source, folder, dict, **BLOCKS)
-    left = folder / "__4_0.distcp.tmp"  # what the dead process had not given its name
-    assert {**contents(folder), left.name: b""} == {**contents(checkpoint), left.name: b""}
+    assert contents(folder) == contents(checkpoint)
 
 
 def test_a_full_disk_is_named_and_what_is_whole_stays(
@@ -276,10 +294,13 @@ def test_an_export_that_differs_is_not_published(
             changed[-1] ^= 1
         return write(self, changed)
 
-    monkeypatch.setattr(FileWriter, "write", wrong)
-    with pytest.raises(CheckpointError, match=r"(?s)differs from .*1 of .* elements differ"):
-        export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileWriter, "write", wrong)
+        with pytest.raises(CheckpointError, match=r"(?s)differs from .*, export again:.*1 of .* elements differ"):
+            export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
     assert not (tmp_path / "export").exists()
+    export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
+    assert compare_weights(source, tmp_path / "export") == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other"])
