@@ -36,8 +36,8 @@ from megatron_erpd.pipeline.stages import Stage
 _POLL_SECONDS = 0.1
 _LOCK_SECONDS = 30.0
 """How often a job looks whether the stage is still its own."""
-_STACKS_SECONDS = 5.0
-"""From the signal that makes a hanging process show its stacks to the one that kills it."""
+_SOON_SECONDS = 5.0
+"""From the signal that makes a hanging process show its stacks to the one that kills it, and the like."""
 _KILLED_SECONDS = 600.0
 """A job that was put back into the queue waits so long for SLURM to end it here."""
 _VISIBLE_SECONDS = 10
@@ -179,7 +179,7 @@ class StageJob:
                 self.why_ended = f"hung: no output and no file for {self.record.hang_minutes:g} minutes"
                 self._say(f"{self.why_ended}; its stacks follow")
                 self._tell(signal.SIGABRT)
-                self._wait(process, _STACKS_SECONDS)
+                self._wait(process, _SOON_SECONDS)
                 self._kill(process)
             elif now - looked > _LOCK_SECONDS:
                 looked = now
@@ -224,12 +224,22 @@ class StageJob:
         if details:
             self._say(details)
         del self.signals[:]
-        slurm("scontrol", "requeue", self.only_this)
+        try:
+            slurm("scontrol", "requeue", self.only_this)
+        except StageError:
+            # SLURM ends the job, and scontrol as a part of it, maybe before scontrol could tell that it is done.
+            if not self._is_signalled(_SOON_SECONDS):
+                raise
         self.why_ended = "requeued"
-        deadline = time.monotonic() + _KILLED_SECONDS
+        self._is_signalled(_KILLED_SECONDS)
+        sys.exit(1)
+
+    def _is_signalled(self, seconds: float) -> bool:
+        """Waits for a signal, for so long at most."""
+        deadline = time.monotonic() + seconds
         while not self.signals and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        sys.exit(1)
+        return bool(self.signals)
 
     def _tell(self, number: signal.Signals) -> None:
         """Signals all processes of the stage, on all nodes; not this one.
@@ -244,7 +254,7 @@ class StageJob:
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         self._tell(signal.SIGKILL)
-        self._wait(process, _STACKS_SECONDS)
+        self._wait(process, _SOON_SECONDS)
         process.kill()
         process.wait()
 

@@ -1,0 +1,46 @@
+"""What a job does when SLURM's own programs answer oddly; its life on a real cluster is in tests/slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_erpd.errors import StageError
+from megatron_erpd.pipeline import slurm_job
+from megatron_erpd.pipeline.slurm_job import StageJob
+from megatron_erpd.pipeline.slurm_jobs import JobRecord
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageJob]:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(slurm_job, "_SOON_SECONDS", 0.3)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    record = JobRecord("a", "a", "sample", [], {}, str(tmp_path / "a"), {}, 1, 3, 60, 300)
+    yield StageJob(tmp_path, record, tmp_path / "a.log")
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_scontrol_that_dies_with_its_job_has_queued_it_again(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*command: str) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise StageError(f"{' '.join(command)} failed: ")
+
+    monkeypatch.setattr(slurm_job, "slurm", killed)
+    with pytest.raises(SystemExit) as ended:
+        job._requeue("its time was over", "")
+    assert ended.value.code == 1 and job.why_ended == "requeued"
+
+
+def test_a_job_that_is_not_queued_again_says_so(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*command: str) -> str:
+        raise StageError("scontrol requeue 17 failed: Access denied")
+
+    monkeypatch.setattr(slurm_job, "slurm", refused)
+    with pytest.raises(StageError, match="Access denied"):
+        job._requeue("its time was over", "")
