@@ -3,6 +3,9 @@
 A lock is a file with the job's number and how often it was restarted. It is made by a hard link, of which one alone
 succeeds on every file system (flock may not reach other nodes), and outlives the job: a job that SLURM puts back into
 the queue finds its own lock again, and a lock whose job the queue has forgotten is taken over.
+
+To take over a lock is itself locked, by a lock whose name says whose is taken over. So nobody moves a lock that another
+took over in the meantime, and a job that is killed while it takes over is followed in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ class JobLock:
 
     def __init__(self, path: Path, job_id: str, restart: int) -> None:
         self.path = path
-        self.mine = {"job": job_id, "restart": restart, "host": socket.gethostname(), "process": os.getpid()}
+        self.mine: dict[str, Any] = {"job": job_id, "restart": restart}
+        self.mine |= {"host": socket.gethostname(), "process": os.getpid()}
 
     def acquire(self, wait: float = _ENDING_SECONDS) -> None:
         """Takes the lock.
@@ -51,7 +54,8 @@ class JobLock:
                     continue
                 state = state_of(str(holder["job"])) if holder["job"] != self.mine["job"] else ""
                 if state in _ENDED:
-                    self._take_over(holder, own)
+                    if self._take_over(holder, own):
+                        return
                 elif state != "COMPLETING" or time.monotonic() > deadline:
                     raise StageError(
                         f"{self.path}: job {holder['job']} ({state.lower()}, on {holder['host']}) has this stage; wait "
@@ -90,12 +94,19 @@ class JobLock:
             return False
         return True
 
-    def _take_over(self, holder: dict[str, Any], own: Path) -> None:
-        """Moves away the lock of a job that is gone. When another job was quicker, it is that job's, and goes back."""
-        away = own.with_name(own.name + ".away")
-        with suppress(FileNotFoundError):
-            self.path.rename(away)
-            if json.loads(away.read_text()) != holder:
-                with suppress(FileExistsError):
-                    os.link(away, self.path)
-            away.unlink()
+    def _take_over(self, holder: dict[str, Any], own: Path) -> bool:
+        """Replaces the lock of a job that is gone by this job's; returns False where another job was quicker.
+
+        Raises:
+            StageError: another job is about to take it over.
+        """
+        gone = f"{holder['job']}-{holder['restart']}-{holder['host']}-{holder['process']}"
+        right = JobLock(self.path.with_name(f"{self.path.name}.after-{gone}"), self.mine["job"], self.mine["restart"])
+        right.acquire()
+        try:
+            if self.holder() != holder:
+                return False
+            os.replace(own, self.path)  # as no other job may, and the one that is gone does not come back
+            return True
+        finally:
+            right.release()

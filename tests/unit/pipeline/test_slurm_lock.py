@@ -85,6 +85,56 @@ def test_of_many_that_take_over_one_gets_it(tmp_path, states):
     assert JobLock(tmp_path / "a", got[0], 0).held()
 
 
+def test_a_lock_that_was_just_taken_over_is_nobody_s_for_no_moment(tmp_path, states, monkeypatch):
+    """The first takes over while the second looks at the job that is gone; at whatever the second does then, a third
+    job tries."""
+    JobLock(tmp_path / "a", "0", 0).acquire()
+    states.update({"1": "RUNNING", "2": "RUNNING", "3": "RUNNING"})
+    first, second, third = (JobLock(tmp_path / "a", number, 0) for number in "123")
+    tried: list[str] = []
+    replace, link, rename, unlink = os.replace, os.link, Path.rename, Path.unlink
+
+    def the_first_is_quicker(number: str) -> str:
+        if number == "0" and not first.held():
+            monkeypatch.setattr(slurm_lock, "state_of", lambda number: states.get(number, ""))
+            first.acquire()
+            for module, name, function in ((os, "replace", replace), (os, "link", link), (Path, "rename", rename)):
+                monkeypatch.setattr(module, name, and_the_third_tries(function))
+            monkeypatch.setattr(Path, "unlink", and_the_third_tries(unlink))
+            return ""
+        return states.get(number, "")
+
+    def and_the_third_tries(function):
+        def call(*given, **options):
+            if "trying" not in tried:  # that is, not at what the third does itself
+                tried.append("trying")
+                with pytest.raises(StageError, match="job 1 "):
+                    third.acquire()
+                tried[-1] = function.__name__
+            return function(*given, **options)
+
+        return call
+
+    monkeypatch.setattr(slurm_lock, "state_of", the_first_is_quicker)
+    with pytest.raises(StageError, match="job 1 "):
+        second.acquire()
+    assert first.held() and len(tried) > 2
+
+
+def test_a_job_that_was_killed_while_it_took_over_is_followed(tmp_path, states, monkeypatch):
+    JobLock(tmp_path / "a", "0", 0).acquire()
+    with monkeypatch.context() as killed:
+        killed.setattr(slurm_lock.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(JobLock, "release", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            JobLock(tmp_path / "a", "1", 0).acquire()
+    states["2"] = "RUNNING"
+    lock = JobLock(tmp_path / "a", "2", 0)
+    lock.acquire()
+    assert lock.held()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_the_second_of_two_submissions_says_so(tmp_path):
     mine = f"process {os.getpid()} on .* is submitting this now"
     with submitting(tmp_path), pytest.raises(StageError, match=mine), submitting(tmp_path):
