@@ -52,7 +52,8 @@ def _dead(how: str) -> State:
 
 
 def _note(name: str, number: str, jobs: Sequence[Queued], stage: Stage, root: Path) -> str:
-    """`job 17 RUNNING, 3:10:00 left, start 2, iteration 40, loss 0.31`."""
+    """`job 17 RUNNING, 3:10:00 left, start 2, iteration 40, loss 0.31`; of a stage that doesn't train, what it said
+    last."""
     states = [job.state for job in jobs]
     counts = ", ".join(f"{states.count(s)} {s}" if len(states) > 1 else s for s in dict.fromkeys(states))
     words = [f"job {number} {counts}"]
@@ -62,7 +63,7 @@ def _note(name: str, number: str, jobs: Sequence[Queued], stage: Stage, root: Pa
     words += [f"{running[0].time_left} left"] if running[0].time_left not in ("UNLIMITED", "INVALID") else []
     starts = len(_logs(root, name, number))
     words += [f"start {starts}"] if starts > 1 and len(jobs) == 1 else []
-    step = last_step(stage.output / "metrics.jsonl")
+    step = last_step(stage.output / "metrics.jsonl") or _last_line(root, name, number)
     return ", ".join([*words, *([step] if step else [])])
 
 
@@ -71,9 +72,18 @@ def _why(root: Path, name: str, number: str) -> str:
     logs = _logs(root, name, number)
     if not logs:
         return ""
-    size = logs[-1].stat().st_size
-    message = error_message(read_from(logs[-1], max(0, size - _TAIL_BYTES)).splitlines())
+    message = error_message(_tail(logs[-1]))
     return (f": {message.splitlines()[0]}" if message else "") + f" (log in {logs[-1]})"
+
+
+def _last_line(root: Path, name: str, number: str) -> str:
+    logs = _logs(root, name, number)
+    lines = [line.strip() for line in (_tail(logs[-1]) if logs else []) if not line.startswith("[job]")]
+    return next((line for line in reversed(lines) if line), "")
+
+
+def _tail(log: Path) -> list[str]:
+    return read_from(log, max(0, log.stat().st_size - _TAIL_BYTES)).splitlines()
 
 
 def _logs(root: Path, name: str, number: str) -> list[Path]:
