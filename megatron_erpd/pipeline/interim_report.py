@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -25,8 +26,14 @@ class InterimReport:
 
     def __call__(self, stage: Stage) -> str | None:
         """Returns what went wrong, in words; a report that can't be written never ends a run."""
-        if stage.command in ("report", "prepare") or not any(self.root.glob("round-*")):
-            return None
+        return self.refresh() if self.shows(stage) else None
+
+    def shows(self, stage: Stage) -> bool:
+        """Whether a report has anything to say of a stage."""
+        return stage.command not in ("report", "prepare") and any(self.root.glob("round-*"))
+
+    def refresh(self) -> str | None:
+        """As a call, whatever stage was done."""
         from megatron_erpd.report.collect import collect_run, write_summary
 
         try:
@@ -41,3 +48,8 @@ class InterimReport:
         except Exception as error:  # whatever it is, the run is worth more than its report
             return f"the report is not brought up to date ({error}); `megatron-erpd report {self.root}` tries again"
         return None
+
+
+if __name__ == "__main__":  # `python -m megatron_erpd.pipeline.interim_report RUN`
+    if note := InterimReport(Path(sys.argv[1])).refresh():
+        print(note)

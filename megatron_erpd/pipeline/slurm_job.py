@@ -24,6 +24,7 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.processes import error_message
 from megatron_erpd.pipeline.slurm_jobs import JobRecord, slurm_folder
 from megatron_erpd.pipeline.slurm_lock import JobLock
@@ -40,6 +41,8 @@ _SOON_SECONDS = 5.0
 """From the signal that makes a hanging process show its stacks to the one that kills it, and the like."""
 _KILLED_SECONDS = 600.0
 """A job that was put back into the queue waits so long for SLURM to end it here."""
+_REPORT_SECONDS = 60.0
+"""A report that takes longer is left to the jobs that come, at last to the one that makes it."""
 _VISIBLE_SECONDS = 10
 _SEES_TOKEN = """for i in $(seq "$2"); do
   if [ "$(cat "$0" 2>/dev/null)" = "$1" ]; then exit 0; fi
@@ -200,6 +203,7 @@ class StageJob:
             problem = str(error)
         if not problem:
             self._say(f"{self.stage.name} is complete" + (f" (its command ended with {code})" if code else ""))
+            self._refresh_report()
             return 0
         message = error_message(output.splitlines())
         if signal.SIGUSR1 in self.signals or (self.signals and state_of(self.id) == "RUNNING"):
@@ -213,6 +217,21 @@ class StageJob:
             problem = self.why_ended or f"its command ended with {code}"
         why = message or first_traceback(output) or "\n".join(output.splitlines()[-20:])
         self._requeue(problem, why)
+
+    def _refresh_report(self) -> None:
+        """Brings the run's report up to date, in a process of its own: nothing that goes wrong there is this job's, and
+        the jobs that wait for this one don't wait for long."""
+        refresh = InterimReport(self.root)
+        if self.slice or self.signals or not refresh.shows(self.stage):
+            return
+        command = [sys.executable, "-m", "megatron_erpd.pipeline.interim_report", str(self.root)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + _REPORT_SECONDS
+        while process.poll() is None and not self.signals and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        process.kill()
+        if said := process.communicate()[0].strip():
+            self._say(said)
 
     def _requeue(self, why: str, details: str) -> NoReturn:
         if self.restart >= self.record.requeues:

@@ -32,6 +32,7 @@ def render(job: Job, run: str, root: Path) -> str:
         list(_environment(job)),
         ["# slurm.setup of the recipe", *job.stage.slurm.setup] if job.stage.slurm.setup else [],
         list(_launch(job, root)),
+        list(_wait(job)),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -120,13 +121,33 @@ def _launch(job: Job, root: Path) -> Iterator[str]:
         yield "# Where the processes meet: this script runs on the first host of the job. (The network need not know"
         yield "# the name that the node has in SLURM.)"
         yield f"head=$(hostname) port=$(({_FIRST_PORT} + SLURM_JOB_ID % {_PORTS}))"
+    yield "# SLURM signals this script alone, which passes the signals on."
+    yield "trap 'kill -USR1 $!' USR1"
+    yield "trap 'kill -TERM $!' TERM"
     yield "# Runs what follows `--` and watches it; ends well only when the stage's artifact is complete."
     python = shlex.quote(sys.executable)
-    yield f'exec {python} -m megatron_erpd.pipeline.slurm_job {shlex.quote(str(root))} {job.name} --log "$log" -- \\'
+    yield f'{python} -m megatron_erpd.pipeline.slurm_job {shlex.quote(str(root))} {job.name} --log "$log" -- \\'
     yield from _indented(_srun(job, root), last=False)
-    yield from _indented(
-        _command(job, slurm.python or (_CONTAINER_PYTHON if slurm.container_image else sys.executable))
-    )
+    command = _command(job, slurm.python or (_CONTAINER_PYTHON if slurm.container_image else sys.executable))
+    yield from _indented([*command[:-1], f"{command[-1]} &"])
+
+
+def _wait(job: Job) -> Iterator[str]:
+    """What is left to the shell, which no shortage of memory kills."""
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.part == "slices" else "$SLURM_JOB_ID"
+    yield "# A signal ends `wait`, but not that program."
+    yield "set +e"
+    yield "while kill -0 $! 2>/dev/null; do wait $!; done"
+    yield "wait $!"
+    yield "code=$?"
+    yield "# When it was killed itself (137: by SIGKILL, as for a shortage of memory), the job is queued again, which"
+    yield "# ends what is left of the stage. 143, SIGTERM, is how SLURM ends a job."
+    again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.stage.slurm.requeues} ]'
+    yield f"if [ $code -gt 128 ] && [ $code -ne 143 ] && {again}; then"
+    yield '    echo "[job] the program around the stage was killed (exit code $code); the job is queued again"'
+    yield f'    scontrol requeue "{number}" && sleep 600'
+    yield "fi"
+    yield "exit $code"
 
 
 def _srun(job: Job, root: Path) -> list[str]:

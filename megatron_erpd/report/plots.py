@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_erpd.report.collect import Curve, Policy
+from megatron_erpd.report.collect import Curve, Policy, new_file
 
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -105,7 +105,8 @@ def save_accuracy_against_kl(policies: Sequence[Policy], palette: Palette, path:
         right.set_ylabel("")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", handlelength=1.6)
-        figure.savefig(path, dpi=160, metadata={"Software": None})
+        with new_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
         return True
 
 

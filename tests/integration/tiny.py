@@ -59,15 +59,20 @@ def write_mixture(folder: Path, seed: int = 0) -> Path:
 
 
 def write_random_rollouts(
-    path: Path, num_prompts: int = 10, group_size: int = 4, seed: int = 0, reward: float | None = None
+    path: Path,
+    num_prompts: int = 10,
+    group_size: int = 4,
+    seed: int = 0,
+    reward: float | None = None,
+    shortest: int = 1,
 ) -> Path:
-    """Prompts and responses of many lengths, with rewards of 0 and 1, or this reward."""
+    """Prompts and responses (of `shortest` to 19 tokens) of many lengths, with rewards of 0 and 1, or this reward."""
     generator = np.random.default_rng(seed)
     rows = []
     for group in range(num_prompts):
         prompt = generator.integers(0, VOCAB_SIZE, generator.integers(2, 8))
         for _ in range(group_size):
-            response = generator.integers(0, VOCAB_SIZE, generator.integers(1, 20))
+            response = generator.integers(0, VOCAB_SIZE, generator.integers(shortest, 20))
             drawn = float(generator.random() < 0.5)
             rows.append(
                 Rollout(

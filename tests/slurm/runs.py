@@ -83,8 +83,7 @@ class Run:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                logs = [f"{p.name}:\n{p.read_text()[-3000:]}" for p in sorted((self.root / "logs/slurm").glob("*"))]
-                raise AssertionError(f"waited {seconds} s until {what}\n{slurm('squeue')}\n" + "\n".join(logs))
+                raise AssertionError(f"waited {seconds} s until {what}\n{slurm('squeue')}\n{self.logs()}")
             time.sleep(0.1)
 
     def shown(self, *stages: Stage) -> dict[str, str]:
@@ -93,9 +92,15 @@ class Run:
         show_jobs(display, stages, self.root)
         return {name: f"{row.state}: {row.note}" for name, row in display.rows.items()}
 
-    def log(self, name: str, restart: int = 0) -> str:
-        path = self.root / "logs" / "slurm" / f"{name}-{self.number(name)}-{restart}.log"
+    def log(self, name: str, restart: int = 0, number: str = "") -> str:
+        """What a job's start has said; `number` is 17_2 for one of an array."""
+        path = self.root / "logs" / "slurm" / f"{name}-{number or self.number(name)}-{restart}.log"
         return path.read_text() if path.is_file() else ""
+
+    def logs(self) -> str:
+        """The ends of all logs, to be shown."""
+        logs = sorted((self.root / "logs/slurm").glob("*"))
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in logs)
 
     def signal(self, name: str) -> None:
         """What SLURM sends before a job's time limit."""

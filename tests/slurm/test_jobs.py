@@ -5,6 +5,7 @@ All runs are submitted at once, and go on while the tests look at one after the 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -37,8 +38,9 @@ SCENARIOS: dict[str, Callable[[Run], object]] = {
     "dies": lambda run: run.submit(run.stage("a", processes=2, die=True, rank_waits=True, slurm={"nodes": 2})),
     "hangs": lambda run: run.submit(run.stage("a", processes=2, hang=500, slurm={"nodes": 2, **HANGS})),
     "chatty": lambda run: run.submit(run.stage("a", waits=9, chatty=True, slurm=HANGS)),
-    "killed": lambda run: run.submit(run.stage("a", waits=1), run.stage("b", ("a",))),
+    "killed": lambda run: run.submit(run.stage("a", waits=9, slurm=ONCE), run.stage("b", ("a",))),
     "cancelled": lambda run: run.submit(run.stage("a", waits=9)),
+    "reported": lambda run: run.submit(run.stage("round-01/a"), run.stage("round-01/b", ("round-01/a",), waits=9)),
     "stubborn": lambda run: run.submit(run.stage("a", waits=1, stubborn=True, slurm={"signal_seconds": 10})),
 }
 
@@ -73,17 +75,23 @@ def test_a_stage_that_got_the_signal_saves_and_goes_on(run: Run) -> None:
 
 
 @of("killed")
-def test_a_job_whose_wrapper_is_killed_fails_and_goes_on_when_submitted_again(run: Run) -> None:
-    run.starts("a")
-    wrapper = processes_of(f"slurm_job {run.root} a ")
-    assert len(wrapper) == 1
-    os.kill(wrapper[0], signal.SIGKILL)
+def test_a_job_whose_wrapper_is_killed_is_queued_again_and_fails_when_the_requeues_are_used_up(run: Run) -> None:
+    shown: dict[str, str] = {}
+    for restart in (0, 1):
+        run.starts("a", restart)
+        wrapper = processes_of(f"slurm_job {run.root} a ")
+        assert len(wrapper) == 1
+        shown = run.shown(run.stage("a"))
+        os.kill(wrapper[0], signal.SIGKILL)
+    # No limit, a second start, and what a stage that doesn't train said last.
+    assert shown["a"].startswith(f"running: job {run.number('a')} RUNNING, start 2, started ")
+    assert "killed (exit code 137); the job is queued again" in run.log("a")
     assert run.ends("a") == "FAILED"
     assert run.ends("b") == "CANCELLED"
     run.until(lambda: not processes_of(f"fake_stage.py.*{run.root}"), 20, "the stage's processes are gone")
     shown = run.shown(run.stage("a"), run.stage("b", ("a",)))
     assert shown["a"].startswith(f"failed: job {run.number('a')} FAILED")
-    assert shown["a"].endswith(f"(log in {run.root}/logs/slurm/a-{run.number('a')}-0.log)")
+    assert shown["a"].endswith(f"(log in {run.root}/logs/slurm/a-{run.number('a')}-1.log)")
     assert shown["b"] == f"stopped: job {run.number('b')} CANCELLED"
     before = run.number("a")
     run.submit(run.stage("a"), run.stage("b", ("a",)))
@@ -138,6 +146,14 @@ def test_a_chain_runs_in_its_order(run: Run) -> None:
     assert set(new) == {"b", "c"}
     assert run.ends("c") == "COMPLETED"
     assert "b is made anew, other:\n  epochs: None -> 2" in run.log("b")
+
+
+@of("reported")
+def test_the_report_follows_the_stages(run: Run) -> None:
+    assert run.ends("round-01-a") == "COMPLETED"
+    run.starts("round-01-b")
+    assert list(json.loads((run.root / "report/summary.json").read_text())["stages"]) == ["round-01/a"]
+    assert (run.root / "report/index.html").is_file()
 
 
 @of("forgets")

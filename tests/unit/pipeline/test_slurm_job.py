@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline import slurm_job
 from megatron_erpd.pipeline.slurm_job import StageJob
 from megatron_erpd.pipeline.slurm_jobs import JobRecord
@@ -44,3 +47,28 @@ def test_a_job_that_is_not_queued_again_says_so(job: StageJob, monkeypatch: pyte
     monkeypatch.setattr(slurm_job, "slurm", refused)
     with pytest.raises(StageError, match="Access denied"):
         job._requeue("its time was over", "")
+
+
+def test_a_report_that_can_not_be_made_is_told_and_ends_nothing(
+    job: StageJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "round-01/a").mkdir(parents=True)
+    (tmp_path / "round-01/a" / MANIFEST).write_text("{")
+    job._refresh_report()
+    said = capsys.readouterr().out
+    assert said.startswith("[job] the report is not brought up to date (") and "round-01/a" in said
+
+
+@pytest.mark.parametrize("why", ["it takes long", "the time limit comes near"])
+def test_a_report_is_not_waited_for(
+    job: StageJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    (tmp_path / "round-01").mkdir()
+    if why == "it takes long":
+        monkeypatch.setattr(slurm_job, "_REPORT_SECONDS", 0.0)
+    else:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    started = time.monotonic()
+    job._refresh_report()
+    assert time.monotonic() - started < 10 and capsys.readouterr().out == ""
+    assert not (tmp_path / "report/summary.json").exists()

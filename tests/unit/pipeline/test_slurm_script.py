@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +146,59 @@ def test_a_container_is_srun_s_and_sees_the_folders_of_the_run(recipe):
 
 def test_megatron_s_own_flags_stay_last(recipe):
     script = scripts(recipe(megatron={"recompute-granularity": "full"}, slurm={"slices": 2}))["cache-slices"]
-    assert script.rstrip().endswith("-- --recompute-granularity full")
+    assert "    -- --recompute-granularity full &\n" in script
     assert script.index("--slice ") < script.index("--recompute-granularity")
+
+
+# Stands for the program around the stage: says that it is there, then does what it is told.
+WATCHER = """#!/bin/bash
+trap 'echo was told USR1 >> told; exit 0' USR1
+trap 'echo was told TERM >> told; exit 1' TERM
+touch ready
+case $(cat behavior) in kill) kill -KILL $$ ;; end) exit 3 ;; esac
+while sleep 0.05; do :; done
+"""
+
+
+@pytest.mark.parametrize(
+    "behavior, restart, told, code, queued_again",
+    [
+        ("kill", 0, None, 137, True),
+        ("kill", 1, None, 137, True),
+        ("kill", 2, None, 137, False),  # as often as slurm.requeues says
+        ("end", 0, None, 3, False),
+        ("wait", 0, signal.SIGUSR1, 0, False),
+        ("wait", 0, signal.SIGTERM, 1, False),
+    ],
+)
+def test_the_shell_passes_signals_on_and_queues_a_job_again_whose_program_was_killed(
+    recipe, tmp_path, monkeypatch, behavior, restart, told, code, queued_again
+):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "watcher"))
+    script = scripts(recipe(slurm={"requeues": 2}))["teacher"].replace(str(Path("runs/mine").absolute()), str(tmp_path))
+    (tmp_path / "logs/slurm").mkdir(parents=True)
+    (tmp_path / "behavior").write_text(behavior)
+    for name, text in {
+        **{"teacher.sbatch": script, "watcher": WATCHER},
+        **{"scontrol": '#!/bin/bash\necho "$@" >> queued\n', "sleep": "#!/bin/bash\nexec /bin/sleep 0.05\n"},
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {"PATH": path, "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": f"{restart}"}
+    shell = subprocess.Popen(["bash", "teacher.sbatch"], cwd=tmp_path, env=environment)
+    if told is not None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        shell.send_signal(told)
+    assert shell.wait(timeout=30) == code
+    log = (tmp_path / f"logs/slurm/teacher-17-{restart}.log").read_text()
+    assert ("was killed (exit code 137); the job is queued again" in log) == queued_again
+    assert (tmp_path / "queued").exists() == queued_again
+    if queued_again:
+        assert (tmp_path / "queued").read_text() == "requeue 17\n"
+    if told is not None:
+        assert (tmp_path / "told").read_text() == f"was told {told.name.removeprefix('SIG')}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""`megatron-erpd submit`, twice at the same time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from megatron_erpd.pipeline.slurm_queue import slurm
+from megatron_erpd.pipeline.slurm_submit import read_submitted
+from tests.slurm.cluster import Cluster
+from tests.slurm.recipes import start, write_recipe
+from tests.slurm.runs import Run
+
+STAGES = ["base", "base-log-probs", "base-log-probs-slices", "export", "report", "rollouts", "teacher"]
+
+
+def test_of_two_submissions_at_once_one_submits_and_the_other_leaves_all_alone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    # Jobs that don't start: all of them are in the queue until they are cancelled.
+    recipe, run = write_recipe(tmp_path, sbatch=["--hold"]), Run(tmp_path / "queue")
+    both = [start("submit", recipe, "--output", run.root) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    try:
+        listed = slurm("squeue", "--noheader", "--format=%j|%F").split()
+        ours = [line for line in listed if line.startswith("queue/") or line.startswith("tiny/")]
+        assert Counter(line.partition("|")[0].partition("/")[2] for line in ours) == Counter(STAGES)
+        assert {line.partition("|")[2] for line in ours} == {run.number(name) for name in STAGES}
+        assert sorted(read_submitted(run.root)) == STAGES
+        left_alone = [text.count("is in the queue, left alone") == len(STAGES) for text in said]
+        second = ["is submitting this now; wait for it" in text for text in said]
+        assert sum(left_alone) + sum(second) == 1, said
+        codes = {process.returncode for process, late in zip(both, second, strict=True) if not late}
+        assert codes == {0} and all(p.returncode == 2 for p, late in zip(both, second, strict=True) if late)
+    finally:
+        run.cancel()
