@@ -4,10 +4,11 @@
     python benchmarks/conversion.py --quick         2 GB: about a minute
     python benchmarks/conversion.py --json FILE     every figure, a list of records
 
-A Llama with random bf16 weights is written to disk. Then, in turns: `cp -r` of its folder, an import, an export, with
-one process and with several. All of them end when the bytes are on the disk (`fsync`). Measured are
+A Llama with random bf16 weights is written to disk. Then, in turns: an import and an export, with one process and with
+several, each after a `cp -r` of the model's folder. All of them end when the bytes are on the disk (`fsync`). Measured
+are
 
-- throughput: bytes of the model per second of reading and writing, against `cp` in the same turn. The whole command is
+- throughput: bytes of the model per second of reading and writing, against the `cp` before. The whole command is
   shown beside it: the start of Python, the checksum of the source, an export's comparison with its checkpoint;
 - memory: the largest resident memory of any process, against twice the largest tensor and 1 GiB.
 
@@ -81,10 +82,12 @@ def measure(
     console.print(f"{total / 1e9:.2f} GB in bf16, largest tensor {largest / 1e6:.0f} MB")
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(repeats):
-        copied = copy_seconds(source, root / "copy")
-        found.setdefault(("cp -r", 1), []).append({"seconds": copied, "wall": copied, "ratio": 1.0, "peak": 0.0})
         for count in processes:
             for verb in ("import", "export"):
+                copied = copy_seconds(source, root / "copy")
+                found.setdefault(("cp -r", 1), []).append(
+                    {"seconds": copied, "wall": copied, "ratio": 1.0, "peak": 0.0}
+                )
                 figures = convert(verb, root, source, count)
                 figures["ratio"] = copied / figures["seconds"]
                 found.setdefault((verb, count), []).append(figures)

@@ -1,26 +1,43 @@
-"""Writing a large file in one go: hashed on the way, in a thread of its own, under its name only when it is whole."""
+"""Writing a large file in one go: hashed on the way, under its name only when it is whole."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
-import io
+import mmap
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from megatron_erpd.errors import CheckpointError
 
-_FEW_BYTES = 2**16
-_SYNC_BYTES = 2**26
+PIECE_BYTES = 2**21
+"""What is read, compared or copied at a time: small enough to stay in a processor's cache from one to the other."""
+_STAGE_BYTES = 2**22
+"""What is hashed and written at a time."""
+_STAGES = 4
+"""So many are in memory: how far hash and disk may fall behind."""
+_ALIGNMENT = 4096
+_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+Fill = Callable[[torch.Tensor, int], None]
+"""`fill(rows, start)` puts a tensor's rows `[start, start + n)` into `rows` `[n, ...]`."""
 
 
 class FileWriter:
-    """A file that is written from its first byte to its last and then published by rename.
+    """A file that is written from its first byte to its last and then published by rename. Use as a context.
 
-    `submit` hands a piece of work to the writer's thread and waits for the one before: while a tensor is written and
-    hashed, the next one is read. Two of them are in memory.
+    Two threads hash and write what the caller has put together. Where the file system can do it, the bytes go to the
+    disk without a stay in the system's memory (`O_DIRECT`): in a file of many GB they would only push out others, count
+    as the job's own memory, and cost the processor another copy.
 
     Raises:
         CheckpointError: the file can't be written (a full disk, say); names it. What was written of it is removed.
@@ -32,53 +49,71 @@ class FileWriter:
         self.size = 0
         self._temporary = path.with_name(path.name + ".tmp")
         self._digest = hashlib.sha256()
-        self._thread, self._hasher, self._syncer = (ThreadPoolExecutor(1) for _ in range(3))
-        self._syncing: Future[None] | None = None
-        self._synced = 0
-        self._pending: Future[None] | None = None
-        self._file: io.RawIOBase | None = None
+        self._hasher, self._writer = (ThreadPoolExecutor(1) for _ in range(2))
+        self._sent: deque[tuple[np.ndarray, Future[None], Future[None]]] = deque()
+        self._stage, self._used = _new_stage(), 0
+        self._piece = np.empty(0, dtype=np.uint8)
         try:
-            self._file = self._temporary.open("wb", buffering=0)
+            self._descriptor = _create(self._temporary)
         except OSError as error:
-            self._close()
             raise self._failed(error) from None
 
-    def submit(self, work: Callable[[FileWriter], None]) -> None:
-        """Has the thread do `work`, which calls `write`."""
-        self._wait()
-        self._pending = self._thread.submit(work, self)
+    def append_tensor(self, shape: Sequence[int], dtype: torch.dtype, fill: Fill) -> None:
+        """Appends a tensor's bytes. `fill` is asked for some rows at a time, in order."""
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        step = max(1, PIECE_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            count = min(step, shape[0] - start)
+            if self._piece.size < count * row_bytes:
+                self._piece = np.empty(count * row_bytes, dtype=np.uint8)
+            piece = self._piece[: count * row_bytes]
+            fill(torch.from_numpy(piece).view(dtype).view(count, *shape[1:]), start)
+            self.write(piece)
 
     def write(self, data: Any) -> int:
-        """Appends bytes (of any object with a buffer) and returns how many: all of them."""
-        assert self._file is not None
+        """Appends bytes, of any object with a buffer, which may change afterwards; returns how many: all of them."""
         view = memoryview(data).cast("B")
-        # While the system copies the bytes; handing a few of them to a thread costs more than it saves.
-        hashing = self._hasher.submit(self._digest.update, view) if len(view) > _FEW_BYTES else None
         done = 0
-        try:
-            while done < len(view):
-                done += self._file.write(view[done:]) or 0
-        finally:
-            if hashing is None:
-                self._digest.update(view)
-            else:
-                hashing.result()
-        self.size += len(view)
-        self._sync()
-        return len(view)
+        while done < len(view):
+            part = view[done : done + _STAGE_BYTES - self._used]
+            self._stage[self._used : self._used + len(part)] = np.frombuffer(part, dtype=np.uint8)
+            self._used += len(part)
+            done += len(part)
+            if self._used == _STAGE_BYTES:
+                self._send()
+        self.size += done
+        return done
 
-    def _sync(self) -> None:
-        """Has what was written go to disk on the way, so that little is left to wait for at the end."""
-        assert self._file is not None
-        if self.size - self._synced < _SYNC_BYTES or (self._syncing is not None and not self._syncing.done()):
-            return
-        if self._syncing is not None:
-            self._syncing.result()  # the system tells an error once
-        self._synced = self.size
-        self._syncing = self._syncer.submit(os.fdatasync, self._file.fileno())
+    def _send(self) -> None:
+        """Has what is staged hashed and written, and goes on with memory that nobody needs any longer."""
+        staged = memoryview(self._stage)[: self._used]
+        hashing = self._hasher.submit(self._digest.update, staged)
+        self._sent.append((self._stage, hashing, self._writer.submit(self._write, staged)))
+        self._stage, self._used = self._wait() if len(self._sent) == _STAGES else _new_stage(), 0
+
+    def _wait(self) -> np.ndarray:
+        """The memory that was sent first, when it was hashed and written."""
+        stage, hashing, writing = self._sent.popleft()
+        hashing.result()
+        try:
+            writing.result()
+        except OSError as error:
+            raise self._failed(error) from None
+        return stage
+
+    def _write(self, staged: memoryview) -> None:
+        if len(staged) % _ALIGNMENT:  # the end of the file
+            _leave_direct(self._descriptor)
+        done = 0
+        while done < len(staged):
+            try:
+                done += os.write(self._descriptor, staged[done:])
+            except OSError as error:  # a file system may take the flag and refuse the writing
+                if error.errno != errno.EINVAL or not _leave_direct(self._descriptor):
+                    raise
 
     def flush(self) -> None:
-        """Does nothing: there is no buffer. `torch.save` asks for it."""
+        """Does nothing: what is left is written at the end. `torch.save` asks for it."""
 
     def __enter__(self) -> FileWriter:
         return self
@@ -87,46 +122,48 @@ class FileWriter:
         is_whole = False
         try:
             if kind is None:
-                self._wait()
-                if self._syncing is not None:
-                    self._syncing.result()
-                assert self._file is not None
-                os.fsync(self._file.fileno())
+                if self._used:
+                    self._send()
+                while self._sent:
+                    self._wait()
+                os.fsync(self._descriptor)
                 is_whole = True
         except OSError as error:
             raise self._failed(error) from None
         finally:
-            self._close()
+            self._hasher.shutdown()
+            self._writer.shutdown()
+            os.close(self._descriptor)
             if not is_whole:
                 self._temporary.unlink(missing_ok=True)
+        self.sha256 = self._digest.hexdigest()
         if is_whole:
-            self.sha256 = self._digest.hexdigest()
             os.replace(self._temporary, self.path)
-
-    def _close(self) -> None:
-        self._thread.shutdown()
-        self._hasher.shutdown()
-        self._syncer.shutdown()
-        if self._file is not None:
-            self._file.close()
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except (OSError, RuntimeError) as error:
-            # torch.save hides what went wrong in its file behind an error of its own.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            if cause is None:
-                raise
-            raise self._failed(cause) from None
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.path}: can't be written ({error.strerror or error}); make room and run it again")
+
+
+def _new_stage() -> np.ndarray:
+    """Memory that begins with a page, as direct writing wants it."""
+    return np.frombuffer(mmap.mmap(-1, _STAGE_BYTES), dtype=np.uint8)
+
+
+def _create(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _leave_direct(descriptor: int) -> bool:
+    """Has the rest written in the ordinary way; returns whether it was not already."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+    return bool(flags & _DIRECT)
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,14 +50,16 @@ class HfWeights:
     Args:
         folder: with safetensors files.
         only: names of the files to open, where the folder is not finished.
+        once: what is read is not read again, so the system's memory need not keep it.
 
     Raises:
         CheckpointError: no weights, weights in another format, a file that the index names is missing, unreadable or
             cut off, a tensor is in two files, or the index and the files disagree.
     """
 
-    def __init__(self, folder: Path | str, only: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: Path | str, only: Sequence[str] | None = None, *, once: bool = False) -> None:
         self.folder = Path(folder)
+        self._once = once and hasattr(os, "posix_fadvise")
         self._tensors: dict[str, _Stored] = {}
         self._descriptors: dict[Path, int] = {}
         found: Mapping[Path, set[str] | None]
@@ -103,7 +105,10 @@ class HfWeights:
         """
         stored = self._tensors[name]
         row_bytes = prod(stored.shape[1:]) * rows.element_size()
-        read_at(self._descriptor(stored.path), stored.start + start * row_bytes, rows, f"{stored.path}: tensor {name}")
+        descriptor, offset = self._descriptor(stored.path), stored.start + start * row_bytes
+        read_at(descriptor, offset, rows, f"{stored.path}: tensor {name}")
+        if self._once:
+            os.posix_fadvise(descriptor, offset, rows.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:

@@ -258,6 +258,17 @@ class Unit:
             at += segment.count
         return found
 
+    def places(self, tensor: int, start: int, count: int) -> list[tuple[int, int, int]]:
+        """Where rows `[start, start + count)` of a source tensor lie: a row of that range, Megatron's row, how many."""
+        found = []
+        at = 0
+        for segment in self.segments:
+            low, high = max(segment.start, start), min(segment.start + segment.count, start + count)
+            if segment.tensor == tensor and low < high:
+                found.append((low - start, at + low - segment.start, high - low))
+            at += segment.count
+        return found
+
     def __str__(self) -> str:
         words = [f"{what} {i}" for what, i in zip(("layer", "expert"), self.at, strict=False)]
         return f"{self.key} of {', '.join(words)}" if words else self.key

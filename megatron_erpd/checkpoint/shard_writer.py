@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_erpd.checkpoint.file_writer import FileWriter
+from megatron_erpd.checkpoint.file_writer import FileWriter, Fill
 from megatron_erpd.checkpoint.hf_weights import DTYPES, INDEX, SINGLE
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
@@ -57,18 +57,24 @@ class ShardWriter:
         self._file = FileWriter(folder / planned.name)
 
     def __enter__(self) -> ShardWriter:
-        header = self._planned.header()
-        self._file.submit(lambda file: _write(file, header))
+        self._file.write(self._planned.header())
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes the next tensor: contiguous, on the CPU, and not changed afterwards."""
+        """Takes the next tensor: contiguous, on the CPU."""
+        self._check(name, tuple(tensor.shape), tensor.dtype)
+        if tensor.numel():
+            self._file.write(tensor.detach().view(-1).view(torch.uint8).numpy())
+
+    def add_rows(self, name: str, fill: Fill) -> None:
+        """Takes the next tensor as what puts its rows, some at a time, where it is told to."""
+        self._check(name)
+        self._file.append_tensor(self._planned.shapes[name], self._planned.dtypes[name], fill)
+
+    def _check(self, name: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> None:
         expected = next(self._names)
         assert name == expected, f"{name} came where {expected} was planned"
-        assert tensor.dtype == self._planned.dtypes[name] and tuple(tensor.shape) == self._planned.shapes[name], name
-        if tensor.numel():
-            data = tensor.detach().view(-1).view(torch.uint8).numpy()
-            self._file.submit(lambda file: _write(file, data))
+        assert shape in (None, self._planned.shapes[name]) and dtype in (None, self._planned.dtypes[name]), name
 
     def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
         if kind is None:
@@ -80,10 +86,6 @@ class ShardWriter:
     def sha256(self) -> str:
         """Of the whole file, once it is written."""
         return self._file.sha256
-
-
-def _write(file: FileWriter, data: object) -> None:
-    file.write(data)
 
 
 def plan_files(

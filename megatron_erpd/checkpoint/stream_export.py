@@ -1,6 +1,6 @@
 """A Megatron checkpoint as a Hugging Face folder; no model is built.
 
-Every process writes files of its own, a tensor at a time, and compares them with the checkpoint afterwards. The folder
+Every process writes files of its own, a few MB at a time, and compares them with the checkpoint afterwards. The folder
 gets its name when every tensor that the source lists is there and was found equal.
 """
 
@@ -11,15 +11,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from megatron_erpd.checkpoint.export_plan import as_dtype, check_written, element_types, set_config_dtype
-from megatron_erpd.checkpoint.file_writer import require_space, sync_folder
+from megatron_erpd.checkpoint.file_writer import Fill, require_space, sync_folder
 from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
 from megatron_erpd.checkpoint.hf_weights import HfWeights
 from megatron_erpd.checkpoint.param_map import Unit, hf_shapes, units
@@ -27,9 +26,9 @@ from megatron_erpd.checkpoint.processes import Progress, do_together, process_ra
 from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFile, ShardWriter, plan_files, write_index
 from megatron_erpd.checkpoint.shards import raise_problems
 from megatron_erpd.checkpoint.sidecar import copy_files
-from megatron_erpd.checkpoint.torch_dist import Chunk, TorchDistReader
+from megatron_erpd.checkpoint.torch_dist import TorchDistReader
 from megatron_erpd.checkpoint.torch_dist_writer import write_json
-from megatron_erpd.checkpoint.verify import ROWS_AT_ONCE, Compared, compare_checkpoint
+from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
 from megatron_erpd.errors import CheckpointError
 
 _PLAN = ".export.json"
@@ -58,9 +57,9 @@ def export_checkpoint(
 ) -> Exported:
     """Writes an iteration of a Megatron checkpoint, of any layout, as a Hugging Face folder like the one it came from.
 
-    A tensor is put together from the chunks that the checkpoint has of it; those of one unit are in memory, and the one
-    that is being written. With the source's element types an import and an export give the same bits. Called again
-    after an interruption, it keeps the files that are whole.
+    A tensor's rows are put together from the chunks that the checkpoint has of them, a few MB at a time. With the
+    source's element types an import and an export give the same bits. Called again after an interruption, it keeps the
+    files that are whole.
 
     Collective over all processes, of which there may be any number.
 
@@ -103,9 +102,9 @@ def export_checkpoint(
     found: list[Compared] = []
 
     def compare() -> None:
-        names = [name for file in mine for name in file.shapes]
-        written = HfWeights(folder, only=[file.name for file in mine])
-        found.append(compare_checkpoint(reader, written, _runs(names, owner)))
+        tensors = [(owner[name], name) for file in mine for name in file.shapes]
+        written = HfWeights(folder, only=[file.name for file in mine], once=True)
+        found.append(compare_checkpoint(reader, written, tensors))
         if found[0].differences:
             for file in mine:  # or the next attempt would keep them
                 (folder / file.name).unlink()
@@ -166,53 +165,21 @@ def _read_plan(folder: Path) -> object:
         return None
 
 
-def _runs(names: Sequence[str], owner: Mapping[str, Unit]) -> list[tuple[Unit, list[str]]]:
-    """Tensors in order, those of one unit that follow each other together."""
-    return [(unit, list(group)) for unit, group in groupby(names, key=lambda name: owner[name])]
-
-
 def _write_file(
     folder: Path, file: PlannedFile, owner: Mapping[str, Unit], reader: TorchDistReader, progress: Progress
 ) -> str:
     with ShardWriter(folder, file) as writer:
-        for unit, names in _runs(list(file.shapes), owner):
-            for name, tensor in _assemble(unit, names, file.dtypes, reader):
-                writer.add(name, tensor)
-                progress.advance(tensor.nbytes)
+        for name in file.shapes:
+            writer.add_rows(name, _reads(name, owner[name], reader, progress))
     return writer.sha256
 
 
-def _assemble(
-    unit: Unit, names: Sequence[str], dtypes: Mapping[str, torch.dtype], reader: TorchDistReader
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Some of a unit's Hugging Face tensors, each as soon as all of it was read; padding rows are dropped."""
-    shapes = unit.hf_shapes()
-    waiting = list(names)
-    tensors: dict[str, torch.Tensor] = {}
-    missing = {name: torch.Size(shapes[name]).numel() for name in names}
-    for chunk in reader.chunks(unit):
-        for at, piece in unit.pieces(chunk.row, chunk.size[0]):
-            name = unit.hf_names[piece.tensor]
-            if name not in missing:
-                continue
-            if name not in tensors:
-                tensors[name] = torch.empty(shapes[name], dtype=dtypes[name])
-            rows = tensors[name][piece.start : piece.start + piece.count]
-            if unit.columns is not None:
-                rows = rows[:, chunk.column : chunk.column + chunk.size[1]]
-            _fill(rows, reader, chunk, at)
-            missing[name] -= rows.numel()
-        while waiting and missing[waiting[0]] == 0:
-            yield waiting[0], tensors.pop(waiting.pop(0))
-    if waiting:
-        raise CheckpointError(f"{reader.folder}: {unit}: its chunks do not cover {waiting[0]} exactly")
+def _reads(name: str, unit: Unit, reader: TorchDistReader, progress: Progress) -> Fill:
+    """What reads rows of a Hugging Face tensor where they lie in the checkpoint; padding rows are none of them."""
 
+    def fill(rows: torch.Tensor, start: int) -> None:
+        if reader.read_rows(rows, unit, name, start) != rows.numel():
+            raise CheckpointError(f"{reader.folder}: {unit}: its chunks do not cover {name} exactly")
+        progress.advance(rows.nbytes)
 
-def _fill(rows: torch.Tensor, reader: TorchDistReader, chunk: Chunk, at: int) -> None:
-    """Fills rows of a tensor with those of a chunk from `at` on, converted where they are of another type."""
-    if rows.is_contiguous() and rows.dtype == reader.dtype(chunk):
-        reader.read_into(rows, chunk, at)
-        return
-    for start in range(0, rows.shape[0], ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        some.copy_(reader.read(chunk, at + start, some.shape[0]))
+    return fill

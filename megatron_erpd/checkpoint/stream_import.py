@@ -1,12 +1,11 @@
 """A Hugging Face folder as a Megatron checkpoint that any layout can load; no model is built.
 
-Every process reads the slices that its files need and writes those files. Nothing but two blocks of rows is in memory,
+Every process reads the slices that its files need and writes those files. A few pieces of some MB are in memory,
 whatever the size of the model.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from megatron_erpd.checkpoint.file_writer import require_space
+from megatron_erpd.checkpoint.file_writer import Fill, require_space
 from megatron_erpd.checkpoint.hf_config import read_model_shape
 from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
 from megatron_erpd.checkpoint.param_map import Unit, units
@@ -95,16 +93,11 @@ def write_checkpoint(
     begin = time.monotonic()
     progress = Progress("imported", sum(_size(file, dtypes) for file in mine))
 
-    # While one block is written the next is read; fresh memory for each would cost as much as reading it.
-    buffers = itertools.cycle([_Buffer(), _Buffer()])
-
     def write() -> None:
         for file in mine:
             with CheckpointFileWriter(folder, file) as writer:
                 for block in file.blocks:
-                    values = _assemble(block, dtypes[block.unit.key], weights, next(buffers))
-                    writer.add(block, values)
-                    progress.advance(values.nbytes)
+                    writer.add(block, dtypes[block.unit.key], _reads(block, weights, progress))
 
     do_together(folder, write)
     checksums: dict[str, str] = {}
@@ -134,30 +127,20 @@ def _size(file: CheckpointFile, dtypes: Mapping[str, torch.dtype]) -> int:
     return sum(prod(block.size) * dtypes[block.unit.key].itemsize for block in file.blocks)
 
 
-class _Buffer:
-    """Memory for a block, kept for the next one."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, dtype=np.uint8)
-
-    def take(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        needed = prod(size) * dtype.itemsize
-        if self._bytes.size < needed:
-            self._bytes = np.empty(needed, dtype=np.uint8)
-        # A storage of its own, of this size: torch.save writes all of a tensor's storage.
-        return torch.from_numpy(self._bytes[:needed]).view(dtype).view(size)
-
-
-def _assemble(block: Block, dtype: torch.dtype, weights: HfWeights, buffer: _Buffer) -> torch.Tensor:
+def _reads(block: Block, weights: HfWeights, progress: Progress) -> Fill:
+    """What reads the rows of a block where they lie in the folder."""
     unit = block.unit
-    values = buffer.take(block.size, dtype)
-    filled = 0
-    for at, source in unit.pieces(block.row, block.count):
-        name, target = unit.hf_names[source.tensor], values[at : at + source.count]
-        if weights.dtype(name) == dtype:
-            weights.read_into(target, name, source.start)
-        else:
-            target.copy_(weights.read(name, source.start, source.count))
-        filled += source.count
-    assert filled == block.count, f"{unit}: rows of {block} have no source"
-    return values
+
+    def fill(rows: torch.Tensor, start: int) -> None:
+        filled = 0
+        for at, source in unit.pieces(block.row + start, len(rows)):
+            name, target = unit.hf_names[source.tensor], rows[at : at + source.count]
+            if weights.dtype(name) == rows.dtype:
+                weights.read_into(target, name, source.start)
+            else:
+                target.copy_(weights.read(name, source.start, source.count))
+            filled += source.count
+        assert filled == len(rows), f"{unit}: rows of {block} have no source"
+        progress.advance(rows.nbytes)
+
+    return fill

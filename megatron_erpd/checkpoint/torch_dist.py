@@ -103,24 +103,39 @@ class TorchDistReader:
         found: torch.dtype = self.tensors[chunk.index.fqn].properties.dtype
         return found
 
-    def read(self, chunk: Chunk, row: int, count: int) -> torch.Tensor:
-        """Rows `[row, row + count)` of a chunk, as stored.
+    def read_rows(self, rows: torch.Tensor, unit: Unit, name: str, start: int) -> int:
+        """Fills `rows` `[n, ...]` with rows `[start, start + n)` of one of a unit's Hugging Face tensors, converted to
+        their element type; returns how many elements the checkpoint has of them (of overlapping chunks, all).
 
         Raises:
-            CheckpointError: the chunk's file is missing, cut off or holds something else there.
+            CheckpointError: a chunk's file is missing, cut off or holds something else there.
         """
-        rows = torch.empty(count, *chunk.size[1:], dtype=self.dtype(chunk))
-        self.read_into(rows, chunk, row)
-        return rows
+        filled = 0
+        for at, row, count in unit.places(unit.hf_names.index(name), start, len(rows)):
+            for chunk in self.chunks(unit):
+                low, high = max(chunk.row, row), min(chunk.row + chunk.size[0], row + count)
+                if low >= high:
+                    continue
+                part = rows[at + low - row : at + high - row]
+                if unit.columns is not None:
+                    part = part[:, chunk.column : chunk.column + chunk.size[1]]
+                self._read_into(part, chunk, low - chunk.row)
+                filled += part.numel()
+        return filled
 
-    def read_into(self, rows: torch.Tensor, chunk: Chunk, row: int) -> None:
-        """Fills contiguous `rows` `[n, ...]`, of the stored element type, with rows `[row, row + n)` of a chunk."""
+    def _read_into(self, rows: torch.Tensor, chunk: Chunk, row: int) -> None:
+        """Fills `rows` `[n, columns of the chunk]` with rows `[row, row + n)` of a chunk."""
+        dtype = self.dtype(chunk)
         place = self._places.get(chunk.index)
         if place is None:
             place = self._places[chunk.index] = self._locate(chunk)
         descriptor, start = place
-        row_bytes = prod(chunk.size[1:]) * rows.element_size()
-        read_at(descriptor, start + row * row_bytes, rows, self._name(chunk))
+        is_direct = rows.is_contiguous() and rows.dtype == dtype
+        target = rows if is_direct else torch.empty(rows.shape, dtype=dtype)
+        row_bytes = prod(chunk.size[1:]) * dtype.itemsize
+        read_at(descriptor, start + row * row_bytes, target, self._name(chunk))
+        if not is_direct:
+            rows.copy_(target)
 
     def _locate(self, chunk: Chunk) -> tuple[int, int]:
         """The file with a chunk's values, and where in it they begin."""

@@ -11,12 +11,14 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -28,14 +30,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_erpd.checkpoint.file_writer import FileWriter, sync_folder
+from megatron_erpd.checkpoint.file_writer import FileWriter, Fill, sync_folder
 from megatron_erpd.checkpoint.param_map import Unit
 from megatron_erpd.checkpoint.torch_dist import METADATA
 from megatron_erpd.errors import CheckpointError
 
 BLOCK_BYTES = 2**27
 """Largest chunk that is stored. Loading under tensor parallelism reads whole chunks, so of small ones less is read in
-vain; two of them are in memory while a checkpoint is written."""
+vain."""
 FILE_BYTES = 2**30
 """Size of a checkpoint's file: what an interrupted conversion may have to do again."""
 
@@ -102,10 +104,11 @@ class CheckpointFileWriter:
     def __enter__(self) -> CheckpointFileWriter:
         return self
 
-    def add(self, block: Block, values: torch.Tensor) -> None:
-        """Takes the next block's values, of its size; they must not be changed afterwards."""
-        stored = values.detach().reshape((1,) * len(block.unit.axes) + block.size)
-        self._file.submit(lambda file: self._places.append(_save(stored, file)))
+    def add(self, block: Block, dtype: torch.dtype, fill: Fill) -> None:
+        """Takes the next block. `fill` is asked for some of its rows at a time, counted from the block's first."""
+        shape = (1,) * len(block.unit.axes) + block.size
+        values = partial(self._file.append_tensor, block.size, dtype, fill)
+        self._places.append(_save(_unread(shape, dtype), self._file, values))
 
     def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
         self._file.__exit__(kind, *others)
@@ -145,9 +148,7 @@ def finish_checkpoint(
             storage[index] = _StorageInfo(file.name, offset, length)
     name = f"__{len(files)}_0.distcp"
     with FileWriter(folder / name) as out:
-        places: list[tuple[int, int]] = []
-        out.submit(lambda file: places.append(_save([dict(common)], file)))
-        out.submit(lambda file: places.append(_save([None], file)))
+        places = [_save([dict(common)], out), _save([None], out)]
     checksums[name] = out.sha256
     keys = {"common_state/shard_0_1": places[0], **dict.fromkeys(_extra_states(files), places[1])}
     for key, (offset, length) in keys.items():
@@ -193,32 +194,67 @@ def _extra_states(files: Sequence[CheckpointFile]) -> list[str]:
     return list(found)
 
 
-def _save(value: Any, file: FileWriter) -> tuple[int, int]:
-    """Appends a value as PyTorch's distributed checkpoints hold it; returns its place: offset and length."""
+def _save(value: Any, file: FileWriter, values: Callable[[], None] | None = None) -> tuple[int, int]:
+    """Appends a value as PyTorch's distributed checkpoints hold it; returns its place: offset and length.
+
+    Args:
+        values: for a tensor of which only type and size count, appends its bytes when `torch.save` comes to them.
+    """
     start = file.size
+    appender = _Appender(file, value if values else None, values)
     # Neither torch.load nor anything else here checks the zip's sums, which would take half of the time; files have a
     # SHA-256 of their own.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(value, cast(IO[bytes], _Appender(file)))
+        torch.save(value, cast(IO[bytes], appender))
+    except RuntimeError:
+        if appender.error is None:
+            raise
     finally:
         torch.serialization.set_crc32_options(before)
+    if appender.error is not None:  # torch.save has one of its own for whatever goes wrong in a file
+        raise appender.error
+    assert appender.values is None, "torch.save has not asked for the tensor's values"
     return start, file.size - start
 
 
 class _Appender(io.RawIOBase):
     """What `torch.save` writes to."""
 
-    def __init__(self, file: FileWriter) -> None:
+    def __init__(self, file: FileWriter, unread: torch.Tensor | None, values: Callable[[], None] | None) -> None:
         super().__init__()
         self._file = file
+        self._address = unread.data_ptr() if unread is not None else None
+        self.values = values
+        self.error: BaseException | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        return self._file.write(data)
+        if self.error is not None:  # what torch.save still writes after an error is of no use
+            return memoryview(data).nbytes
+        try:
+            if self._address is not None and np.frombuffer(data, np.uint8).ctypes.data == self._address:
+                return self._write_values(memoryview(data).nbytes)
+            return self._file.write(data)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _write_values(self, num_bytes: int) -> int:
+        assert self.values is not None, "torch.save writes a tensor's values twice"
+        start, values, self.values = self._file.size, self.values, None
+        values()
+        assert self._file.size - start == num_bytes
+        return num_bytes
+
+
+def _unread(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without values, in memory that is asked for but never touched, so that the system never gives it."""
+    # A storage of its own, of this size: torch.save writes all of a tensor's storage.
+    return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)
 
 
 def write_json(path: Path, value: object) -> None:

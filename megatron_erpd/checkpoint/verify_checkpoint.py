@@ -99,7 +99,7 @@ def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda 
     weights, reader = HfWeights(pair.hf_folder), TorchDistReader(pair.iteration)
     raise_problems(pair.hf_folder, check_tensors(weights, shape))
     raise_problems(pair.iteration, unlike_table(reader, shape))
-    runs = [(unit, list(unit.hf_names)) for unit in units(shape)]
+    tensors = [(unit, name) for unit in units(shape) for name in unit.hf_names]
     total, done = _num_bytes(weights, shape), 0
 
     def advance(num_bytes: int) -> None:
@@ -108,11 +108,11 @@ def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda 
         progress(done, total)
 
     begin = time.monotonic()
-    compared = compare_checkpoint(reader, weights, runs, advance)
-    known = {name for _, names in runs for name in names}
+    compared = compare_checkpoint(reader, weights, tensors, advance)
+    known = {name for _, name in tensors}
     wider = any(
-        reader.dtype(chunk).itemsize > max(_itemsize(weights, name) for name in names)
-        for unit, names in runs
+        reader.dtype(chunk).itemsize > max(_itemsize(weights, name) for name in unit.hf_names)
+        for unit in units(shape)
         for chunk in reader.chunks(unit)[:1]
     )
     left_out = tuple(sorted(name for name in weights.names - known if is_ignored(name) or shape.tied_embeddings))

@@ -115,6 +115,18 @@ def test_pieces_of_any_range() -> None:
             assert [found[i] for i in range(count)] == source[start : start + count]
 
 
+def test_places_of_any_range_of_a_source_tensor() -> None:
+    unit = next(unit for unit in units(SHAPE) if unit.key.endswith("linear_qkv.weight"))
+    source = [(s.tensor, row) for s in unit.segments for row in range(s.start, s.start + s.count)]
+    for tensor, (rows, *_) in enumerate(unit.hf_shapes().values()):
+        for start in range(rows):
+            for count in range(1, rows - start + 1):
+                found: dict[int, tuple[int, int]] = {}
+                for at, row, number in unit.places(tensor, start, count):
+                    found |= {at + i: source[row + i] for i in range(number)}
+                assert found == {i: (tensor, start + i) for i in range(count)}
+
+
 def test_padding_rows_have_no_source() -> None:
     unit: Unit = units(SHAPE)[0]
     assert unit.padded and unit.num_rows == 11

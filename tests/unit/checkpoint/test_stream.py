@@ -21,7 +21,7 @@ from megatron_erpd.checkpoint.file_writer import FileWriter
 from megatron_erpd.checkpoint.hf_config import read_model_shape
 from megatron_erpd.checkpoint.hf_weights import HfWeights
 from megatron_erpd.checkpoint.param_map import units
-from megatron_erpd.checkpoint.torch_dist import TorchDistReader
+from megatron_erpd.checkpoint.torch_dist import TorchDistReader, read_metadata
 from megatron_erpd.checkpoint.verify import compare_checkpoint
 from megatron_erpd.errors import CheckpointError
 from tests.distributed.checkpoint.tiny_models import save_hf_model
@@ -201,14 +201,14 @@ def test_a_full_disk_is_named_and_what_is_whole_stays(
     source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = 0
-    write = FileWriter.write
+    write = FileWriter._write
 
-    def limited(self: FileWriter, data: Any) -> int:
+    def limited(self: FileWriter, staged: memoryview) -> None:
         nonlocal written
-        written += memoryview(data).nbytes
+        written += staged.nbytes
         if written > 40_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, data)
+        write(self, staged)
 
     for folder, work in {
         tmp_path / "again": lambda: write_checkpoint(source, tmp_path / "again", dict, **BLOCKS),
@@ -216,7 +216,7 @@ def test_a_full_disk_is_named_and_what_is_whole_stays(
     }.items():
         written = 0
         with monkeypatch.context() as patch:
-            patch.setattr(FileWriter, "write", limited)
+            patch.setattr(FileWriter, "_write", limited)
             with pytest.raises(CheckpointError, match=r"(distcp|safetensors): can't be written \(No space left"):
                 work()
         assert not list(folder.glob("*.tmp")) and not (tmp_path / "export").exists()
@@ -270,14 +270,14 @@ def test_every_flipped_bit_of_a_weight_is_found(source: Path, checkpoint: Path) 
     """One byte in each tensor of the checkpoint, and the comparison names that tensor alone."""
     reader, weights = TorchDistReader(checkpoint), HfWeights(source)
     found = units(read_model_shape(source))
-    runs = [(unit, list(unit.hf_names)) for unit in found]
-    assert compare_checkpoint(reader, weights, runs).differences == ()
+    tensors = [(unit, name) for unit in found for name in unit.hf_names]
+    assert compare_checkpoint(reader, weights, tensors).differences == ()
     for unit in found[::5]:
         chunk = reader.chunks(unit)[-1]
         descriptor, start = reader._locate(chunk)
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         flip(path, start)
-        (line,) = compare_checkpoint(TorchDistReader(checkpoint), weights, runs).differences
+        (line,) = compare_checkpoint(TorchDistReader(checkpoint), weights, tensors).differences
         name = next(unit.hf_names[p.tensor] for _, p in unit.pieces(chunk.row, 1))
         assert line.startswith(f"{name}: 1 of ")
         flip(path, start)
@@ -286,16 +286,16 @@ def test_every_flipped_bit_of_a_weight_is_found(source: Path, checkpoint: Path) 
 def test_an_export_that_differs_is_not_published(
     source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = FileWriter.write
+    write = FileWriter._write
 
-    def wrong(self: FileWriter, data: Any) -> int:
-        changed = bytearray(data)
+    def wrong(self: FileWriter, staged: memoryview) -> None:
+        changed = bytearray(staged)
         if self.path.name == "model-00002-of-00008.safetensors" and self.size > 0:
             changed[-1] ^= 1
-        return write(self, changed)
+        write(self, memoryview(changed))
 
     with monkeypatch.context() as patch:
-        patch.setattr(FileWriter, "write", wrong)
+        patch.setattr(FileWriter, "_write", wrong)
         with pytest.raises(CheckpointError, match=r"(?s)differs from .*, export again:.*1 of .* elements differ"):
             export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
     assert not (tmp_path / "export").exists()
@@ -315,6 +315,20 @@ def test_a_damaged_checkpoint_is_named(source: Path, checkpoint: Path, tmp_path:
     with pytest.raises(CheckpointError, match=r"__2_0\.distcp: tensor decoder\.layers\..* at \["):
         export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
     assert not (tmp_path / "export").exists()
+
+
+def test_a_checkpoint_without_some_rows_of_a_tensor_is_refused(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(checkpoint / ".metadata")
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    lost = metadata.state_dict_metadata[key].chunks.pop()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"its chunks do not cover model\.layers\.\d\.mlp\.down_proj\.weight"):
+        export_checkpoint(checkpoint, source, tmp_path / "export", **SHARDS)
+    tensors = [(unit, name) for unit in units(read_model_shape(source)) for name in unit.hf_names]
+    (line,) = compare_checkpoint(TorchDistReader(checkpoint), HfWeights(source), tensors).differences
+    name, total = f"model.layers.{lost.offsets[0]}.mlp.down_proj.weight", HfWeights(source)
+    wanted = torch.Size(total.shape(name)).numel()
+    assert line == f"{name}: the checkpoint has {wanted - lost.sizes.numel()} of its {wanted} elements"
 
 
 class Malicious:
