@@ -18,7 +18,8 @@ from typing import Literal
 from megatron_erpd import __version__
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.pipeline.commands import run_command
-from megatron_erpd.pipeline.recipe import Recipe, load_recipe
+from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.recipe_file import load_recipe
 from megatron_erpd.pipeline.stages import launcher_flags
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace

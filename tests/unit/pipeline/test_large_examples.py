@@ -12,7 +12,7 @@ import pytest
 
 from megatron_erpd import cli
 from megatron_erpd.pipeline.gpu_fit import parse_gpus
-from megatron_erpd.pipeline.recipe import load_recipe
+from megatron_erpd.pipeline.recipe_file import load_recipe
 from megatron_erpd.pipeline.resources import Resources, estimate
 from tests.distributed.checkpoint.published import LLAMA_31_70B, QWEN3_4B, QWEN25_32B
 

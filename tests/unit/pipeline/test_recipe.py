@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.pipeline.recipe import Imported, Recipe, Sampled, load_recipe
+from megatron_erpd.pipeline.recipe import Imported, Recipe, Sampled
+from megatron_erpd.pipeline.recipe_file import load_recipe
 
 MINIMAL = """
 name: mine

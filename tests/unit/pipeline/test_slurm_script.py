@@ -16,7 +16,8 @@ import yaml
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.pipeline.planner import plan
-from megatron_erpd.pipeline.recipe import Recipe, load_recipe
+from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.recipe_file import load_recipe
 from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of
 from megatron_erpd.pipeline.slurm_submit import scripts
 from megatron_erpd.settings import SlurmSettings
