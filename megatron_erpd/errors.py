@@ -47,3 +47,9 @@ class TokenError(ErpdError):
     def __init__(self, message: str, tokens: list[int]) -> None:
         super().__init__(message)
         self.tokens = tokens
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, for a message of one's own; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

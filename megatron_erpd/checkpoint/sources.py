@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_erpd.checkpoint.gguf import is_gguf, unpacked_gguf
 from megatron_erpd.checkpoint.hf_weights import HfWeights, has_weights
-from megatron_erpd.errors import CheckpointError
+from megatron_erpd.errors import CheckpointError, first_line
 
 ACCEPTED = (
     "give a folder with config.json and safetensors files, a .gguf file, or the name of a model on the Hugging Face "
@@ -76,22 +76,22 @@ def fetch(repository: str, revision: str | None = None) -> Path:
     except GatedRepoError as error:  # a RepositoryNotFoundError too
         raise CheckpointError(
             f"{what}: is given only to those who accepted its conditions; accept them on "
-            f"https://huggingface.co/{repository} and set HF_TOKEN to a token of that account ({_first_line(error)})"
+            f"https://huggingface.co/{repository} and set HF_TOKEN to a token of that account ({first_line(error)})"
         ) from None
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{what}: neither a folder here nor a model on the hub, or one that HF_TOKEN has no access to; {ACCEPTED} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{what}: the model has no revision {revision!r}; name a branch, tag or commit ({_first_line(error)})"
+            f"{what}: the model has no revision {revision!r}; name a branch, tag or commit ({first_line(error)})"
         ) from None
     except HFValidationError as error:
-        raise CheckpointError(f"{what}: no name that a model can have ({_first_line(error)}); {ACCEPTED}") from None
+        raise CheckpointError(f"{what}: no name that a model can have ({first_line(error)}); {ACCEPTED}") from None
     except Exception as error:  # of the network library, whichever that is, and of the file system
         raise CheckpointError(
-            f"{what}: no folder here, and can't be fetched ({type(error).__name__}: {_first_line(error)}); check the "
+            f"{what}: no folder here, and can't be fetched ({type(error).__name__}: {first_line(error)}); check the "
             "path, the network and the free space, or fetch the model on another machine and give its folder"
         ) from error
 
@@ -106,8 +106,3 @@ def _folder(path: Path) -> Path:
     if not has_weights(path):
         HfWeights(path)  # says what is there instead
     return path
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

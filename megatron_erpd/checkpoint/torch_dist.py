@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megatron_erpd.checkpoint.hf_weights import read_at
 from megatron_erpd.checkpoint.param_map import Unit
-from megatron_erpd.errors import CheckpointError
+from megatron_erpd.errors import CheckpointError, first_line
 
 METADATA = ".metadata"
 
@@ -150,7 +150,7 @@ class TorchDistReader:
                 found = torch.load(cast(IO[bytes], section), weights_only=True)
             offset = _values_offset(section)
         except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self._name(chunk)} can't be read ({_first_line(error)})") from None
+            raise CheckpointError(f"{self._name(chunk)} can't be read ({first_line(error)})") from None
         dtype = self.dtype(chunk)
         is_it = isinstance(found, torch.Tensor) and found.numel() == prod(chunk.size) and found.dtype == dtype
         if not is_it or not found.is_contiguous() or found.storage_offset() != 0:
@@ -248,8 +248,3 @@ class _Section(io.RawIOBase):
         got: int = self._file.readinto(view)  # type: ignore[attr-defined]
         self._at += got
         return got
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
