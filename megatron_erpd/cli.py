@@ -264,7 +264,7 @@ def plan(argv: list[str]) -> None:
     )
     parser.add_argument("--gpu", metavar="KIND|GIB", help="say what fits: h100, h200, a100-80, b200 or the GiB of one")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="how many there are (default: as many as the largest stage's processes)"
+        "--gpus", type=int, metavar="N", help="how many there are (default: as many as the largest stage takes)"
     )
     parser.add_argument(
         "--sequence-length",
@@ -284,7 +284,7 @@ def plan(argv: list[str]) -> None:
         raise RecipeError("--gpus: says how many, --gpu of which kind; give --gpu h100, say")
     gpus = None
     if given.gpu is not None:
-        count = max(stage.num_processes for stage in stages_of(recipe)) if given.gpus is None else given.gpus
+        count = max(stage.num_gpus for stage in stages_of(recipe)) if given.gpus is None else given.gpus
         gpus = parse_gpus(given.gpu, count)
     resources = estimate(recipe, given.teraflops_per_device, gpus, given.sequence_length)
     show(resources)

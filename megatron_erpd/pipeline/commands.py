@@ -28,6 +28,7 @@ from megatron_erpd.manifest import (
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.slices import Slice, slice_folders
 
 if TYPE_CHECKING:
     from megatron_erpd.data.step_lines import StepLines
@@ -40,7 +41,46 @@ _PROGRESS_SECONDS = 5.0
 
 
 def sample(argv: list[str]) -> None:
-    """Samples rollouts from a policy and scores them."""
+    """Samples rollouts from a policy and scores them. An interrupted run goes on with the part files (of 128 prompts
+    each) that it has not written."""
+    given = _sample_parser().parse_args(argv)
+    settings = settings_from_namespace(given, SampleSettings)
+    request = sample_request(
+        settings, given.model, given.prompts, given.verifier, given.num_prompts, given.first_prompt
+    )
+    begun: tuple[Path, dict[str, Any]] | None = (given.output, {})
+    if given.slice is not None or given.merge_slices:
+        begun = _begin_slices(given, request)
+    else:
+        _begin("sample", given.output, request)
+    if begun is None:
+        return
+    output, summary = begun
+
+    from megatron_erpd.data.step_lines import StepLines
+    from megatron_erpd.sampling.parts import remove_slices
+    from megatron_erpd.sampling.prompts import load_prompts
+    from megatron_erpd.sampling.sample import sample_rollouts
+
+    prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt)
+    lines = StepLines(output / METRICS, "sample")
+    report = sample_rollouts(
+        given.model,
+        prompts,
+        output,
+        settings,
+        verifier=given.verifier,
+        only=given.slice,
+        elsewhere=slice_folders(output) if given.slice is None else [given.output],
+        progress=_progress("sampled", lines),
+    )
+    lines.add(_figures(report))
+    finish_artifact(output, {**_figures(report), **summary})
+    if given.slice is None:
+        remove_slices(output)
+
+
+def _sample_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "sample",
         sample.__doc__,
@@ -57,25 +97,40 @@ def sample(argv: list[str]) -> None:
         help="where they begin, counted from 0; after the last prompt comes the first again (default: 0)",
     )
     _add_output(parser)
+    slices = parser.add_mutually_exclusive_group()
+    slices.add_argument(
+        "--slice",
+        type=Slice.parse,
+        metavar="I/N",
+        help="sample the I-th of N slices of the part files, into a hidden folder inside of --output: N independent "
+        "jobs make the rollouts, each resumed for itself",
+    )
+    slices.add_argument(
+        "--merge-slices",
+        action="store_true",
+        help="after all slices: make one artifact of them, the same as without slices",
+    )
     add_settings_arguments(parser, SampleSettings, "sampling")
-    given = parser.parse_args(argv)
-    settings = settings_from_namespace(given, SampleSettings)
-    request = sample_request(
-        settings, given.model, given.prompts, given.verifier, given.num_prompts, given.first_prompt
-    )
-    _begin("sample", given.output, request)
+    return parser
 
-    from megatron_erpd.data.step_lines import StepLines
+
+def _begin_slices(given: argparse.Namespace, request: Request) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of a slice, or of the merge of all, and what its manifest tells besides; None when they were merged
+    already."""
+    from megatron_erpd.sampling import parts
     from megatron_erpd.sampling.prompts import load_prompts
-    from megatron_erpd.sampling.sample import sample_rollouts
 
-    prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt)
-    lines = StepLines(given.output / METRICS, "sample")
-    report = sample_rollouts(
-        given.model, prompts, given.output, settings, verifier=given.verifier, progress=_progress("sampled", lines)
-    )
-    lines.add(_figures(report))
-    finish_artifact(given.output, _figures(report))
+    num_prompts = len(load_prompts(given.prompts, given.num_prompts, given.first_prompt))
+    digests = {name: input_digest(path) for name, path in request.inputs.items()}
+    if given.slice is not None:
+        parts.refuse_empty_slices(f"--slice {given.slice}", given.slice.count, num_prompts)
+        return parts.begin_slice(given.output, given.slice, request.settings, digests), {}
+    if parts.is_merged(given.output, request.settings, digests):
+        parts.remove_slices(given.output)
+        print(f"{given.output}: is complete; removed what was left of its slices")
+        return None
+    manifests = parts.begin_merge(given.output, request.settings, digests, num_prompts)
+    return given.output, {"slices": len(manifests), "slice_seconds": sum(m.summary["seconds"] for m in manifests)}
 
 
 def import_rollouts(argv: list[str]) -> None:

@@ -32,10 +32,11 @@ def sample_request(
     num_prompts: int | None,
     first_prompt: int = 0,
 ) -> Request:
-    """Rollouts of the policy in the folder `model`."""
+    """Rollouts of the policy in the folder `model`. Over how many GPUs it is spread is no part of what they are."""
     more, inputs = task_identity(prompts, verifier)
     more |= {"first_prompt": first_prompt} if first_prompt else {}
-    return Request(settings_identity(settings, num_prompts=num_prompts, **more), {"model": model, **inputs})
+    values = settings.model_dump(mode="json", exclude={"tensor_parallel"})
+    return Request(settings_identity(values, num_prompts=num_prompts, **more), {"model": model, **inputs})
 
 
 def import_request(

@@ -112,7 +112,7 @@ class Runner:
                 waiting = self._without_kept(waiting)
                 chosen = self._choose(waiting)
                 waiting = [stage for stage in waiting if stage not in chosen]
-                for stage, gpus in [(stage, self.slots.take(stage.num_processes)) for stage in chosen]:
+                for stage, gpus in [(stage, self.slots.take(stage.num_gpus)) for stage in chosen]:
                     self._start(stage, gpus)
                 self._watch()
                 if self.running:
@@ -154,8 +154,8 @@ class Runner:
         chosen: list[Stage] = []
         for stage in self._unblocked(waiting):
             jobs = len(self.running) + len(chosen)
-            processes = sum(s.num_processes for s in chosen)
-            if (self.jobs is None or jobs < self.jobs) and self.slots.fits(stage.num_processes, processes):
+            gpus = sum(s.num_gpus for s in chosen)
+            if (self.jobs is None or jobs < self.jobs) and self.slots.fits(stage.num_gpus, gpus):
                 chosen.append(stage)
         return chosen
 
@@ -177,7 +177,7 @@ class Runner:
                     self.display.update(name, "running", process.elapsed, process.progress())
                 continue
             del self.running[name]
-            self.slots.give_back(process.stage.num_processes, process.gpus)
+            self.slots.give_back(process.stage.num_gpus, process.gpus)
             if code != 0:
                 self._fail(process, f"{process.error()}\n(exit code {code}, log in {process.log})")
             try:

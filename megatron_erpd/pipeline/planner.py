@@ -167,7 +167,8 @@ class _Planner:
         argv = ["--model", str(hf), "--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
         argv += [] if section.num_prompts is None else ["--num-prompts", str(section.num_prompts)]
         argv += ["--first-prompt", str(first)] if first else []
-        return self._add(name, "sample", argv, request.inputs, output, request.settings)
+        gpus = settings.tensor_parallel
+        return self._add(name, "sample", argv, request.inputs, output, request.settings, gpus_per_process=gpus)
 
     def _replay(self, name: str, section: ReplaySettings, data: dict[str, Path], output: Path) -> Path:
         settings = _as(ReplaySettings, section)
@@ -297,6 +298,7 @@ class _Planner:
         inputs: Mapping[str, Path],
         output: Path,
         settings: Settings | Mapping[str, Any],
+        gpus_per_process: int = 1,
     ) -> Path:
         """Adds a stage and returns its output folder. What runs a model gets its inputs as flags by their names."""
         key = re.sub(r"^round-\d+/", "", name)
@@ -327,6 +329,7 @@ class _Planner:
                 layout=layout,
                 megatron=megatron,
                 slurm=self._slurm(override),
+                gpus_per_process=gpus_per_process,
             )
         )
         return output

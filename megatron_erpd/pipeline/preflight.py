@@ -99,8 +99,9 @@ def _task_problems(stages: Sequence[Stage]) -> Iterator[str]:
 
 def _process_problems(stages: Sequence[Stage], slots: Slots) -> Iterator[str]:
     for stage in stages:
-        if slots.gpus and stage.num_processes > len(slots.gpus):
+        if slots.gpus and stage.num_gpus > len(slots.gpus):
+            what = "its layout" if stage.gpus_per_process == 1 else "tensor_parallel"
             yield (
-                f"{stage.name}: its layout needs {stage.num_processes} GPUs, this machine has {len(slots.gpus)}; "
-                "choose a smaller layout"
+                f"{stage.name}: {what} needs {stage.num_gpus} GPUs, this machine has {len(slots.gpus)}; choose a "
+                "smaller one"
             )

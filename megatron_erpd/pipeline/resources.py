@@ -201,6 +201,8 @@ def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
     parts |= {"DP": sizes.data_parallel, "EP": sizes.expert_parallel}
     words = [f"{name} {size}" for name, size in parts.items() if size > 1] + [sizes.precision]
     layout = ", ".join(words) if stage.command in RUNS_MODEL else ""
+    if stage.gpus_per_process > 1:  # a sampler's, in one process
+        layout = f"TP {stage.gpus_per_process}"
     done = (stage.output / MANIFEST).is_file()
     return StageRow(stage.name, stage.command, stage.num_processes, layout, [*before, *own], done)
 

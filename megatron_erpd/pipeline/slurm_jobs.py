@@ -14,7 +14,10 @@ from megatron_erpd.errors import RecipeError, StageError
 from megatron_erpd.manifest import settings_identity
 from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, dependencies
 from megatron_erpd.settings import Layout
+from megatron_erpd.slices import Slice
 
+SLICED = ("precompute", "sample")
+"""Commands whose work an array of jobs can share."""
 USES_GPU = (*RUNS_MODEL, "sample", "select", "evaluate")
 """Commands that a GPU makes faster; the others get none."""
 
@@ -44,9 +47,14 @@ class Job:
         """Nodes that the processes are spread over, evenly.
 
         Raises:
-            RecipeError: they can't be.
+            RecipeError: they can't be, or a process needs more GPUs than a node has.
         """
         slurm = self.stage.slurm
+        if slurm.gpus_per_node and self.stage.gpus_per_process > slurm.gpus_per_node:
+            raise RecipeError(
+                f"{self.stage.name}: tensor_parallel {self.stage.gpus_per_process}: a sampler's GPUs are of one node, "
+                f"and slurm.gpus_per_node is {slurm.gpus_per_node}; change one of them"
+            )
         if self.processes == 1:
             return 1
         nodes = slurm.nodes or math.ceil(self.processes / (slurm.gpus_per_node or self.processes))
@@ -108,8 +116,9 @@ class JobRecord:
 
     def as_slice(self, number: int) -> Stage:
         """The artifact of one slice, which lies in that of the whole."""
-        settings = settings_identity({**self.settings, "slice": f"{number}/{self.slices}"})
-        output = Path(self.output) / f"slice-{number:04d}-of-{self.slices:04d}"
+        part = Slice(number, self.slices)
+        settings = settings_identity({**self.settings, "slice": str(part)})
+        output = Path(self.output) / (part.hidden_folder if self.command == "sample" else part.folder)
         return replace(self.as_stage(), name=f"{self.stage} {number}/{self.slices}", settings=settings, output=output)
 
 
@@ -117,7 +126,8 @@ def jobs_of(stages: Sequence[Stage]) -> list[Job]:
     """The jobs of all stages, each after those that it waits for.
 
     Raises:
-        RecipeError: processes that can't be spread over nodes, or slices of a cache that has none.
+        RecipeError: processes or GPUs that can't be spread over nodes, or slices of a stage that has none or not so
+            many.
     """
     jobs: list[Job] = []
     for stage in stages:
@@ -125,7 +135,7 @@ def jobs_of(stages: Sequence[Stage]) -> list[Job]:
         needs = tuple(job_name(other) for other in dependencies(stage, list(stages)))
         if stage.name != "prepare" and stages[0].name == "prepare" and not needs:
             needs = (job_name("prepare"),)
-        if stage.command == "precompute" and stage.slurm.slices > 1:
+        if stage.command in SLICED and stage.slurm.slices > 1:
             _check_slices(stage)
             jobs.append(Job(f"{name}-slices", stage, needs, "slices"))
             # Only the precision of a layout is part of the cache; the merge runs in one process.
@@ -144,12 +154,26 @@ def job_name(stage: str) -> str:
 
 def _check_slices(stage: Stage) -> None:
     settings = stage.settings
+    if stage.command == "sample":
+        _check_parts(stage)
+        return
     makes_target = settings["kind"] == "topk" and settings["signal"] != "none"
     if makes_target and settings["projection"] == "global":
         raise RecipeError(
             f"{stage.name}: slurm.slices {stage.slurm.slices}: projection global looks for one eta for all rollouts, "
             "which no slice sees; take cache.projection per_token, or stages.cache.slurm.slices 1"
         )
+
+
+def _check_parts(stage: Stage) -> None:
+    """As far as the prompts are there already; otherwise the slices themselves say it."""
+    from megatron_erpd.sampling.parts import refuse_empty_slices
+    from megatron_erpd.sampling.prompts import load_prompts
+
+    file = stage.inputs.get("prompts")
+    if file is None or file.is_file():
+        prompts = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], stage.settings["num_prompts"])
+        refuse_empty_slices(f"{stage.name}: slurm.slices {stage.slurm.slices}", stage.slurm.slices, len(prompts))
 
 
 def slurm_folder(root: Path) -> Path:

@@ -42,14 +42,15 @@ def _about(job: Job, run: str) -> Iterator[str]:
     processes = f"{job.processes} process{'es' if job.processes > 1 else ''}"
     yield f"# Stage {job.stage.name} of {run}: {job.stage.command}, {processes} on {where}."
     if job.part == "slices":
-        yield f"# Each of {job.stage.slurm.slices} jobs of an array scores a slice; {job.stage.name} joins these."
+        does = "samples" if job.stage.command == "sample" else "scores"
+        yield f"# Each of {job.stage.slurm.slices} jobs of an array {does} a slice; {job.stage.name} joins these."
     if job.needs:
         yield f"# Starts when these have succeeded: {', '.join(job.needs)}."
 
 
 def _directives(job: Job, run: str, root: Path) -> Iterator[str]:
     slurm = job.stage.slurm
-    gpus = job.processes // job.nodes if job.uses_gpus and slurm.gpus_per_node else None
+    gpus = job.processes // job.nodes * job.stage.gpus_per_process if job.uses_gpus and slurm.gpus_per_node else None
     log = root / "logs" / "slurm" / f"{job.name}-%{'A_%a' if job.part == 'slices' else 'j'}.log"
     options: dict[str, object] = {
         "job-name": f"{run}/{job.name}",

@@ -58,10 +58,17 @@ class Stage:
     layout: Layout = field(default_factory=Layout)
     megatron: tuple[str, ...] = ()
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
+    gpus_per_process: int = 1
+    """More than 1 where a sampler spreads the policy over several by itself."""
 
     @property
     def num_processes(self) -> int:
         return self.layout.num_processes
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all processes, where there are any."""
+        return self.num_processes * self.gpus_per_process
 
     @property
     def is_tool(self) -> bool:

@@ -3,5 +3,5 @@
 - `prompts`: reading and encoding prompts · `verifiers`: rewards for responses (`math_worker` is the process behind one)
 - `task`: what identifies prompts and verifier
 - `engine`: sampling with transformers · `vllm`: the same with vLLM · `types`: what both take and give
-- `policy`: Hugging Face folders · `sample`: the whole stage, resumable
+- `policy`: Hugging Face folders · `sample`: the whole stage, resumable · `parts`: its files, and slices of them
 """

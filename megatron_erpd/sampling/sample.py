@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +17,17 @@ from megatron_erpd.data.schema import sample_id
 from megatron_erpd.data.tokenizers import tokenizer_digest
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.objectives.advantages import zero_variance_groups
+from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
 from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
 from megatron_erpd.sampling.verifiers import Verifier, get_verifier
 from megatron_erpd.settings import SampleSettings
+from megatron_erpd.slices import Slice
 
 REPORT = "report.json"
-PROMPTS_PER_PART = 128
-"""Prompts in one part file: what an interruption loses at most, and what is decoded before the next file begins."""
+VERIFIER_ERROR = "verifier_error"
+"""In the metadata of a rollout on which the verifier failed: with what."""
 
 
 def sample_rollouts(
@@ -37,6 +37,8 @@ def sample_rollouts(
     settings: SampleSettings,
     *,
     verifier: str | None = None,
+    only: Slice | None = None,
+    elsewhere: Sequence[Path] = (),
     engine: SamplingEngine | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -46,7 +48,7 @@ def sample_rollouts(
 
     Writes `rollouts-00000-of-000NN.parquet` and so on, each when its prompts are done, and `report.json` at the end.
     Called again after an interruption, it makes the parts that are missing; the result is that of an uninterrupted
-    run. A prompt's place in `prompts` is its group id.
+    run, file by file. A prompt's place in `prompts` is its group id.
 
     Args:
         hf_path: the policy's Hugging Face folder.
@@ -54,18 +56,20 @@ def sample_rollouts(
         output_dir: made if need be.
         settings: how to sample.
         verifier: as in `get_verifier`; None leaves every reward null (unverified).
+        only: makes the part files of this slice and no others; as in the whole, their names and content included.
+        elsewhere: folders that may hold parts of the same rollouts, which are taken from there (`take_parts`).
         engine: drawn from instead of the one that `settings.engine` names.
         device, dtype: as in `load_policy`.
         progress: told the number of finished responses, those of earlier runs included.
 
     Returns:
-        The report: counts, rewards, lengths (see `describe_rollouts`), errors of the verifier and the seconds taken.
+        The report: counts, rewards, lengths (see `describe_rollouts`) and errors of the verifier. Besides it,
+        `parts_resumed`, the part files that were there already.
 
     Raises:
         RolloutError: the folder holds parts that were made with other settings, prompts, policy or verifier.
-        StageError: the verifier failed on every response of this run.
+        StageError: the verifier failed on every response, of all or of this run.
     """
-    started = time.monotonic()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(hf_path)
@@ -78,28 +82,31 @@ def sample_rollouts(
             "tokenizer_digest": tokenizer_digest(tokenizer),
             "policy": policy_fingerprint(hf_path),
             "prompts": prompts_digest(prompts),
-            "sampling": settings.model_dump(exclude={"batch_size"}),
+            "sampling": settings.model_dump(exclude={"batch_size", "tensor_parallel"}),
             "verifier": verifier,
         },
+        parts=(only or Slice(1, 1)).share(num_parts(len(prompts))),
     )
-    missing = [part for part in range(plan.num_parts) if not plan.is_done(part)]
+    plan.refuse_foreign_files()
+    take_parts([plan.path(part).name for part in plan.parts], elsewhere, folder)
+    missing = [part for part in plan.parts if not plan.is_done(part)]
+    num_rows = 0
     if missing:
         engine = engine or make_engine(hf_path, settings, device, dtype)
-        num_rows = 0
         for part in missing:
             samples = _sample_part(engine, plan, part, settings, progress)
             num_rows += plan.write(part, list(_rows(plan, part, samples, tokenizer, judge)))
-        _refuse_failed_verifier(judge, num_rows, folder)
-    report = describe_rollouts(read_rollouts(folder))
-    report["verifier"] = {
-        "spec": verifier,
-        "errors": judge.num_errors if judge else 0,
-        "first_error": judge.first_error if judge else None,
-    }
-    report["seconds"] = round(time.monotonic() - started, 3)
-    report["parts_resumed"] = plan.num_parts - len(missing)
+    rollouts = read_rollouts(folder)
+    errors = _verifier_errors(rollouts) if judge is not None else []
+    if judge is not None and (len(errors) == len(rollouts) or 0 < num_rows == judge.num_errors):
+        raise StageError(
+            f"verifier {verifier} failed on all {num_rows or len(rollouts)} responses, first with: {errors[0]}; "
+            f"correct it and remove {folder} before sampling again"
+        )
+    report = describe_rollouts(rollouts)
+    report["verifier"] = {"spec": verifier, "errors": len(errors), "first_error": errors[0] if errors else None}
     write_json(folder / REPORT, report)
-    return report
+    return {**report, "parts_resumed": len(plan.parts) - len(missing)}
 
 
 def make_engine(
@@ -109,7 +116,7 @@ def make_engine(
     if settings.engine == "vllm":
         from megatron_erpd.sampling.vllm import VllmEngine
 
-        return VllmEngine(hf_path, dtype=dtype or "auto")
+        return VllmEngine(hf_path, dtype=dtype or "auto", tensor_parallel_size=settings.tensor_parallel)
     from megatron_erpd.sampling.engine import TransformersEngine
 
     return TransformersEngine(hf_path, device, dtype)
@@ -164,11 +171,12 @@ class _Plan:
     token_ids: list[list[int]]
     folder: Path
     file_metadata: dict[str, Any]
+    parts: range
+    """Those that are wanted in this folder."""
 
     def __post_init__(self) -> None:
         if not self.records:
             raise RolloutError("there are no prompts to sample from")
-        self.num_parts = math.ceil(len(self.records) / PROMPTS_PER_PART)
         # The same prompt may stand in the set more than once; its copies' samples need names of their own.
         seen: Counter[tuple[int, ...]] = Counter()
         self.copies = []
@@ -177,18 +185,19 @@ class _Plan:
             seen[tuple(ids)] += 1
 
     def prompts_of(self, part: int) -> range:
-        return range(part * PROMPTS_PER_PART, min((part + 1) * PROMPTS_PER_PART, len(self.records)))
+        return prompts_of(part, len(self.records))
 
     def path(self, part: int) -> Path:
-        return self.folder / f"rollouts-{part:05d}-of-{self.num_parts:05d}.parquet"
+        return self.folder / part_name(part, len(self.records))
+
+    def refuse_foreign_files(self) -> None:
+        expected = {self.path(part).name for part in self.parts}
+        foreign = sorted(p.name for p in self.folder.glob("*.parquet") if p.name not in expected)
+        if foreign:
+            raise RolloutError(f"{self.folder / foreign[0]}: is of another run; sample into an empty folder")
 
     def is_done(self, part: int) -> bool:
-        """Whether the part is there; `RolloutError` if it, or another file, was made from something else."""
-        if part == 0:
-            expected = {self.path(p).name for p in range(self.num_parts)}
-            foreign = sorted(p.name for p in self.folder.glob("*.parquet") if p.name not in expected)
-            if foreign:
-                raise RolloutError(f"{self.folder / foreign[0]}: is of another run; sample into an empty folder")
+        """Whether the part is there; `RolloutError` if it was made from something else."""
         if not self.path(part).exists():
             return False
         found = read_rollouts(self.path(part)).file_metadata
@@ -208,8 +217,8 @@ class _Plan:
 def _sample_part(
     engine: SamplingEngine, plan: _Plan, part: int, settings: SampleSettings, progress: Progress | None
 ) -> list[list[Sample]]:
-    places = plan.prompts_of(part)
-    before, total = places.start * settings.num_rollouts, len(plan.records) * settings.num_rollouts
+    places, first, last = plan.prompts_of(part), plan.prompts_of(plan.parts[0]), plan.prompts_of(plan.parts[-1])
+    before, total = ((place - first.start) * settings.num_rollouts for place in (places.start, last.stop))
 
     def report(finished: int, of: int) -> None:
         if progress is not None:
@@ -239,26 +248,27 @@ def _rows(
             tokens = sample.response_token_ids
             k = plan.copies[index] * len(group) + repetitions[tokens.tobytes()]
             repetitions[tokens.tobytes()] += 1
+            reward = judge(record, text) if judge is not None else None
+            failed = {VERIFIER_ERROR: judge.last_error} if judge is not None and judge.last_error else {}
             yield {
                 "sample_id": sample_id(ids, tokens, k),
                 "group_id": index,
                 "prompt_token_ids": ids,
                 "response_token_ids": tokens,
                 "behavior_log_probs": sample.log_probs,
-                "reward": judge(record, text) if judge is not None else None,
+                "reward": reward,
                 "finish_reason": sample.finish_reason,
                 "prompt": prompt_text(record),
                 "response": text,
-                "metadata": {"answer": record["answer"], **record["metadata"]},
+                "metadata": {"answer": record["answer"], **record["metadata"], **failed},
             }
 
 
-def _refuse_failed_verifier(judge: Verifier | None, num_rows: int, folder: Path) -> None:
-    if judge is not None and judge.num_errors == num_rows:
-        raise StageError(
-            f"verifier {judge.spec} failed on all {num_rows} responses, first with: {judge.first_error}; correct it "
-            f"and remove {folder} before sampling again"
-        )
+def _verifier_errors(rollouts: Rollouts) -> list[str]:
+    """With what the verifier failed, in the order of the rollouts on which it did."""
+    unverified = np.flatnonzero(np.isnan(rollouts.rewards))
+    found = (rollouts.metadata(int(i)).get(VERIFIER_ERROR) for i in unverified)
+    return [str(error) for error in found if error]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

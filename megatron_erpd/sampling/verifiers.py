@@ -41,12 +41,14 @@ class Verifier:
         spec: what it was made from.
         num_errors: how many responses it failed on.
         first_error: the first of those errors, as text.
+        last_error: the error on the last response, as text; None where it was scored, or no verdict was given.
     """
 
     def __init__(self, spec: str, function: ScoreFunction) -> None:
         self.spec = spec
         self.num_errors = 0
         self.first_error: str | None = None
+        self.last_error: str | None = None
         self._function = function
 
     def __call__(self, record: PromptRecord, response: str) -> float | None:
@@ -55,15 +57,17 @@ class Verifier:
         Raises:
             RecipeError: the verifier returned something that is no reward.
         """
+        self.last_error = None
         try:
             reward = self._function(record, response)
         except RecipeError:
             raise
         except Exception as error:
             self.num_errors += 1
+            self.last_error = f"{type(error).__name__}: {error}"
             if self.first_error is None:
-                self.first_error = f"{type(error).__name__}: {error}"
-                _log.warning("%s failed on a response, which stays unverified: %s", self.spec, self.first_error)
+                self.first_error = self.last_error
+                _log.warning("%s failed on a response, which stays unverified: %s", self.spec, self.last_error)
             return None
         if reward is None:
             return None

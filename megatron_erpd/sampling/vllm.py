@@ -5,6 +5,7 @@ vLLM is imported when an engine is made, never before. It needs a GPU machine an
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,30 @@ class VllmEngine:
             for index in indices
         ]
         prompts = [{"prompt_token_ids": [int(token) for token in prompt]} for prompt in prompt_token_ids]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        bar = False if progress is None else _bar(progress, len(prompts) * num_samples)
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=bar)
         results = [[as_sample(completion) for completion in output.outputs] for output in outputs]
         if progress is not None:
             progress(len(prompts) * num_samples, len(prompts) * num_samples)
         return results
+
+
+def _bar(progress: Progress, total: int) -> type:
+    """What vLLM makes its progress bars with: prints nothing, and tells of the responses of finished prompts. Long
+    responses of many prompts take an hour, in which nothing else says that something is done."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if self.iterable is None:  # the other bar is for handing the prompts over
+                progress(min(int(self.n), total), total)
+            return shown
+
+    return Bar
 
 
 def prompt_seed(seed: int, index: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_erpd.settings.base import Settings
 
@@ -20,6 +20,18 @@ class SampleSettings(Settings):
     seed: int = Field(default=1, ge=0, description="seed of the sampler")
     chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
     engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what generates")
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="GPUs that hold the policy together, of one node; more than 1 needs engine vllm"
+    )
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Self:
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel}: engine {self.engine} holds the policy on one GPU; take "
+                "engine vllm, or 1"
+            )
+        return self
 
 
 class ImportSettings(Settings):

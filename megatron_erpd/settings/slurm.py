@@ -26,7 +26,9 @@ class SlurmSettings(Settings):
         default=None, ge=1, description="nodes; default: the layout's processes / gpus_per_node, 1 without GPUs"
     )
     gpus_per_node: int | None = Field(
-        default=None, ge=1, description="GPUs of a node, a process for each; default: none are asked for"
+        default=None,
+        ge=1,
+        description="GPUs of a node, a process for each (of vLLM one for all); default: none are asked for",
     )
     cpus_per_task: int | None = Field(default=None, ge=1, description="cores of a node; default: the cluster's")
     memory: str | None = Field(default=None, description="memory of a node, such as 200G; 0: all of it")
@@ -50,7 +52,9 @@ class SlurmSettings(Settings):
     hang_minutes: float = Field(
         default=60, gt=0, description="a stage whose log and files stand still for so long is ended"
     )
-    slices: int = Field(default=1, ge=1, le=9999, description="jobs of an array that share a precompute stage")
+    slices: int = Field(
+        default=1, ge=1, le=9999, description="jobs of an array that share a precompute stage or the sampling"
+    )
 
     @model_validator(mode="after")
     def _can_be_written(self) -> Self:

@@ -6,19 +6,17 @@ OUTPUT/cache.json, TABLE/index.arrow, manifest.json     written when all slices 
 
 from __future__ import annotations
 
-import argparse
-import fcntl
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
-from megatron_erpd.manifest import MANIFEST, begin_artifact, finish_artifact, input_digest, verify_manifest
+from megatron_erpd.manifest import finish_artifact, input_digest, verify_manifest
+from megatron_erpd.slices import Slice, end_whole, finished_slices, refuse_other_counts
+from megatron_erpd.slices import begin_whole as begin_whole_artifact
 from megatron_erpd.teacher_cache.finalize import finalize
 from megatron_erpd.teacher_cache.format import CacheIndex, CacheMeta, read_index
 from megatron_erpd.teacher_cache.parts import differences
@@ -26,53 +24,18 @@ from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.arguments import rank
 from megatron_erpd.training.cache_passes import CachePasses
 
-_BEGIN = ".begin"
-"""Locked while a job takes the folder of the whole."""
-_FOLDER = re.compile(r"slice-(\d{4})-of-(\d{4})")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The `number`-th, from 1, of `count` slices."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Slice:
-        """`3/16`. Raises `argparse.ArgumentTypeError` for anything else."""
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 9999:
-            raise argparse.ArgumentTypeError(f"{text!r}: write I/N with 1 <= I <= N <= 9999, such as 3/16")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    @property
-    def folder(self) -> str:
-        return f"slice-{self.number:04d}-of-{self.count:04d}"
-
 
 def begin_whole(output: Path, identity: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
     """Takes the folder for the cache of all slices; jobs that start at once do it one after the other."""
-    if rank() > 0:
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / _BEGIN, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        begin_artifact(output, "precompute", identity, {name: input_digest(path) for name, path in inputs.items()})
+    if rank() == 0:
+        digests = {name: input_digest(path) for name, path in inputs.items()}
+        begin_whole_artifact(output, "precompute", identity, digests)
 
 
 def begin_slice(output: Path, part: Slice, identity: Mapping[str, Any], inputs: Mapping[str, Path]) -> Path:
     """The folder of a slice, in the folder of the whole."""
     begin_whole(output, identity, inputs)
-    others = {match[2] for path in output.glob("slice-*") if (match := _FOLDER.fullmatch(path.name))}
-    if others - {f"{part.count:04d}"}:
-        raise CacheError(
-            f"{output}: holds slices of {', '.join(sorted(others))}, --slice {part} asks for {part.count}; delete them "
-            "or go on with their number"
-        )
+    refuse_other_counts(output, part)
     return output / part.folder
 
 
@@ -97,16 +60,7 @@ def merge_slices(output: Path, meta: CacheMeta, rollouts: Rollouts, summary: dic
     """
     if rank() > 0:
         return
-    found = {match[0]: int(match[2]) for p in output.glob("slice-*") if (match := _FOLDER.fullmatch(p.name))}
-    if not found:
-        raise CacheError(f"{output}: holds no slices; run the jobs with --slice 1/N to N/N first")
-    count = next(iter(found.values()))
-    folders = [output / Slice(number + 1, count).folder for number in range(count)]
-    missing = [folder.name for folder in folders if not (folder / MANIFEST).is_file()]
-    if missing:
-        raise CacheError(
-            f"{output}: {len(missing)} of {count} slices aren't finished, the first is {missing[0]}; run its job again"
-        )
+    folders = finished_slices(output)
     checksums: dict[str, str] = {}
     for folder in folders:
         manifest = verify_manifest(folder, checksums=False)
@@ -117,8 +71,8 @@ def merge_slices(output: Path, meta: CacheMeta, rollouts: Rollouts, summary: dic
         checksums |= {f"{folder.name}/{name}": str(record["sha256"]) for name, record in manifest.files.items()}
     index = finalize(output, meta, rollouts.sample_ids, checksums, folders)
     write_mismatch(output, rollouts)
-    finish_artifact(output, {**_figures(summary, index), "slices": count}, checksums)
-    (output / _BEGIN).unlink(missing_ok=True)
+    finish_artifact(output, {**_figures(summary, index), "slices": len(folders)}, checksums)
+    end_whole(output)
 
 
 def write_mismatch(output: Path, rollouts: Rollouts) -> None:

@@ -22,12 +22,13 @@ from megatron_erpd.manifest import input_digest, read_manifest, settings_identit
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.slices import Slice
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import exclusive
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
 from megatron_erpd.training.cache_passes import CachePasses, hidden_dtype
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
-from megatron_erpd.training.cache_slices import Slice, begin_slice, begin_whole, close_cache, merge_slices
+from megatron_erpd.training.cache_slices import begin_slice, begin_whole, close_cache, merge_slices
 from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.forward_pass import share_of
 from megatron_erpd.training.run import load_data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,12 @@ def make_stage(tmp_path: Path) -> Callable[..., FakeStage]:
 
 @pytest.fixture
 def run_stages(tmp_path: Path) -> Callable[..., Outcome]:
-    def run(stages: list[Stage], cores: int = 4, **options: Any) -> Outcome:
+    def run(stages: list[Stage], cores: int = 4, gpus: Sequence[str] = (), **options: Any) -> Outcome:
         root, output = tmp_path / "run", io.StringIO()
         root.mkdir(exist_ok=True)
         console = Console(file=output, width=500)
         display = Display("test", [stage.name for stage in stages], console)
-        runner = Runner(root, stages, Slots(gpus=[], cores=cores), display, **{"grace": 5.0, **options})
+        runner = Runner(root, stages, Slots(gpus=gpus, cores=cores), display, **{"grace": 5.0, **options})
         try:
             runner.run(stages)
         except BaseException as error:

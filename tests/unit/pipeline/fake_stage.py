@@ -1,6 +1,7 @@
 """A stage for tests: takes its folder, writes one file, publishes its manifest. Its only argument is JSON."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from megatron_erpd.manifest import begin_artifact, finish_artifact, input_digest
 
 job = json.loads(sys.argv[1])
 print("started", flush=True)
+if "CUDA_VISIBLE_DEVICES" in os.environ:
+    print("GPUs", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 output = Path(job["output"])
 inputs = {name: input_digest(Path(path)) for name, path in job["inputs"].items()}
 settings = job.get("own_settings", job["settings"])

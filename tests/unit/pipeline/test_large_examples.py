@@ -43,6 +43,8 @@ def test_the_layout_fits(planned: tuple[str, Resources]) -> None:
     assert [row for row in found.gpus.stages if not (row.fits and row.enough_gpus)] == []
     assert max(row.num_processes for row in found.stages) == LARGE[name][2]
     assert found.gpus.proposals
+    sampler = next(row for row in found.stages if row.command == "sample")
+    assert sampler.layout == {"qwen3-4b": "", "qwen2.5-32b": "TP 4", "llama3.1-70b": "TP 8"}[name]
 
 
 def test_the_jobs_on_slurm_take_whole_nodes(planned: tuple[str, Resources], capsys: pytest.CaptureFixture[str]) -> None:

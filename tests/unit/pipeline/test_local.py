@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_runs_in_order_and_then_keeps_everything(make_stage, run_stages):
     assert set(second.states.values()) == {"kept"}
     assert [second.starts(name) for name in "abc"] == [1, 1, 1]
     assert read_manifest(second.root / "c").summary["seconds"] >= 0
+
+
+def test_a_sampler_gets_all_the_gpus_that_it_spreads_over(make_stage, run_stages):
+    stages = [replace(make_stage(name), gpus_per_process=gpus) for name, gpus in (("a", 2), ("b", 1), ("c", 3))]
+    outcome = run_stages(stages, gpus=["0", "1", "2"])
+    logs = {name: (outcome.root / "logs" / f"{name}.log").read_text() for name in "abc"}
+    assert "\nGPUs 0,1\n" in logs["a"] and "\nGPUs 2\n" in logs["b"]
+    assert sorted(logs["c"].partition("\nGPUs ")[2].splitlines()[0].split(",")) == ["0", "1", "2"]
 
 
 def test_a_changed_setting_redoes_the_stage_and_what_depends_on_it(make_stage, run_stages):

@@ -86,6 +86,13 @@ def test_everything_is_told_at_once(problems):
         assert expected in text
 
 
+def test_a_sampler_that_needs_more_gpus_than_there_are(problems):
+    sampled = {"prompts": "prompts.jsonl", "verifier": "python:task.py:score", "engine": "vllm"}
+    assert problems(gpus=4, rollouts={**sampled, "tensor_parallel": 4}) == ""
+    text = problems(gpus=4, rollouts={**sampled, "tensor_parallel": 8})
+    assert "rollouts: tensor_parallel needs 8 GPUs, this machine has 4" in text and text.count("\n") == 1
+
+
 def test_a_layout_that_does_not_divide_the_model(problems):
     assert "base-log-probs:" in problems(layout={"tensor_parallel": 3})
     text = problems(stages={"teacher": {"layout": {"pipeline_parallel": 4}}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from megatron_erpd.errors import RecipeError
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.recipe_file import load_recipe
-from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of
+from megatron_erpd.pipeline.slurm_jobs import Job, JobRecord, jobs_of
 from megatron_erpd.pipeline.slurm_submit import scripts
 from megatron_erpd.settings import SlurmSettings
 from tests.distributed.harness import REPOSITORY
@@ -129,6 +130,69 @@ def test_slices_are_an_array_and_a_job_that_joins_them(recipe):
     assert "--precision bf16" in text["cache"] and "--tensor-parallel" not in text["cache"]
     assert "array" not in directives(text["base-log-probs"])
     assert "cache" in job(made, "student").needs
+
+
+SAMPLED = {"prompts": "data/prompts.jsonl", "verifier": "math-verify", "num_prompts": 1024}
+
+
+def test_rollouts_are_sampled_in_slices(recipe):
+    made = recipe(
+        rollouts=SAMPLED,
+        rounds=2,
+        stages={"rollouts": {"slurm": {"slices": 8}}},
+        slurm={"gpus_per_node": 8},
+        controls={"grpo": {"kind": "on_policy"}},
+    )
+    text = scripts(made)
+    for name, second in (("rollouts", False), ("round-02-rollouts", True)):
+        slices, merge = job(made, f"{name}-slices"), job(made, name)
+        assert merge.needs == (f"{name}-slices",)
+        asked = directives(text[f"{name}-slices"])
+        assert (asked["array"], asked["gpus-per-node"]) == ("1-8", "1")
+        assert "gpus-per-node" not in directives(text[name]) and "array" not in directives(text[name])
+        assert "jobs of an array samples a slice" in text[f"{name}-slices"]
+        assert '--slice "$SLURM_ARRAY_TASK_ID/8"' in text[f"{name}-slices"] and "--merge-slices" in text[name]
+        assert ("--first-prompt 1024" in text[name]) == ("--first-prompt 1024" in text[f"{name}-slices"]) == second
+        assert ("export" in slices.needs) == second
+    assert "round-02-controls-grpo" in text and "round-02-controls-grpo-slices" not in text
+
+
+def test_a_slice_s_artifact_is_that_of_the_sample_command(recipe, tmp_path):
+    made = recipe(rollouts=SAMPLED, slurm={"slices": 8})
+    record = tmp_path / "job.json"
+    record.write_text(json.dumps(job(made, "rollouts-slices").record()))
+    one = JobRecord.read(record).as_slice(3)
+    assert one.output == made.folder / "round-01/rollouts/.slice-0003-of-0008"
+    assert one.settings == {**job(made, "rollouts").stage.settings, "slice": "3/8"}
+    record.write_text(json.dumps(job(made, "cache-slices").record()))
+    assert JobRecord.read(record).as_slice(3).output == made.folder / "round-01/cache/slice-0003-of-0008"
+
+
+def test_more_slices_than_part_files_are_refused_when_the_prompts_are_there(recipe, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1="}\n' * 300)
+    sampled = {**SAMPLED, "prompts": str(prompts)}
+    assert "rollouts-slices" in scripts(recipe(rollouts=sampled, slurm={"slices": 3}))
+    with pytest.raises(RecipeError, match=r"rollouts: slurm.slices 4: 300 prompts make 3 part files of 128 prompts"):
+        scripts(recipe(rollouts=sampled, slurm={"slices": 4}))
+    with pytest.raises(RecipeError, match=r"rollouts: slurm.slices 3: 200 prompts make 2 part files"):
+        scripts(recipe(rollouts={**sampled, "num_prompts": 200}, slurm={"slices": 3}))
+
+
+def test_a_sampler_s_gpus_are_one_process_s(recipe):
+    sampled = {**SAMPLED, "engine": "vllm", "tensor_parallel": 4}
+    asked = {"gpus_per_node": 8, "cpus_per_task": 32}
+    script = scripts(recipe(rollouts=sampled, slurm=asked))["rollouts"]
+    assert (directives(script)["nodes"], directives(script)["gpus-per-node"]) == ("1", "4")
+    assert "--tensor-parallel 4" in script and "torch.distributed.run" not in script
+    assert "export OMP_NUM_THREADS=32 " in script
+    assert "gpus-per-node" not in directives(scripts(recipe(rollouts=sampled))["rollouts"])
+    plain, spread = (plan(recipe(rollouts={**sampled, "tensor_parallel": n})) for n in (1, 4))
+    assert [stage.settings for stage in plain] == [stage.settings for stage in spread]
+    with pytest.raises(RecipeError, match="rollouts: tensor_parallel 16: .* slurm.gpus_per_node is 8"):
+        scripts(recipe(rollouts={**sampled, "tensor_parallel": 16}, slurm=asked))
+    with pytest.raises(RecipeError, match="tensor_parallel 4: engine transformers"):
+        recipe(rollouts={**SAMPLED, "tensor_parallel": 4})
 
 
 def test_slices_of_a_target_that_is_projected_as_a_whole_are_refused(recipe):

@@ -5,7 +5,8 @@ import pytest
 
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import RecipeError, RolloutError, StageError
-from megatron_erpd.sampling import sample as stage
+from megatron_erpd.pipeline.identity import sample_request
+from megatron_erpd.sampling import parts
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.sample import make_engine, sample_rollouts
 from megatron_erpd.settings import SampleSettings
@@ -17,7 +18,7 @@ PROMPTS = [PromptRecord(prompt=f"{n}+1=", answer=str(n), metadata={"n": n}) for 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(stage, "PROMPTS_PER_PART", 2)
+    monkeypatch.setattr(parts, "PROMPTS_PER_PART", 2)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_rollouts_and_report(model_folder, tmp_path, verifier):
     by_group = rollouts.rewards.reshape(5, 3)
     constant = [np.isnan(row).all() or len(set(row)) == 1 for row in by_group]
     assert report["zero_variance_groups"] == sum(constant)
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report == {**json.loads((tmp_path / "out" / "report.json").read_text()), "parts_resumed": 0}
 
 
 def test_resuming_gives_the_same_rollouts(model_folder, tmp_path, verifier):
@@ -86,6 +87,28 @@ def test_resuming_gives_the_same_rollouts(model_folder, tmp_path, verifier):
     np.testing.assert_array_equal(one.rewards, other.rewards)
 
 
+def test_what_the_verifier_failed_on_is_kept_with_the_rollouts(model_folder, tmp_path, verifier):
+    """... so that the report of a run that went on counts all of it."""
+    file = tmp_path / "failing.py"
+    file.write_text(
+        "def score(record, response):\n"
+        "    if record['answer'] in ('1', '4'):\n        raise RuntimeError(record['answer'])\n"
+        "    return None if record['answer'] == '3' else 1\n"
+    )
+    given = {"verifier": f"python:{file}:score"}
+    whole = sample_rollouts(model_folder, PROMPTS, tmp_path / "whole", SETTINGS, **given)
+    assert whole["verifier"] == {"spec": f"python:{file}:score", "errors": 9, "first_error": "RuntimeError: 1"}
+    assert whole["unverified"] == 12
+    rollouts = read_rollouts(tmp_path / "whole")
+    errors = [rollouts.metadata(i).get("verifier_error") for i in range(15)]
+    assert errors == ["RuntimeError: 1"] * 3 + [None] * 6 + ["RuntimeError: 4"] * 3 + ["RuntimeError: 1"] * 3
+    first = tmp_path / "cut" / "rollouts-00000-of-00003.parquet"
+    first.parent.mkdir()
+    first.write_bytes((tmp_path / "whole" / first.name).read_bytes())
+    again = sample_rollouts(model_folder, PROMPTS, tmp_path / "cut", SETTINGS, **given)
+    assert again == {**whole, "parts_resumed": 1}
+
+
 def test_other_settings_are_not_mixed_in(model_folder, tmp_path, verifier):
     out = tmp_path / "out"
     sample_rollouts(model_folder, PROMPTS, out, SETTINGS, verifier=verifier)
@@ -107,6 +130,29 @@ def test_a_verifier_that_always_fails_is_an_error(model_folder, tmp_path, verifi
         sample_rollouts(
             model_folder, PROMPTS, tmp_path / "out", SETTINGS, verifier=verifier.replace(":score", ":broken")
         )
+    # And stays one when nothing is left to be sampled.
+    with pytest.raises(StageError, match="failed on all 15 responses.*RuntimeError: no"):
+        sample_rollouts(
+            model_folder, PROMPTS, tmp_path / "out", SETTINGS, verifier=verifier.replace(":score", ":broken")
+        )
+
+
+def test_a_policy_on_several_gpus_is_the_same_policy(model_folder, tmp_path, verifier, monkeypatch):
+    made = []
+    monkeypatch.setattr("megatron_erpd.sampling.vllm.VllmEngine", lambda *given, **named: made.append((given, named)))
+    spread = SETTINGS.model_copy(update={"engine": "vllm", "tensor_parallel": 8})
+    make_engine(model_folder, spread, dtype="bfloat16")
+    assert made == [((model_folder,), {"dtype": "bfloat16", "tensor_parallel_size": 8})]
+    sample_rollouts(model_folder, PROMPTS, tmp_path, SETTINGS, verifier=verifier)
+    again = SETTINGS.model_copy(update={"tensor_parallel": 2})
+    assert sample_rollouts(model_folder, PROMPTS, tmp_path, again, verifier=verifier)["parts_resumed"] == 3
+    with pytest.raises(ValueError, match="tensor_parallel 2: engine transformers holds the policy on one GPU"):
+        SampleSettings(tensor_parallel=2)
+    identity = [
+        sample_request(settings, model_folder, "p.jsonl", None, None).settings
+        for settings in (spread, spread.model_copy(update={"tensor_parallel": 1}))
+    ]
+    assert identity[0] == identity[1]
 
 
 def test_missing_vllm_says_what_to_do(model_folder):

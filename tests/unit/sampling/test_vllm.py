@@ -16,6 +16,13 @@ class FakeLLM:
 
     def generate(self, prompts, parameters, use_tqdm):
         self.calls = list(zip(prompts, parameters, strict=True))
+        if use_tqdm:
+            assert list(use_tqdm(prompts, desc="Adding requests", miniters=1, mininterval=0)) == prompts
+            bar = use_tqdm(total=len(prompts), desc="Processed prompts", dynamic_ncols=True, postfix="0 toks/s")
+            for one in parameters:
+                assert bar.format_dict["elapsed"] >= 0
+                bar.update(one.n)
+            bar.close()
         return [SimpleNamespace(outputs=[completion([7, 2])] * p.n) for p in parameters]
 
 
@@ -46,6 +53,13 @@ def test_requests_and_samples(engine):
     assert [len(group) for group in groups] == [3, 3]
     np.testing.assert_array_equal(groups[0][0].response_token_ids, [7, 2])
     np.testing.assert_array_equal(groups[0][0].log_probs, np.float32([0, -0.5]))
+
+
+def test_finished_prompts_are_told_of(engine, capsys):
+    told = []
+    engine.sample([[1, 5], [1], [2]], num_samples=4, max_new_tokens=9, progress=lambda *pair: told.append(pair))
+    assert told == [(4, 12), (8, 12), (12, 12), (12, 12)]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_seeds_differ_and_fit():
