@@ -10,7 +10,7 @@ from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.stages import Stage
 
 PAGE_SECONDS = 60.0
-"""The page's pictures take a second or two, in which no stage is started: they are drawn this often at the most."""
+"""The page's pictures take some seconds, in which no stage is started: they are drawn this often at the most."""
 
 
 class InterimReport:
@@ -22,7 +22,6 @@ class InterimReport:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._drawn = -PAGE_SECONDS
 
     def __call__(self, stage: Stage) -> str | None:
         """Returns what went wrong, in words; a report that can't be written never ends a run."""
@@ -38,16 +37,20 @@ class InterimReport:
 
         try:
             (self.root / "report" / MANIFEST).unlink(missing_ok=True)
-            if time.monotonic() - self._drawn < PAGE_SECONDS:
+            if self._is_drawn():
                 write_summary(collect_run(self.root), self.root / "report" / "summary.json")
                 return None
             from megatron_erpd.report.render import render_report
 
             render_report(self.root)
-            self._drawn = time.monotonic()
         except Exception as error:  # whatever it is, the run is worth more than its report
             return f"the report is not brought up to date ({error}); `megatron-erpd report {self.root}` tries again"
         return None
+
+    def _is_drawn(self) -> bool:
+        """Whether the page is of the last minute, whoever has drawn it."""
+        page = self.root / "report" / "index.html"
+        return page.is_file() and time.time() - page.stat().st_mtime < PAGE_SECONDS
 
 
 if __name__ == "__main__":  # `python -m megatron_erpd.pipeline.interim_report RUN`
