@@ -16,6 +16,8 @@ from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline import slurm_job
 from megatron_erpd.pipeline.slurm_job import StageJob
 from megatron_erpd.pipeline.slurm_jobs import JobRecord
+from megatron_erpd.sampling.parts import begin_slice
+from megatron_erpd.slices import Slice
 
 
 @pytest.fixture
@@ -27,6 +29,24 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageJob]:
     yield StageJob(tmp_path, record, tmp_path / "a.log")
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+def test_an_interrupted_slice_of_sampling_keeps_its_parts(
+    job: StageJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    folder = begin_slice(tmp_path / "a", Slice(2, 3), {"seed": 1}, {})
+    (folder / "rollouts-00001-of-00003.parquet").write_text("rows")
+
+    def begin(seed: int) -> bool:
+        record = JobRecord("a-slices", "a", "sample", [], {}, str(tmp_path / "a"), {"seed": seed}, 3, 3, 60, 300)
+        return StageJob(tmp_path, record, tmp_path / "a.log")._begin()
+
+    assert not begin(seed=1)
+    assert (folder / "rollouts-00001-of-00003.parquet").read_text() == "rows"
+    assert not begin(seed=2)  # with other settings it is put aside
+    assert not folder.exists()
 
 
 def test_scontrol_that_dies_with_its_job_has_queued_it_again(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
