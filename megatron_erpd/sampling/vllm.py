@@ -94,7 +94,7 @@ class VllmEngine:
 
 def _bar(progress: Progress, total: int) -> type:
     """What vLLM makes its progress bars with: prints nothing, and tells of the responses of finished prompts. Long
-    responses of many prompts take an hour, in which nothing else says that something is done."""
+    responses take long, and a job whose stage says nothing for `slurm.hang_minutes` is ended."""
     from tqdm import tqdm
 
     class Bar(tqdm):

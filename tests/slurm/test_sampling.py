@@ -1,4 +1,4 @@
-"""Rollouts sampled by an array of jobs, one of which is interrupted."""
+"""Rollouts sampled by an array of jobs, undisturbed and with one that is interrupted."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def score(record, response):
 """
 
 
-@pytest.mark.slow
-def test_slices_of_sampling_end_with_the_artifact_of_one_command(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_slices_of_sampling_end_with_the_artifact_of_one_command(
+    cluster: Cluster, tmp_path: Path, interrupted: bool
+) -> None:
     (tmp_path / "verifier.py").write_text(VERIFIER)
     records = [{"prompt": f"{n % 9}+1=", "answer": str(n)} for n in range(300)]  # three part files
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -49,11 +51,12 @@ def test_slices_of_sampling_end_with_the_artifact_of_one_command(cluster: Cluste
     try:
         run.submit(stage)
         one = stage.output / ".slice-0002-of-0002" / "rollouts-00001-of-00003.parquet"
-        run.until(one.is_file, 60, "the second slice has one of its two parts")
+        run.until(one.is_file, 90, "the second slice has one of its two parts")
         written = os.stat(one).st_ino
-        run.signal("rollouts-slices")
-        log = run.root / "logs/slurm" / f"rollouts-slices-{run.number('rollouts-slices')}_2-0.log"
-        run.until(lambda: "queued again (1 of 1)" in log.read_text(), 60, "its job is interrupted")
+        if interrupted:
+            run.signal("rollouts-slices")
+            log = run.root / "logs/slurm" / f"rollouts-slices-{run.number('rollouts-slices')}_2-0.log"
+            run.until(lambda: "queued again (1 of 1)" in log.read_text(), 60, "its job is interrupted")
         (tmp_path / "go").touch()
         commands.sample([*stage.arguments[:-1], str(tmp_path / "whole")])
         assert run.ends("rollouts", 100) == "COMPLETED"
