@@ -17,7 +17,7 @@ from typing import Literal
 
 from megatron_erpd import __version__
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.recipe_file import load_recipe
 from megatron_erpd.pipeline.stages import launcher_flags

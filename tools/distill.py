@@ -8,7 +8,7 @@ The first `--` keeps torchrun from taking `--signal` for a flag of its own. Mega
 follow after a second one. `--help` tells all flags; `megatron-erpd distill` is the same command.
 """
 
-from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.training.train import distill
 
 if __name__ == "__main__":

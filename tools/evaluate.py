@@ -6,7 +6,8 @@
 `--help` tells all flags; `megatron-erpd evaluate` is the same command.
 """
 
-from megatron_erpd.pipeline.commands import evaluate, run_command
+from megatron_erpd.pipeline.commands import evaluate
+from megatron_erpd.pipeline.program import run_command
 
 if __name__ == "__main__":
     run_command(evaluate)

@@ -6,7 +6,7 @@
 Any number of processes will do. `--help` tells all flags; `megatron-erpd export` is the same command.
 """
 
-from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.training.export_checkpoint import export_checkpoints
 
 if __name__ == "__main__":

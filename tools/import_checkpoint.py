@@ -5,7 +5,7 @@
 Any number of processes will do. `--help` tells all flags; `megatron-erpd import` is the same command.
 """
 
-from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.training.import_checkpoint import import_checkpoint
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Megatron's own flags follow after a second `--`. `--help` tells all flags;
 `megatron-erpd train-teacher` is the same command.
 """
 
-from megatron_erpd.pipeline.commands import run_command
+from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.training.train import train_teacher
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from typing import NoReturn
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.pipeline.artifacts import Artifacts
-from megatron_erpd.pipeline.commands import run_command
 from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.processes import error_message
+from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.pipeline.slurm_jobs import JobRecord, slurm_folder
 from megatron_erpd.pipeline.slurm_lock import JobLock
 from megatron_erpd.pipeline.slurm_queue import slurm, state_of, steps_of

@@ -11,7 +11,7 @@ import pytest
 from megatron_erpd import __version__, cli
 from megatron_erpd.errors import RecipeError, StageError, StageInterrupted
 from megatron_erpd.manifest import write_manifest
-from megatron_erpd.pipeline import commands
+from megatron_erpd.pipeline import program
 from megatron_erpd.pipeline.stages import TOOLS
 
 RECIPE = """
@@ -144,11 +144,11 @@ def test_errors_are_one_message_and_a_traceback_only_when_asked_for(capsys):
         raise StageError(f"first\nsecond {argv}")
 
     with pytest.raises(SystemExit) as caught:
-        commands.run_command(fails, ["a"])
+        program.run_command(fails, ["a"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: first\n  second ['a']\n"
     with pytest.raises(StageError, match=r"second \['a', '--', '--debug'\]"):
-        commands.run_command(fails, ["a", "--debug", "--", "--debug"])
+        program.run_command(fails, ["a", "--debug", "--", "--debug"])
 
 
 def test_bad_pairs(capsys):
@@ -161,7 +161,7 @@ def test_bad_pairs(capsys):
 @pytest.mark.parametrize("script", sorted(TOOLS.values()))
 def test_the_scripts_call_the_same_functions(script, monkeypatch):
     called = []
-    monkeypatch.setattr(commands, "run_command", called.append)
+    monkeypatch.setattr(program, "run_command", called.append)
     runpy.run_path(str(Path(cli.__file__).parents[1] / "tools" / script), run_name="__main__")
     name = next(command for command, file in TOOLS.items() if file == script)
     assert called == [cli.COMMANDS[name].load()]
@@ -173,6 +173,6 @@ def test_a_stage_that_would_go_on_has_an_exit_code_of_its_own(error, code, capsy
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        commands.run_command(fail, [])
+        program.run_command(fail, [])
     assert caught.value.code == code
     assert capsys.readouterr().err == "error: stopped\n"

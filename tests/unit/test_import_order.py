@@ -26,7 +26,7 @@ ONLY_IN = {
 
 LIGHT = [
     *("errors", "settings", "settings_arguments", "manifest", "slices", "cli"),
-    *("pipeline/commands", "pipeline/recipe", "pipeline/slurm_job"),
+    *("pipeline/commands", "pipeline/program", "pipeline/recipe", "pipeline/recipe_file", "pipeline/slurm_job"),
 ]
 """Modules that a command line, or a job, loads before it knows what to do."""
 
