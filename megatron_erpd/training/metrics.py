@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,14 +34,17 @@ class JsonLinesWriter:
     """Stands before Megatron's TensorBoard writer and keeps each step's scalars as one JSON line.
 
     Megatron writes scalars on the last rank only; this object exists there and passes everything on. Lines of
-    iterations that a resumed run does again are dropped when it does them again.
+    iterations that a resumed run does again are dropped when it does them again. A step's line is in the file with each
+    of its scalars: when its checkpoint is saved, it is there, and a kill afterwards leaves no gap.
     """
 
     def __init__(self, path: Path, inner: Any) -> None:
         self._path = path
         self._inner = inner
         self._row: dict[str, float] = {}
-        self._started = False
+        self._file: BinaryIO | None = None
+        self._start = 0
+        self._is_new = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -53,14 +57,25 @@ class JsonLinesWriter:
             self.flush()
         self._row.setdefault("iteration", int(step))
         self._row[name] = float(value)
+        self._write()
+
+    def _write(self) -> None:
+        """Writes the step's line over what was written of it."""
+        if self._file is None:
+            if self._is_new:
+                self._is_new = False
+                keep_before(self._path, int(self._row["iteration"]))
+                self._path.touch()
+            self._file = self._path.open("r+b")
+            self._start = self._file.seek(0, os.SEEK_END)
+        self._file.seek(self._start)
+        self._file.write(json.dumps(self._row).encode() + b"\n")
+        self._file.truncate()
 
     def flush(self) -> None:
+        """Ends the step's line."""
         self._inner.flush()
-        if not self._row:
-            return
-        if not self._started:
-            self._started = True
-            keep_before(self._path, int(self._row["iteration"]))
-        with self._path.open("a") as file:
-            file.write(json.dumps(self._row) + "\n")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self._row = {}

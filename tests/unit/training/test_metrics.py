@@ -1,0 +1,49 @@
+"""A training's metrics on disk: a line for each step, whenever it is killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_erpd.training.metrics import JsonLinesWriter
+
+
+class Board:
+    """In the place of TensorBoard's writer."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_step_is_in_the_file_before_the_next_one_begins(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLinesWriter(path, Board())
+    for step in (1, 2):
+        writer.add_scalar("stage1/loss", 0.5 / step, step)
+        writer.add_scalar("batch-size", 8.0, step)  # not kept
+        writer.add_scalar("grad-norm", 2.0, step)
+    # Killed now, while the checkpoint of step 2 is saved.
+    expected = [{"iteration": step, "stage1/loss": 0.5 / step, "grad-norm": 2.0} for step in (1, 2)]
+    assert rows(path) == expected
+
+    again = JsonLinesWriter(path, Board())
+    again.add_scalar("stage1/loss", 0.125, 3)
+    again.flush()
+    assert rows(path) == [*expected, {"iteration": 3, "stage1/loss": 0.125}]
+
+
+def test_steps_that_are_done_again_replace_what_was_written_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "a/b": 1.0}\n{"iteration": 2, "a/b": 2.0}\n{"iteration": 3, "a/')
+    writer = JsonLinesWriter(path, Board())
+    writer.add_scalar("a/b", 4.0, 2)
+    writer.add_scalar("a/b", 5.0, 3)
+    writer.flush()
+    assert rows(path) == [{"iteration": i, "a/b": value} for i, value in ((1, 1.0), (2, 4.0), (3, 5.0))]
