@@ -4,6 +4,11 @@ Every message names the file, row, field or flag that is wrong and says what to 
 All of them are `ValueError`s, so that a caller who knows nothing of this module can still catch them.
 """
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 
 class ErpdError(ValueError):
     """Base of all errors that are the input's fault, not the program's."""
@@ -33,6 +38,10 @@ class StageError(ErpdError):
     """A stage ended without what it promised; its artifact isn't complete."""
 
 
+class NoRoom(StageError):
+    """A disk is full; with room on it, the same command goes on."""
+
+
 class StageInterrupted(StageError):
     """A stage was stopped before its end, by a signal say; started again, it goes on. Its exit code is its own."""
 
@@ -53,3 +62,27 @@ def first_line(error: BaseException) -> str:
     """What another library's error says first, for a message of one's own; its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_SMALL_FILE = 64 * 1024
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The full disk, or the used-up quota, behind an error; None where the error has another reason.
+
+    Libraries hide it behind errors of their own, and some leave only its text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error
+        for number in _NO_ROOM:
+            if os.strerror(number) in str(error):
+                return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def has_no_room(folder: Path) -> bool:
+    """Whether less is free on the disk of a folder than a small file takes, for errors that lost what they were."""
+    return shutil.disk_usage(folder).free < _SMALL_FILE

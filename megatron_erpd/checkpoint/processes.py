@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from megatron_erpd.checkpoint.shards import gather_objects, raise_together
-from megatron_erpd.errors import ErpdError
+from megatron_erpd.errors import ErpdError, full_disk
 
 _SECONDS = 5.0
 
@@ -56,7 +56,8 @@ def do_together(where: object, work: Callable[[], None]) -> None:
     except (ErpdError, OSError) as error:
         if num_processes() == 1 and isinstance(error, ErpdError):
             raise
-        problems = [str(error)]
+        full = isinstance(error, OSError) and full_disk(error) is not None
+        problems = [f"{error}; make room and run it again" if full else str(error)]
     raise_together(where, problems)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_erpd.errors import has_no_room
 from megatron_erpd.pipeline.stages import PACKAGE_ROOT, Stage
 
 ERROR_PREFIX = "error: "
@@ -120,10 +121,9 @@ class StageProcess:
         return lines[-1].strip() if lines else ""
 
     def error(self) -> str:
-        """Why it failed: the message of the tool's own error, or else the last lines of its log."""
+        """Why it failed: the message of the tool's own error, or else a full disk, or the last lines of its log."""
         lines = self._tail().splitlines()
-        message = error_message(lines)
-        return message if message else "\n".join(lines[-20:])
+        return error_message(lines) or no_room_for_logs(self.log) or "\n".join(lines[-20:])
 
     @property
     def elapsed(self) -> float:
@@ -174,6 +174,11 @@ def error_message(lines: Sequence[str]) -> str:
             break
         message.append(_unranked(line))
     return "\n".join(message)
+
+
+def no_room_for_logs(log: Path) -> str:
+    """Why a log may say nothing of an error: no room to write to it. Empty where there is some."""
+    return f"{log.parent}: is on a full disk; make room and run it again" * has_no_room(log.parent)
 
 
 def _unranked(line: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
-from megatron_erpd.errors import ErpdError, StageInterrupted
+from megatron_erpd.errors import ErpdError, NoRoom, StageInterrupted, full_disk
 
 _INTERRUPTED = 75
 """Exit code for "try again", as sysexits.h has it."""
@@ -17,7 +21,7 @@ _OTHER_RANKS_WAIT = 3.0
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command as a program: an `ErpdError` becomes one message on stderr and exit code 2, or 75 when the same
-    command would go on.
+    command would go on. So does a full disk, wherever it was met.
 
     `--debug` among the arguments shows the traceback instead.
     """
@@ -26,15 +30,44 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     debug = "--debug" in own
     try:
         command([word for word in own if word != "--debug"] + argv[len(own) :])
-    except ErpdError as error:
-        if debug:
+    except Exception as error:
+        shown = error if isinstance(error, ErpdError) else _no_room(error, own)
+        if debug or shown is None:
             raise
         if int(os.environ.get("RANK", "0")) > 0:
             # All ranks find the same error in bad input; the first one's message is enough, and ends this rank.
             time.sleep(_OTHER_RANKS_WAIT)
-        # Further lines are indented: whoever reads a log can tell where the message ends.
-        print("error: " + "\n".join(_indented(str(error))), file=sys.stderr, flush=True)
-        sys.exit(_INTERRUPTED if isinstance(error, StageInterrupted) else 2)
+        with suppress(OSError):  # the disk that is full may be the log's
+            # Further lines are indented: whoever reads a log can tell where the message ends.
+            print("error: " + "\n".join(_indented(str(shown))), file=sys.stderr, flush=True)
+        if isinstance(shown, NoRoom):
+            _end_at_once_in_a_stage(2)
+        sys.exit(_INTERRUPTED if isinstance(shown, StageInterrupted) else 2)
+
+
+def _end_at_once_in_a_stage(code: int) -> None:
+    """Ends a process with process groups: the helper processes of a checkpoint that could not be written keep Python
+    from ending as usual, or crash it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _no_room(error: Exception, argv: list[str]) -> NoRoom | None:
+    """What to say of an error behind which there is a full disk; None for another."""
+    full = full_disk(error)
+    if full is None:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output")
+    # A copy's error names where it comes from and where it goes; that of a write names nothing.
+    place = full.filename2 or full.filename or parser.parse_known_args(argv)[0].output or Path.cwd()
+    return NoRoom(f"{place}: can't be written ({full.strerror}); make room and run the same command again")
 
 
 def _indented(message: str) -> list[str]:

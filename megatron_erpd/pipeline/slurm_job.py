@@ -24,7 +24,7 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.interim_report import InterimReport
-from megatron_erpd.pipeline.processes import error_message
+from megatron_erpd.pipeline.processes import error_message, no_room_for_logs
 from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.pipeline.slurm_jobs import JobRecord, slurm_folder
 from megatron_erpd.pipeline.slurm_lock import JobLock
@@ -215,7 +215,7 @@ class StageJob:
             raise StageError(f"{self.stage.name} failed: {message}\n(not queued again: it would fail again)")
         if code:
             problem = self.why_ended or f"its command ended with {code}"
-        why = message or first_traceback(output) or "\n".join(output.splitlines()[-20:])
+        why = message or no_room_for_logs(self.log) or first_traceback(output) or "\n".join(output.splitlines()[-20:])
         self._requeue(problem, why)
 
     def _refresh_report(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.errors import RolloutError, StageError, StageInterrupted
+from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity
 from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
 from megatron_erpd.training.advantages import Advantages
@@ -177,6 +178,7 @@ class TrainingRun(ABC):
         from megatron.training import training
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.initialize import initialize_megatron
+        from torch.distributed.checkpoint.api import CheckpointException
 
         from megatron_erpd.training.model import model_config
 
@@ -209,6 +211,10 @@ class TrainingRun(ABC):
             )
         except SystemExit:
             return True
+        except CheckpointException as error:  # which is no `Exception`, and keeps no errno
+            if not has_no_room(self.output):
+                raise
+            raise self._no_room(args) from error
         except NonFiniteLoss as error:
             names = ", ".join(self.name_of(row) for row in error.rows[:_NAMES_SHOWN])
             names += f" and {len(error.rows) - _NAMES_SHOWN} more" if len(error.rows) > _NAMES_SHOWN else ""
@@ -218,6 +224,12 @@ class TrainingRun(ABC):
                 raise
             raise self._diverged("the gradient is no number, though the loss is one", args) from error
         return False
+
+    def _no_room(self, args: argparse.Namespace) -> NoRoom:
+        return NoRoom(
+            f"{self.output / 'megatron'}: no room for the checkpoint of step {args.curr_iteration + 1} "
+            f"({os.strerror(errno.ENOSPC)}); make room and run the same command again, it goes on from the last one"
+        )
 
     def _diverged(self, what: str, args: argparse.Namespace) -> StageError:
         kept = saved_iterations(self.output / "megatron")

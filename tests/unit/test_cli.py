@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import runpy
 from pathlib import Path
@@ -176,3 +177,42 @@ def test_a_stage_that_would_go_on_has_an_exit_code_of_its_own(error, code, capsy
         program.run_command(fail, [])
     assert caught.value.code == code
     assert capsys.readouterr().err == "error: stopped\n"
+
+
+def full(*names):
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+
+
+def hidden(error, cause=None):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (full(), "runs/a/teacher"),
+        (full("metrics.jsonl"), "metrics.jsonl"),
+        (full("from", None, "to"), "to"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "runs/a/teacher"),
+        (hidden(RuntimeError("writing failed"), full()), "runs/a/teacher"),
+        (RuntimeError("Worker failure: [Errno 28] No space left on device"), "runs/a/teacher"),
+    ],
+)
+def test_a_full_disk_is_no_traceback_wherever_it_is_met(error, place, capsys):
+    def fail(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        program.run_command(fail, ["--output", "runs/a/teacher", "--", "--output", "x"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {place}: can't be written (") and "make room and run the same command again" in said
+
+
+def test_other_errors_of_the_file_system_keep_their_traceback():
+    def fail(argv):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match="Input/output"):
+        program.run_command(fail, ["--output", "a"])

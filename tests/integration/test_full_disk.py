@@ -1,0 +1,198 @@
+"""A disk that fills up: which file and what to do is said, what is saved stays, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_erpd.checkpoint.iterations import TRACKER, saved_iterations
+from megatron_erpd.checkpoint.recovery import damage
+from megatron_erpd.manifest import MANIFEST, verify_manifest
+from tests.distributed.harness import REPOSITORY
+from tests.integration.stages import make_round
+from tests.integration.test_resume import environment, losses, weights
+
+PAGE = 4096
+
+
+class Disk:
+    """A file system in memory, whose size can be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def resize(self, pages: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={pages * PAGE}", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("needs to mount a file system (root)")
+    yield Disk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("round")
+    make_round(folder)
+    return folder
+
+
+def pages(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // PAGE) for path in folder.rglob("*") if path.is_file())
+
+
+def tool(script: str, *argv: object) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "tools" / script), *map(str, argv)]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+
+
+def run_well(command: list[str]) -> None:
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def run_into_the_end(command: list[str], output: Path) -> str:
+    """Runs a command that finds no room; returns its message."""
+    done = run(command)
+    assert done.returncode == 2, f"{done.returncode}: {done.stderr[-3000:]}"
+    message = done.stderr[done.stderr.rindex("error: ") :]
+    assert str(output) in message and "make room" in message or "free space" in message, message
+    assert "No space left on device" in message or "are free" in message, message
+    assert "Traceback" not in message and not (output / MANIFEST).exists()
+    return message
+
+
+def training(made: Path, output: Path) -> list[str]:
+    data = ["--base", made / "base", "--rollouts", made / "rollouts.parquet"]
+    data += ["--base-log-probs", made / "base-log-probs", "--loss", "sapo", "--kl-coefficient", "0.1"]
+    settings = ["--epochs", "4", "--global-batch-size", "16", "--micro-batch-size", "16", "--checkpoints", "2"]
+    return tool("train_teacher.py", *data, *settings, "--output", output)
+
+
+@pytest.fixture(scope="module")
+def trained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed training, with checkpoints at steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_well(training(made, folder / "whole"))
+    return folder / "whole"
+
+
+def assert_same_training(ours: Path, theirs: Path, folder: Path) -> None:
+    verify_manifest(ours)
+    assert losses(ours) == losses(theirs)
+    assert weights(ours, folder) == weights(theirs, folder)
+
+
+def test_a_training(made: Path, trained: Path, disk: Disk, tmp_path: Path) -> None:
+    output, command = disk.folder / "teacher", training(made, disk.folder / "teacher")
+    checkpoint = pages(trained / "megatron" / "iter_0000005")
+    disk.resize(checkpoint // 2)
+    run_into_the_end(command, output)
+    assert saved_iterations(output / "megatron") in ([], [5]) and not (output / "megatron" / TRACKER).exists()
+    disk.resize(checkpoint * 3 // 2)
+    run_into_the_end(command, output)
+    assert (output / "megatron" / TRACKER).read_text() == "5"
+    assert damage(output / "megatron" / "iter_0000005") is None
+    disk.resize(pages(trained) - 3)  # for all but the last files: those beside the checkpoint, the manifest
+    run_into_the_end(command, output)
+    disk.resize(4 * checkpoint)
+    run_well(command)
+    assert_same_training(output, trained, tmp_path)
+
+
+TRACKER_WITHOUT_ROOM = """
+import errno, os, sys
+from megatron.core.msc_utils import MultiStorageClientFeature
+from megatron.training import checkpointing
+from megatron_erpd import platform
+
+def open_or_fail(path, mode="r", *given, opened=checkpointing.maybe_msc.open, **options):
+    if "latest_checkpointed" in str(path) and mode == "w" and os.path.exists(path):
+        opened(path, mode).close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return opened(path, mode, *given, **options)
+
+checkpointing.maybe_msc.open = open_or_fail
+from megatron_erpd.pipeline.program import run_command
+from megatron_erpd.training.train import train_teacher
+run_command(train_teacher)
+"""
+
+
+def test_the_tracker_of_a_training(made: Path, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "teacher"
+    command = training(made, output)
+    run_into_the_end([command[0], "-c", TRACKER_WITHOUT_ROOM, *command[2:]], output)
+    assert (output / "megatron" / TRACKER).read_text() == ""
+    run_well(command)
+    assert_same_training(output, trained, tmp_path)
+
+
+def assert_same_files(ours: Path, theirs: Path, *without: str) -> None:
+    a, b = (verify_manifest(folder).files for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name] and name not in without] == []
+
+
+def go_through(command: list[str], output: Path, disk: Disk, sizes: list[int]) -> list[str]:
+    """Runs a command with less room than it needs, again and again, and then with enough; returns its messages."""
+    messages = []
+    for size in sizes:
+        disk.resize(size)
+        messages.append(run_into_the_end(command, output))
+    disk.resize(10_000)
+    run_well(command)
+    return messages
+
+
+def test_an_export(trained: Path, disk: Disk, tmp_path: Path) -> None:
+    run_well(tool("export_checkpoint.py", "--checkpoint", f"policy={trained}", "--output", tmp_path / "whole"))
+    output, needed = disk.folder / "export", pages(tmp_path / "whole")
+    command = tool("export_checkpoint.py", "--checkpoint", f"policy={trained}", "--output", output)
+    go_through(command, output, disk, [1, needed // 2, needed - 2])
+    assert_same_files(output, tmp_path / "whole")
+
+
+def test_an_import(made: Path, disk: Disk) -> None:
+    output, needed = disk.folder / "base", pages(made / "base")
+    command = tool("import_checkpoint.py", "--hf", made / "hf", "--output", output)
+    go_through(command, output, disk, [1, needed // 2, needed - 2])
+    assert_same_files(output, made / "base")
+
+
+def test_a_teacher_cache(made: Path, disk: Disk) -> None:
+    data = ["--base", made / "base", "--rollouts", made / "rollouts.parquet", "--kind", "token"]
+    output, needed = disk.folder / "cache", pages(made / "base-log-probs")
+    command = tool("precompute.py", *data, "--output", output)
+    go_through(command, output, disk, [1, needed - 1])
+    assert_same_files(output, made / "base-log-probs", "cache.json")
+
+
+def test_sampling(made: Path, disk: Disk, tmp_path: Path) -> None:
+    """Parts that were written stay: three of them, of 128 prompts each."""
+    from tests.unit.sampling.tiny_model import write_model
+
+    model = write_model(tmp_path / "model", seed=0)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": f"{i + 1}"}) + "\n" for i in range(300)))
+    settings = ["--model", model, "--prompts", prompts, "--num-rollouts", "2", "--max-new-tokens", "8"]
+    run_well(tool("sample.py", *settings, "--output", tmp_path / "whole"))
+    output, needed = disk.folder / "rollouts", pages(tmp_path / "whole")
+    command = tool("sample.py", *settings, "--output", output)
+    part = pages(tmp_path / "whole") // 3
+    go_through(command, output, disk, [part * 3 // 2, needed - 1])
+    assert_same_files(output, tmp_path / "whole", "report.json")
