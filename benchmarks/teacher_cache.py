@@ -208,7 +208,7 @@ def cost_of_target(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
 
 def time_forward(root: Path) -> float:
     """Seconds for one policy over all rollouts, with the logits of all tokens."""
-    from megatron_erpd.training.forward_pass import max_tokens, run_forward
+    from megatron_erpd.training.forward_pass import batch_groups, run_forward
     from megatron_erpd.training.model import load_weights
 
     layout, rollouts = Layout(micro_batch_size=MICRO_BATCH), read_rollouts(root / "rollouts.parquet")
@@ -218,7 +218,7 @@ def time_forward(root: Path) -> float:
 
     def run(model: Any) -> None:
         load_weights(model, root / "base")
-        run_forward(model, rollouts, layout, max_tokens(layout, rollouts), logits, "forward")
+        run_forward(model, rollouts, batch_groups(layout, rollouts), layout, logits, "forward")
 
     return in_stage(root, rollouts, layout, run)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +61,15 @@ class BatchSource:
             for batch in ahead:
                 yield _to_device(batch)
 
-    def once(self, max_tokens: int, rank: int, size: int) -> Iterator[Batch]:
-        """Every rollout once, spread over the data-parallel ranks, those of similar length together, longest first.
+    def once(self, groups: Sequence[np.ndarray], rank: int, size: int) -> Iterator[Batch]:
+        """A batch of each group of rows, in turns over the data-parallel ranks.
 
-        All ranks yield the same number of batches (`num_batches`), since pipeline schedules and collectives count on
-        it: where the rows run out, a rank yields a filler, a batch whose `loss_mask` is all 0.
+        All ranks yield the same number of batches, since pipeline schedules and collectives count on it: where the
+        groups run out, a rank yields a filler, a batch whose `loss_mask` is all 0.
 
         Args:
-            max_tokens: of a batch, padding included; a rollout that is longer has a batch of its own.
+            groups: such as `length_groups` makes.
         """
-        groups = length_groups(self.rollouts.lengths, max_tokens, self.pad_multiple)
         own = [min(at, len(groups) - 1) for at in range(rank, -(-len(groups) // size) * size, size)]
         with closing(prefetch(self._collate(groups[at]) for at in own)) as ahead:
             for number, batch in enumerate(ahead):
@@ -84,6 +83,7 @@ def length_groups(lengths: np.ndarray, max_tokens: int, pad_multiple: int) -> li
 
     Args:
         lengths: `[N]`, prompt and response; a model reads one token less.
+        max_tokens: of a group; a rollout that is longer has one of its own.
     """
     order = np.argsort(-lengths, kind="stable")
     padded = -(-(lengths[order] - 1) // pad_multiple) * pad_multiple

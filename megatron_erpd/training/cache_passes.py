@@ -29,14 +29,13 @@ from megatron_erpd.training.arguments import rank
 from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch
 from megatron_erpd.training.forward_pass import (
     Stored,
+    batch_groups,
     check_output_layer,
     from_store,
     load_output_layer,
-    max_tokens,
     output_weight,
     run_forward,
     run_stored,
-    share_of,
 )
 from megatron_erpd.training.heads import HiddenStates, response_positions
 from megatron_erpd.training.scores import Scores, hidden_rows, output_layer_digest
@@ -89,7 +88,8 @@ class CachePasses:
         self._given = _open_hidden(hidden, meta, rollouts) if hidden is not None else None
         self._global = settings.has_signal and settings.projection == "global"
         self._model = _build_model()
-        self._tokens = max_tokens(layout, rollouts)
+        # The same whatever is missing: a row's last digits depend on the rows that it shares a batch with.
+        self._groups = batch_groups(layout, rollouts)
         self._is_last = mpu.is_pipeline_last_stage()
         self._scores: Scores | None = None
         if self._is_last:
@@ -106,8 +106,8 @@ class CachePasses:
         self._missing = self._find_missing(self.output, self.meta)
         if self._given is not None:
             self._take_log_probs(self._given)
-        for rows in self._rows_of_passes():
-            self._pass(rows)
+        for groups in self._groups_of_passes():
+            self._pass(groups)
         if rank() == 0:  # left by a run that was killed after its last pass
             shutil.rmtree(self.output / SCRATCH, ignore_errors=True)
 
@@ -125,15 +125,15 @@ class CachePasses:
             found[table] = shared.cpu().numpy().astype(bool)
         return found
 
-    def _rows_of_passes(self) -> list[np.ndarray]:
-        """The rollouts that lack anything, in as many parts as the disk asks for."""
-        lacking = np.flatnonzero(np.logical_or.reduce(list(self._missing.values())))
-        if not len(lacking):
+    def _groups_of_passes(self) -> list[list[np.ndarray]]:
+        """The batches with rollouts that lack anything, in as many parts as the disk asks for."""
+        lacking = self._with_any(np.logical_or.reduce(list(self._missing.values())), self._groups)
+        if not lacking:
             return []
         if self._global or not self._uses_scratch:
             # A global eta is a mean over all rollouts: those whose rows are written count too.
-            return [np.arange(len(self.rollouts)) if self._global else lacking]
-        tokens = int(self.rollouts.response_lengths[lacking].sum())
+            return [self._groups if self._global else lacking]
+        tokens = int(self.rollouts.response_lengths[np.concatenate(lacking)].sum())
         needed = tokens * self._scratch_meta.columns(hidden_table("base"))["hidden"].bytes_per_token
         needed *= len(self.names) - 1
         free = torch.tensor([shutil.disk_usage(self.output).free], dtype=torch.int64, device=platform.device())
@@ -142,9 +142,13 @@ class CachePasses:
         if count > len(lacking):
             raise CacheError(
                 f"{self.output}: {int(free) / 2**30:.1f} GiB are free, not enough for the hidden states of a single "
-                "rollout; free space there"
+                "batch; free space there, or lower micro_batch_size"
             )
-        return [share_of(lacking, self.rollouts.lengths, number, count) for number in range(count)]
+        return [lacking[number::count] for number in range(count)]
+
+    def _with_any(self, needed: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The groups in which any row is needed, `[N]`."""
+        return [group for group in groups if needed[group].any()]
 
     @property
     def _uses_scratch(self) -> bool:
@@ -184,7 +188,7 @@ class CachePasses:
 
     # A pass
 
-    def _pass(self, rows: np.ndarray) -> None:
+    def _pass(self, groups: list[np.ndarray]) -> None:
         from megatron.core import mpu
 
         keep = self.settings.keep_hidden
@@ -201,10 +205,10 @@ class CachePasses:
         try:
             if self._given is None:
                 for name in self.names:
-                    self._run_policy(name, rows, partial(UnfinishedHidden, store_folder, store_meta))
+                    self._run_policy(name, groups, partial(UnfinishedHidden, store_folder, store_meta))
             if self.settings.kind == "topk" and (self._given is not None or self._global):
                 stored = self._given or UnfinishedHidden(store_folder, store_meta)
-                self._run_projection(rows, stored)
+                self._run_projection(groups, stored)
         except BaseException:
             for writer in self._writers():
                 writer.abort()
@@ -221,8 +225,8 @@ class CachePasses:
             shutil.rmtree(self.output / SCRATCH, ignore_errors=True)
         torch.distributed.barrier()
 
-    def _run_policy(self, name: str, rows: np.ndarray, store: Callable[[], Stored]) -> None:
-        """One policy over the rollouts that need it."""
+    def _run_policy(self, name: str, groups: list[np.ndarray], store: Callable[[], Stored]) -> None:
+        """One policy over the batches that need it."""
         from megatron_erpd.training.model import load_weights
 
         makes_target = self.settings.kind == "topk" and not self._global
@@ -231,33 +235,38 @@ class CachePasses:
         stores = hidden_table(name) in self._missing and not (self._uses_scratch and is_live)
         if stores:
             lacks = self._missing[hidden_table(name)]
-            # The last policy's pass reads them for all of its rollouts.
-            read = self._missing[TOPK] | self._missing[log_probs_table(self.names[-1])]
-            needed |= lacks if self.settings.keep_hidden or self._global else lacks & read
+            if not self.settings.keep_hidden and not self._global:
+                # The last policy's pass reads them for all of its batches.
+                last = self._missing[TOPK] | self._missing[log_probs_table(self.names[-1])]
+                read = np.zeros_like(last)
+                for group in self._with_any(last, groups):
+                    read[group] = True
+                lacks = lacks & read
+            needed |= lacks
         if is_live:
             needed |= self._missing[TOPK]
-        chosen = rows[needed[rows]]
-        target_waits = self.settings.kind == "topk" and (self._global or bool(self._missing[TOPK][rows].any()))
-        if not len(chosen) and not target_waits:
+        chosen = self._with_any(needed, groups)
+        target_waits = self.settings.kind == "topk" and (
+            self._global or bool(self._with_any(self._missing[TOPK], groups))
+        )
+        if not chosen and not target_waits:
             return
         load_weights(self._model, self.policies[name])
         self._note_layer(name, self.settings.keep_hidden or stores)
-        if len(chosen):
+        if chosen:
             stored = store() if is_live and len(self.names) > 1 else None
-            rollouts = self.rollouts.select(chosen)
-            consume = partial(self._consume, name, chosen, rollouts, stores, stored, is_live)
+            consume = partial(self._consume, name, stores, stored, is_live)
             lines = StepLines(self.output / METRICS, f"precompute/{name}")
-            run_forward(self._model, rollouts, self.layout, self._tokens, consume, f"precompute {name}", lines)
+            run_forward(self._model, self.rollouts, chosen, self.layout, consume, f"precompute {name}", lines)
         self._flush()
         tables = [log_probs_table(name), *([hidden_table(name)] if stores else []), *([TOPK] if is_live else [])]
         for table in tables:
-            self._missing[table][chosen] = False
+            for group in chosen:
+                self._missing[table][group] = False
 
     def _consume(
         self,
         name: str,
-        chosen: np.ndarray,
-        rollouts: Rollouts,
         stores: bool,
         stored: Stored | None,
         makes_target: bool,
@@ -272,21 +281,23 @@ class CachePasses:
             # As they will be read again, so that the same q follows from what is kept.
             kept = self.meta.hidden_dtype
             live = hidden if kept is None else replace(hidden, rows=_rounded(hidden.rows, kept))
-            others = {n: from_store(stored, n, batch, rollouts, self._layers[n]) for n in self.names[:-1] if stored}
+            others = {
+                n: from_store(stored, n, batch, self.rollouts, self._layers[n]) for n in self.names[:-1] if stored
+            }
             target = self._scores.target(batch, [*others.values(), live], with_log_probs=live is hidden)
         log_probs = target.pop("policy_log_probs", None) or self._scores.log_probs(batch, hidden)
         if self._writer is None or self._scratch is None:
             return
         for b, i in enumerate(batch.row_indices.tolist()):
-            key, row = (rollouts.sample_ids[i], rollouts.token_crc(i)), chosen[i]
-            if self._missing[log_probs_table(name)][row]:
+            key = self.rollouts.sample_ids[i], self.rollouts.token_crc(i)
+            if self._missing[log_probs_table(name)][i]:
                 self._writer.write_log_probs(name, *key, log_probs[b])
-            if stores and self._missing[hidden_table(name)][row]:
+            if stores and self._missing[hidden_table(name)][i]:
                 self._scratch.write_hidden(name, *key, states[b], self._digests[name])
-            if makes_target and self._missing[TOPK][row]:
+            if makes_target and self._missing[TOPK][i]:
                 self._writer.write_topk(*key, **{column: values[b] for column, values in target.items()})
 
-    def _run_projection(self, rows: np.ndarray, stored: Stored) -> None:
+    def _run_projection(self, groups: list[np.ndarray], stored: Stored) -> None:
         """q from stored hidden states of all policies."""
         for name in self.names:
             if name not in self._digests:  # the same on all ranks: loading is collective
@@ -297,8 +308,7 @@ class CachePasses:
         layers = {name: self._layers[name] for name in self.names} if self._is_last else {}
         if self._global:
             self._find_global_eta(stored, layers)
-        chosen = rows[self._missing[TOPK][rows]]
-        rollouts = self.rollouts.select(chosen)
+        chosen = self._with_any(self._missing[TOPK], groups)
 
         def consume(batch: Batch, policies: Sequence[HiddenStates]) -> None:
             assert self._scores is not None
@@ -306,14 +316,12 @@ class CachePasses:
             if self._writer is None:
                 return
             for b, i in enumerate(batch.row_indices.tolist()):
-                self._writer.write_topk(
-                    rollouts.sample_ids[i],
-                    rollouts.token_crc(i),
-                    **{column: values[b] for column, values in target.items()},
-                )
+                if self._missing[TOPK][i]:
+                    key = self.rollouts.sample_ids[i], self.rollouts.token_crc(i)
+                    self._writer.write_topk(*key, **{column: values[b] for column, values in target.items()})
 
-        if len(chosen):
-            run_stored(stored, layers, rollouts, self.layout, self._tokens, consume, "precompute targets")
+        if chosen:
+            run_stored(stored, layers, self.rollouts, chosen, self.layout, consume, "precompute targets")
 
     def _find_global_eta(self, stored: Stored, layers: Mapping[str, Tensor]) -> None:
         """One eta with mean KL(q || pi_0) = delta over all response tokens: a pass that keeps sums on a grid."""
@@ -332,7 +340,7 @@ class CachePasses:
                 sums[:3].add_(kl_curve(*law, etas))
                 sums[3].add_(len(law.log_masses))
 
-        run_stored(stored, layers, self.rollouts, self.layout, self._tokens, consume, "precompute eta")
+        run_stored(stored, layers, self.rollouts, self._groups, self.layout, consume, "precompute eta")
         if scores is not None:
             torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group(with_context_parallel=True))
             scores.eta = solve_global_eta(etas, sums[:3] / sums[3], settings.delta, settings.eta_max)

@@ -34,26 +34,27 @@ class Stored(Protocol):
     def hidden_row(self, policy: str, sample_id: str) -> Tensor: ...
 
 
-def max_tokens(layout: Layout, rollouts: Rollouts) -> int:
-    """Tokens of a batch, with padding: a micro-batch of the longest rollouts, which a training has to hold as well."""
+def batch_groups(layout: Layout, rollouts: Rollouts) -> list[np.ndarray]:
+    """Rows of a batch each, of similar length, longest first. None has more tokens with padding than a micro-batch of
+    the longest rollouts, which a training has to hold as well."""
     multiple = pad_multiple(layout)
     longest = -(-(int(rollouts.lengths.max()) - 1) // multiple) * multiple
-    return layout.micro_batch_size * longest
+    return length_groups(rollouts.lengths, layout.micro_batch_size * longest, multiple)
 
 
 def run_forward(
     model: Any,
     rollouts: Rollouts,
+    groups: Sequence[np.ndarray],
     layout: Layout,
-    tokens: int,
     consume: Callable[[Batch, HiddenStates], None],
     what: str,
     lines: StepLines | None = None,
 ) -> None:
-    """Every rollout once through a policy; on last pipeline stages `consume` gets each batch and its hidden states.
+    """Rollouts once through a policy; on last pipeline stages `consume` gets each batch and its hidden states.
 
     Args:
-        tokens: of a batch at most, padding included.
+        groups: rows of the rollouts for a batch each.
         what: is done, for the lines that tell how far it is.
     """
     from megatron.core import mpu
@@ -63,7 +64,6 @@ def run_forward(
 
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     source = BatchSource(rollouts, pad_multiple(layout), {}, {})
-    groups = length_groups(rollouts.lengths, tokens, source.pad_multiple)
     progress = Progress(what, sum(len(group) for group in groups[index::size]), lines)
 
     def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
@@ -80,7 +80,7 @@ def run_forward(
     with torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=source.once(tokens, index, size),
+            data_iterator=source.once(groups, index, size),
             model=model,
             num_microbatches=-(-len(groups) // size),
             seq_length=int(rollouts.lengths.max()),
@@ -95,8 +95,8 @@ def run_stored(
     stored: Stored,
     layers: Mapping[str, Tensor],
     rollouts: Rollouts,
+    groups: Sequence[np.ndarray],
     layout: Layout,
-    tokens: int,
     consume: Callable[[Batch, Sequence[HiddenStates]], None],
     what: str,
 ) -> None:
@@ -110,9 +110,10 @@ def run_stored(
     if not mpu.is_pipeline_last_stage():
         return
     source = BatchSource(rollouts, pad_multiple(layout), {}, {})
-    progress = Progress(what, -(-len(rollouts) // mpu.get_data_parallel_world_size()))
+    size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    progress = Progress(what, sum(len(group) for group in groups[index::size]))
     with torch.no_grad():
-        for batch in source.once(tokens, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()):
+        for batch in source.once(groups, index, size):
             if not is_filler(batch):
                 consume(batch, [from_store(stored, name, batch, rollouts, layers[name]) for name in layers])
                 progress.add(rollouts.lengths[batch.row_indices.cpu().numpy()])

@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import CacheError, RecipeError, StageError
 from megatron_erpd.teacher_cache.reader import CacheReader
+from megatron_erpd.training.batch import length_groups
 from tests.distributed.harness import REPOSITORY, RankError, run_ranks
 from tests.integration.stages import Stages, make_round, run_stages
 from tests.integration.tiny import write_random_rollouts
@@ -87,7 +90,7 @@ def test_passes_are_as_many_as_the_disk_asks_for(made: Path, tmp_path: Path) -> 
         _precompute_with_free_disk, 1, [*policies(made), *TARGET, "--output", f"{tmp_path}/cache"], 40_000
     )
     assert loads[0] >= 6, "base and teacher, at least three times"
-    assert_close_rows(tmp_path / "cache", made / "whole")
+    assert_equal_rows(tmp_path / "cache", made / "whole")
 
 
 def assert_close_rows(ours: Path, theirs: Path) -> None:
@@ -269,7 +272,57 @@ def test_a_killed_run_goes_on(made: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path: path.stat().st_mtime_ns for path in before} == before, "written again"
     assert len(list(output.glob("log_probs.base/part-*"))) == len(before)
-    assert_close_rows(output, made / "whole")
+    assert_equal_rows(output, made / "whole")
+
+
+@pytest.mark.parametrize(("name", "parts"), [("whole", 7), ("whole", 30), ("hidden", 17)])
+def test_a_run_that_stopped_in_a_table_goes_on_to_the_same_bits(
+    made: Path, tmp_path: Path, name: str, parts: int
+) -> None:
+    """A row's last digits may depend on the rows of its batch, so these stay together, written or not."""
+    argv = [*policies(made), *TARGET, *(["--keep-hidden"] if name == "hidden" else []), "--output", f"{tmp_path}/cache"]
+    with pytest.raises(RankError, match="stopped on purpose"):
+        run_ranks(_precompute_and_stop, 1, argv, parts)
+    assert len(list((tmp_path / "cache").rglob("part-*.arrow"))) == parts
+    batches = run_ranks(_precompute_and_tell_batches, 1, argv)[0]
+    lengths = read_rollouts(made / "rollouts.parquet").lengths
+    whole = [group.tolist() for group in length_groups(lengths, 4 * (int(lengths.max()) - 1), 1)]
+    assert all(batch in whole for batch in batches) and len(batches) < 2 * len(whole)
+    assert_equal_rows(tmp_path / "cache", made / name)
+
+
+def _precompute_and_tell_batches(rank: int, world_size: int, argv: list[str]) -> list[list[int]]:
+    from megatron_erpd.training import cache_passes
+
+    told: list[list[int]] = []
+    forward = cache_passes.run_forward
+
+    def telling(model: Any, rollouts: Any, groups: Any, *others: Any) -> None:
+        told.extend(group.tolist() for group in groups)
+        forward(model, rollouts, groups, *others)
+
+    cache_passes.run_forward = telling
+    run_stages(rank, world_size, [("precompute", argv)])
+    return told
+
+
+def _precompute_and_stop(rank: int, world_size: int, argv: list[str], parts: int) -> None:
+    """With parts of a row or two, in an uneven number of which a batch of four ends."""
+    from megatron_erpd.teacher_cache import writer
+    from megatron_erpd.training import cache_passes
+
+    publish, left = writer.CacheWriter._publish, parts
+
+    def counted(self: writer.CacheWriter, table: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise RuntimeError("stopped on purpose")
+        left -= 1
+        publish(self, table)
+
+    writer.CacheWriter._publish = counted  # type: ignore[method-assign]
+    cache_passes.CacheWriter = partial(writer.CacheWriter, part_bytes=150)  # type: ignore[misc, assignment]
+    run_stages(rank, world_size, [("precompute", argv)])
 
 
 def kill_when(command: list[str], ready: Callable[[], bool], logs: Path) -> bool:

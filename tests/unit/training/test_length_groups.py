@@ -30,7 +30,8 @@ def test_groups_fit_and_hold_every_row_once(budget: int, multiple: int) -> None:
 def test_ranks_share_the_rows_and_have_equally_many_batches(size: int, tmp_path: Path) -> None:
     rollouts = read_rollouts(write_random_rollouts(tmp_path / "r.parquet"))
     source = BatchSource(rollouts, 1, {}, {})
-    batches = [list(source.once(60, rank, size)) for rank in range(size)]
+    groups = length_groups(rollouts.lengths, 60, 1)
+    batches = [list(source.once(groups, rank, size)) for rank in range(size)]
     assert len({len(own) for own in batches}) == 1
     real = [batch for own in batches for batch in own if batch.loss_mask.any()]
     assert sorted(i for batch in real for i in batch.row_indices.tolist()) == list(range(len(rollouts)))
