@@ -41,8 +41,6 @@ _SOON_SECONDS = 5.0
 """From the signal that makes a hanging process show its stacks to the one that kills it, and the like."""
 _KILLED_SECONDS = 600.0
 """A job that was put back into the queue waits so long for SLURM to end it here."""
-_REPORT_SECONDS = 60.0
-"""A report that takes longer is left to the jobs that come, at last to the one that makes it."""
 _VISIBLE_SECONDS = 10
 _SEES_TOKEN = """for i in $(seq "$2"); do
   if [ "$(cat "$0" 2>/dev/null)" = "$1" ]; then exit 0; fi
@@ -99,7 +97,10 @@ class StageJob:
                 return 0
             self._check_shared()
             start = self.log.stat().st_size
+            page = self._draw_page()  # while the stage is at work, so that no stage waits for it
             code = self._execute(command, start)
+            if page is not None:
+                page.kill()
             return self._judge(code, start)
         finally:
             if not self.why_ended.startswith("requeued"):
@@ -203,7 +204,7 @@ class StageJob:
             problem = str(error)
         if not problem:
             self._say(f"{self.stage.name} is complete" + (f" (its command ended with {code})" if code else ""))
-            self._refresh_report()
+            self._write_figures()
             return 0
         message = error_message(output.splitlines())
         if signal.SIGUSR1 in self.signals or (self.signals and state_of(self.id) == "RUNNING"):
@@ -218,20 +219,19 @@ class StageJob:
         why = message or no_room_for_logs(self.log) or first_traceback(output) or "\n".join(output.splitlines()[-20:])
         self._requeue(problem, why)
 
-    def _refresh_report(self) -> None:
-        """Brings the run's report up to date, in a process of its own: nothing that goes wrong there is this job's, and
-        the jobs that wait for this one don't wait for long."""
-        refresh = InterimReport(self.root)
-        if self.slice or self.signals or not refresh.shows(self.stage):
-            return
+    def _write_figures(self) -> None:
+        """Brings the figures of the run's report up to date; that is quick, and no error of it is this job's."""
+        report = InterimReport(self.root)
+        if not self.slice and report.shows(self.stage) and (note := report.write_figures()):
+            self._say(note)
+
+    def _draw_page(self) -> subprocess.Popen[bytes] | None:
+        """Starts to draw the page of the run's report, of what is done already, where that is due."""
+        report = InterimReport(self.root)
+        if self.slice or not report.shows(self.stage) or not report.page_is_due():
+            return None
         command = [sys.executable, "-m", "megatron_erpd.pipeline.interim_report", str(self.root)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + _REPORT_SECONDS
-        while process.poll() is None and not self.signals and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        process.kill()
-        if said := process.communicate()[0].strip():
-            self._say(said)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def _requeue(self, why: str, details: str) -> NoReturn:
         if self.restart >= self.record.requeues:

@@ -153,7 +153,7 @@ def test_the_report_follows_the_stages(run: Run) -> None:
     assert run.ends("round-01-a") == "COMPLETED"
     run.starts("round-01-b")
     assert list(json.loads((run.root / "report/summary.json").read_text())["stages"]) == ["round-01/a"]
-    assert (run.root / "report/index.html").is_file()
+    run.until((run.root / "report/index.html").is_file, 60, "the page is drawn")  # by the second job, at work
 
 
 @of("forgets")

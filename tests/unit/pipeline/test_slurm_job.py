@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,21 +72,15 @@ def test_a_report_that_can_not_be_made_is_told_and_ends_nothing(
 ) -> None:
     (tmp_path / "round-01/a").mkdir(parents=True)
     (tmp_path / "round-01/a" / MANIFEST).write_text("{")
-    job._refresh_report()
+    job._write_figures()
     said = capsys.readouterr().out
     assert said.startswith("[job] the report is not brought up to date (") and "round-01/a" in said
 
 
-@pytest.mark.parametrize("why", ["it takes long", "the time limit comes near"])
-def test_a_report_is_not_waited_for(
-    job: StageJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
-) -> None:
+def test_a_page_is_drawn_when_it_is_due(job: StageJob, tmp_path: Path) -> None:
+    assert job._draw_page() is None, "there is nothing to show yet"
     (tmp_path / "round-01").mkdir()
-    if why == "it takes long":
-        monkeypatch.setattr(slurm_job, "_REPORT_SECONDS", 0.0)
-    else:
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    started = time.monotonic()
-    job._refresh_report()
-    assert time.monotonic() - started < 10 and capsys.readouterr().out == ""
-    assert not (tmp_path / "report/summary.json").exists()
+    drawing = job._draw_page()
+    assert drawing is not None and drawing.wait() == 0
+    assert (tmp_path / "report/index.html").is_file() and (tmp_path / "report/summary.json").is_file()
+    assert job._draw_page() is None, "it is fresh"

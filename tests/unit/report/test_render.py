@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
-from megatron_erpd.report import render_report
-from megatron_erpd.report.render import duration, shortened, size, tint
+from megatron_erpd.report.render import duration, render_report, shortened, size, tint
 from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
