@@ -34,6 +34,11 @@ DTYPES: dict[str, torch.dtype] = {
 """Element types of weights that are supported, by safetensors' names."""
 
 
+_AHEAD_BYTES = 2**24
+"""What the disk is asked for beyond a large piece that is read: the next pieces most probably lie there."""
+_AHEAD_FROM = 2**20
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Where a tensor's bytes are."""
@@ -158,6 +163,8 @@ def read_at(descriptor: int, offset: int, target: torch.Tensor, what: str) -> No
     view = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
     done = 0
     try:
+        if len(view) >= _AHEAD_FROM and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset + len(view), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         while done < len(view):
             got = os.preadv(descriptor, [view[done:]], offset + done)
             if got == 0:
