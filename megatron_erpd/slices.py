@@ -52,6 +52,19 @@ class Slice:
         return range(total * (self.number - 1) // self.count, total * self.number // self.count)
 
 
+def add_slice_arguments(parser: argparse.ArgumentParser, does: str, things: str) -> None:
+    """`--slice` and `--merge-slices` of a command that does something to things which jobs can share."""
+    slices = parser.add_mutually_exclusive_group()
+    slices.add_argument(
+        "--slice",
+        type=Slice.parse,
+        metavar="I/N",
+        help=f"{does} the I-th of N slices of {things}, into a folder inside of --output: N independent jobs make the "
+        "whole, each resumed for itself",
+    )
+    slices.add_argument("--merge-slices", action="store_true", help="after all slices: make the whole of them")
+
+
 def begin_whole(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
     """Takes the folder for the artifact of all slices (`begin_artifact`); jobs that start at once do it one after the
     other."""

@@ -96,11 +96,15 @@ class HfWeights:
         stored = self._tensors[name].label
         return DTYPES.get(stored, stored)
 
-    def read(self, name: str, start: int, count: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
-        """Rows `[start, start + count)` of a tensor, and of them the columns `[low, high)`; on the CPU, as stored."""
+    def itemsize(self, name: str) -> int:
+        """Bytes of an element."""
+        return DTYPES[self._tensors[name].label].itemsize
+
+    def read(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Rows `[start, start + count)` of a tensor; on the CPU, as stored."""
         rows = torch.empty(count, *self.shape(name)[1:], dtype=DTYPES[self._tensors[name].label])
         self.read_into(rows, name, start)
-        return rows if columns is None else rows[:, columns[0] : columns[1]]
+        return rows
 
     def read_into(self, rows: torch.Tensor, name: str, start: int) -> None:
         """Fills contiguous `rows` `[n, ...]`, of the stored element type, with rows `[start, start + n)` of a tensor.

@@ -131,7 +131,7 @@ def compare_checkpoint(
 def _pieces(weights: HfWeights, name: str) -> Iterator[tuple[int, int]]:
     """First row and number of rows of a tensor's pieces."""
     rows, *others = weights.shape(name)
-    step = max(1, PIECE_BYTES // (prod(others) * weights.read(name, 0, 0).element_size()))
+    step = max(1, PIECE_BYTES // (prod(others) * weights.itemsize(name)))
     return ((start, min(step, rows - start)) for start in range(0, rows, step))
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
@@ -111,7 +112,7 @@ def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda 
     compared = compare_checkpoint(reader, weights, tensors, advance)
     known = {name for _, name in tensors}
     wider = any(
-        reader.dtype(chunk).itemsize > max(_itemsize(weights, name) for name in unit.hf_names)
+        reader.dtype(chunk).itemsize > max(weights.itemsize(name) for name in unit.hf_names)
         for unit in units(shape)
         for chunk in reader.chunks(unit)[:1]
     )
@@ -119,17 +120,6 @@ def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda 
     return Verified(pair, compared, time.monotonic() - begin, left_out, wider)
 
 
-def _itemsize(weights: HfWeights, name: str) -> int:
-    return weights.read(name, 0, 0).element_size()
-
-
 def _num_bytes(weights: HfWeights, shape: ModelShape) -> int:
     names = [name for unit in units(shape) for name in unit.hf_names]
-    return sum(_itemsize(weights, name) * _numel(weights.shape(name)) for name in names)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return sum(weights.itemsize(name) * prod(weights.shape(name)) for name in names)

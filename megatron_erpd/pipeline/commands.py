@@ -26,7 +26,7 @@ from megatron_erpd.manifest import (
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
-from megatron_erpd.slices import Slice, slice_folders
+from megatron_erpd.slices import add_slice_arguments, slice_folders
 
 if TYPE_CHECKING:
     from megatron_erpd.data.step_lines import StepLines
@@ -95,19 +95,7 @@ def _sample_parser() -> argparse.ArgumentParser:
         help="where they begin, counted from 0; after the last prompt comes the first again (default: 0)",
     )
     _add_output(parser)
-    slices = parser.add_mutually_exclusive_group()
-    slices.add_argument(
-        "--slice",
-        type=Slice.parse,
-        metavar="I/N",
-        help="sample the I-th of N slices of the part files, into a hidden folder inside of --output: N independent "
-        "jobs make the rollouts, each resumed for itself",
-    )
-    slices.add_argument(
-        "--merge-slices",
-        action="store_true",
-        help="after all slices: make one artifact of them, the same as without slices",
-    )
+    add_slice_arguments(parser, "sample", "the part files")
     add_settings_arguments(parser, SampleSettings, "sampling")
     return parser
 

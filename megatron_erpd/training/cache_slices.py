@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
@@ -37,6 +39,12 @@ def begin_slice(output: Path, part: Slice, identity: Mapping[str, Any], inputs: 
     begin_whole(output, identity, inputs)
     refuse_other_counts(output, part)
     return output / part.folder
+
+
+def rows_of_slice(part: Slice, lengths: np.ndarray) -> np.ndarray:
+    """A slice's rollouts, ascending: slices have about equal numbers of tokens, and lengths of every kind."""
+    by_length = np.argsort(-lengths, kind="stable")
+    return np.sort(by_length[part.number - 1 :: part.count])
 
 
 def close_cache(passes: CachePasses, summary: dict[str, Any]) -> None:

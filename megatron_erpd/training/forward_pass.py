@@ -229,9 +229,3 @@ def check_output_layer(cache: CacheReader, policy: str, digest: str) -> None:
             f"{cache.folder}: output_layer of policy {policy!r} is {found}, the checkpoint's is {digest}: the hidden "
             "states are of another policy; precompute again with --keep-hidden"
         )
-
-
-def share_of(rows: np.ndarray, lengths: np.ndarray, number: int, count: int) -> np.ndarray:
-    """One of `count` parts of `rows` with about equal numbers of tokens and lengths of every kind, ascending."""
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
-    return np.sort(by_length[number::count])

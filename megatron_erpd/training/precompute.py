@@ -11,8 +11,6 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 from megatron_erpd.checkpoint.hf_config import model_flags
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.data.tokenizers import chat_template_digest
@@ -22,15 +20,14 @@ from megatron_erpd.manifest import input_digest, read_manifest, settings_identit
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
-from megatron_erpd.slices import Slice
+from megatron_erpd.slices import add_slice_arguments
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import exclusive
 from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
 from megatron_erpd.training.cache_passes import CachePasses, hidden_dtype
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
-from megatron_erpd.training.cache_slices import begin_slice, begin_whole, close_cache, merge_slices
+from megatron_erpd.training.cache_slices import begin_slice, begin_whole, close_cache, merge_slices, rows_of_slice
 from megatron_erpd.training.compatible import check_compatible
-from megatron_erpd.training.forward_pass import share_of
 from megatron_erpd.training.run import load_data
 from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
 
@@ -71,7 +68,7 @@ def precompute(argv: list[str]) -> None:
         return
     output = namespace.output
     if namespace.slice is not None:
-        rows = share_of(np.arange(len(rollouts)), rollouts.lengths, namespace.slice.number - 1, namespace.slice.count)
+        rows = rows_of_slice(namespace.slice, rollouts.lengths)
         rollouts, output = rollouts.select(rows), begin_slice(output, namespace.slice, identity, inputs)
         identity = {**identity, "slice": str(namespace.slice)}
     # Two programs on one folder: the second is told at once, before it looks at what the first is writing.
@@ -109,17 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "a forward pass",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
-    slices = parser.add_mutually_exclusive_group()
-    slices.add_argument(
-        "--slice",
-        type=Slice.parse,
-        metavar="I/N",
-        help="score the I-th of N slices of the rollouts, into a folder inside of --output: N independent jobs make a "
-        "cache, each resumed for itself",
-    )
-    slices.add_argument(
-        "--merge-slices", action="store_true", help="after all slices: make one cache of them, without copying"
-    )
+    add_slice_arguments(parser, "score", "the rollouts")
     add_settings_arguments(parser, PrecomputeSettings, "cache")
     add_layout_arguments(parser)
     return parser
