@@ -1,10 +1,16 @@
+import os
+import subprocess
+import sys
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.sampling.prompts import PromptRecord, load_prompts
-from megatron_erpd.sampling.verifiers import MathVerifier, Verifier, get_verifier
+from megatron_erpd.sampling.verifiers import Verifier, get_verifier
 
 
 def record(answer: object, prompt: str = "?", **metadata: object) -> PromptRecord:
@@ -50,26 +56,24 @@ def test_math_without_a_readable_answer_gives_no_verdict():
 
 
 def test_math_that_takes_too_long_gives_no_verdict_and_the_next_one_does():
-    scorer = MathVerifier()
-    verifier = Verifier("math-verify", scorer)
+    verifier = get_verifier("math-verify")
     assert verifier(record("3"), "3") == 1.0
-    scorer._seconds = 0.2
+    verifier._worker.seconds = 0.2
     assert verifier(record("1"), r"\boxed{9^{9^{9^9}}}") is None
-    assert "TimeoutError" in (verifier.first_error or "")
-    scorer._seconds = 20.0
-    assert verifier(record("4"), "4") == 1.0
+    assert verifier.last_error == "TimeoutError: no answer within 0.2 s"
+    assert verifier(record("4"), "4") == 1.0  # a new process, with the usual time
 
 
-def test_a_math_process_that_died_gives_no_verdict_and_is_replaced():
-    scorer = MathVerifier()
-    verifier = Verifier("math-verify", scorer)
+def test_a_process_that_died_gives_no_verdict_and_is_replaced():
+    verifier = get_verifier("math-verify")
     assert verifier(record("3"), "3") == 1.0
-    assert scorer._process is not None
-    scorer._process.kill()
-    scorer._process.wait()
+    process = verifier._worker._process
+    assert process is not None
+    process.kill()
+    process.wait()
     assert verifier(record("3"), "3") is None
+    assert "BrokenPipeError" in (verifier.last_error or "")
     assert verifier(record("3"), "3") == 1.0
-    scorer.close()
 
 
 def test_reasoning_gym_scores_its_own_tasks():
@@ -79,6 +83,23 @@ def test_reasoning_gym_scores_its_own_tasks():
         assert verifier(prompt, f"<answer> 0 </answer> no, <answer>{prompt['answer']}</answer>, I think") == 1.0
         wrong = verifier(prompt, "<answer>-123456</answer>")
         assert wrong is not None and wrong < 0.1
+
+
+def test_a_reasoning_gym_scorer_that_takes_too_long_gives_no_verdict():
+    """This task's evaluates whatever expression it is given."""
+    verifier = get_verifier("reasoning-gym:countdown")
+    (prompt,) = load_prompts("reasoning-gym:countdown?size=1")
+    assert verifier(prompt, str(prompt["answer"])) == 1.0
+    verifier._worker.seconds = 0.5
+    assert verifier(prompt, "9**9**9**9") is None
+    assert "TimeoutError" in (verifier.last_error or "")
+
+
+def test_a_reasoning_gym_scorer_gets_its_own_metadata():
+    """This task's answer is a tuple of tuples, which JSON would make lists."""
+    verifier = get_verifier("reasoning-gym:rearc")
+    (prompt,) = load_prompts("reasoning-gym:rearc?size=1")
+    assert verifier(prompt, str(prompt["answer"])) == 1.0
 
 
 def test_unknown_reasoning_gym_task_suggests():
@@ -132,4 +153,101 @@ def test_a_file_that_fails_on_import_is_named(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("1 / 0\n")
     with pytest.raises(RecipeError, match=r"bad\.py can't be imported: ZeroDivisionError"):
+        get_verifier(f"python:{file}:score")
+
+
+FAULTY = """
+import ctypes, os, subprocess, sys, time
+VERIFIER_SECONDS = 1.5
+def score(record, response):
+    print("to standard output")
+    if response == "sleep":
+        time.sleep(600)
+    if response == "sleep in a program":
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", record["metadata"]["mark"]])
+    if response == "exit":
+        sys.exit(0)
+    if response == "exit at once":
+        os._exit(0)
+    if response == "crash":
+        ctypes.string_at(0)
+    return float(response)
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
+    file = tmp_path_factory.mktemp("faulty") / "faulty.py"
+    file.write_text(FAULTY)
+    return get_verifier(f"python:{file}:score")
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        ("sleep", "TimeoutError: no answer within 1.5 s"),
+        ("exit", "SystemExit: 0"),
+        ("exit at once", "BrokenPipeError: its process ended (exit code 0) without an answer"),
+        ("crash", "BrokenPipeError: its process ended (exit code -11) without an answer"),
+    ],
+)
+def test_a_function_that_never_returns_gives_no_verdict_and_the_next_one_does(faulty, response, error):
+    assert faulty(record(None), response) is None
+    assert faulty.last_error == error
+    assert faulty(record(None), "0.5") == 0.5 and faulty.last_error is None
+
+
+def running(mark: str) -> list[int]:
+    """Processes with a word in their command."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended meanwhile
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def eventually(condition, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_the_programs_of_a_late_function_end_with_it(faulty):
+    mark = f"late-verifier-{os.getpid()}"
+    assert faulty(record(None, mark=mark), "sleep in a program") is None
+    assert eventually(lambda: not running(mark))
+
+
+PARENT = """
+import sys
+from megatron_erpd.sampling.verifiers import get_verifier
+verifier = get_verifier(sys.argv[1])
+print(verifier._worker._process.pid, flush=True)
+verifier({"prompt": "?", "answer": None, "metadata": {}}, "sleep")
+"""
+
+
+def test_a_worker_without_its_parent_ends(faulty):
+    """The parent is killed while the function sleeps, so that nobody is left to keep its time."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, faulty.spec], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None and parent.stderr is not None
+    worker = Path(f"/proc/{int(parent.stdout.readline())}")
+    assert parent.stderr.readline() == "to standard output\n"
+    parent.kill()
+    parent.wait()
+    assert worker.exists()
+    assert eventually(lambda: not worker.exists())
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "'long'", "float('inf')", "True"])
+def test_times_that_are_none_are_refused(tmp_path, value):
+    file = tmp_path / "timed.py"
+    file.write_text(f"VERIFIER_SECONDS = {value}\ndef score(record, response):\n    return 1.0\n")
+    with pytest.raises(RecipeError, match="VERIFIER_SECONDS is .*; give the seconds for one answer"):
         get_verifier(f"python:{file}:score")
