@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.files import write_json
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
@@ -101,10 +102,8 @@ def begin_artifact(folder: Path, stage: str, settings: Mapping[str, Any], inputs
     if folder.is_dir() and any(_is_content(path.relative_to(folder)) for path in folder.iterdir()):
         raise StageError(f"{folder}: holds files that no stage left there; give an empty or new folder as --output")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (REQUEST + ".tmp")
     wanted = {"stage": stage, "settings": dict(settings), "inputs": dict(inputs)}
-    temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, folder / REQUEST)
+    write_json(folder / REQUEST, wanted)
     return False
 
 
@@ -169,9 +168,7 @@ def write_manifest(
         versions={name: _version(name) for name in _VERSIONED},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps({"schema": SCHEMA_VERSION, **manifest.__dict__}, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, folder / MANIFEST)
+    write_json(folder / MANIFEST, {"schema": SCHEMA_VERSION, **manifest.__dict__})
     return manifest
 
 

@@ -13,6 +13,7 @@ from megatron_erpd.checkpoint.hf_weights import DTYPES, HfWeights
 from megatron_erpd.checkpoint.param_map import HEAD_HF_NAME, hf_shapes, is_ignored
 from megatron_erpd.checkpoint.sidecar import read_tensor_list
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import write_text
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -71,7 +72,7 @@ def set_config_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> None:
     if all(config.get(key) == name for key in keys):
         return
     config.update(dict.fromkeys(keys, name))
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_written(folder: Path, shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BRIDGE_TRACKER = "latest_train_state.pt"
@@ -155,4 +156,4 @@ def take_iteration(source: Path, iteration: int, destination: Path) -> None:
             os.link(path, copy)
         except OSError:  # another file system, or one without hard links
             shutil.copy2(path, copy)
-    (destination / TRACKER).write_text(str(iteration))
+    write_text(destination / TRACKER, str(iteration))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from megatron_erpd.checkpoint.iterations import TRACKER, iteration_folder, saved_iterations
 from megatron_erpd.checkpoint.torch_dist import METADATA, read_metadata
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import write_text
 
 INTEGRITY = "integrity.json"
 """SHA-256 of an iteration's files, which Megatron writes under `--verify-integrity`."""
@@ -101,9 +101,7 @@ def _go_on_from(
     for damaged in problems:
         aside.mkdir(parents=True, exist_ok=True)
         iteration_folder(checkpoint, damaged).rename(_free(aside / iteration_folder(checkpoint, damaged).name))
-    temporary = checkpoint / f"{TRACKER}.tmp"
-    temporary.write_text(str(iteration))
-    os.replace(temporary, checkpoint / TRACKER)
+    write_text(checkpoint / TRACKER, str(iteration))
     lines = [
         f"the checkpoint of step {i} is damaged ({problem}); it is kept in {aside}" for i, problem in problems.items()
     ]

@@ -13,6 +13,7 @@ import torch
 
 from megatron_erpd.checkpoint.file_writer import FileWriter, Fill
 from megatron_erpd.checkpoint.hf_weights import DTYPES, INDEX, SINGLE
+from megatron_erpd.files import write_json
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 """Size of a weight file: what an interrupted export may have to do again, and what processes share out."""
@@ -127,4 +128,4 @@ def write_index(folder: Path, files: list[PlannedFile]) -> None:
     weight_map = {name: file.name for file in files for name in file.shapes}
     total = sum(file.tensor_bytes for file in files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)

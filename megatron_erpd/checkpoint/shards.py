@@ -136,7 +136,7 @@ def raise_problems(where: object, problems: Sequence[str], limit: int = 20) -> N
     if not lines:
         return
     if len(lines) == 1:
-        raise CheckpointError(f"{where}: {lines[0]}")
+        raise CheckpointError(lines[0] if lines[0].startswith(str(where)) else f"{where}: {lines[0]}")
     rest = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
     raise CheckpointError(f"{where}:\n  " + "\n  ".join([*lines[:limit], *rest]))
 

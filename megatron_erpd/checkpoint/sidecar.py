@@ -10,6 +10,7 @@ import torch
 
 from megatron_erpd.checkpoint.hf_weights import DTYPES, HfWeights, has_weights
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import write_text
 
 TENSOR_LIST = "source_tensors.json"
 """The source's tensors in a sidecar: name to element type and shape. What an export must account for."""
@@ -35,7 +36,7 @@ def copy_sidecar(source: Path | str, destination: Path | str) -> None:
     tensors = read_tensor_list(source)
     if tensors is not None:
         lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in tensors.items()]
-        (destination / TENSOR_LIST).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write_text(destination / TENSOR_LIST, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def copy_files(source: Path, destination: Path) -> None:

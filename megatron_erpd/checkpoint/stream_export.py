@@ -27,9 +27,9 @@ from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFi
 from megatron_erpd.checkpoint.shards import raise_problems
 from megatron_erpd.checkpoint.sidecar import copy_files
 from megatron_erpd.checkpoint.torch_dist import TorchDistReader
-from megatron_erpd.checkpoint.torch_dist_writer import write_json
 from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import remove_unfinished, write_json
 
 _PLAN = ".export.json"
 """In an unfinished export: what it is of, so that no other one goes on with it."""
@@ -118,6 +118,7 @@ def export_checkpoint(
             write_index(folder, files)
             check_written(folder, shape, dtypes)
             (folder / _PLAN).unlink()
+            remove_unfinished(folder)
             sync_folder(folder)
             os.rename(folder, output)
 

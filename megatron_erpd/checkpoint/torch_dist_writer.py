@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from megatron_erpd.checkpoint.file_writer import FileWriter, Fill, sync_folder
 from megatron_erpd.checkpoint.param_map import Unit
 from megatron_erpd.checkpoint.torch_dist import METADATA
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import remove_unfinished, write_text
 
 BLOCK_BYTES = 2**27
 """Largest chunk that is stored. Loading under tensor parallelism reads whole chunks, so of small ones less is read in
@@ -115,7 +115,7 @@ class CheckpointFileWriter:
         if kind is None:
             assert len(self._places) == len(self._planned.blocks), "not all planned blocks came"
             record = {"places": self._places, "size": self._file.size, "sha256": self._file.sha256}
-            write_json(_record_path(self._folder, self._planned), record)
+            write_text(_record_path(self._folder, self._planned), json.dumps(record))
 
 
 def is_written(folder: Path, planned: CheckpointFile) -> bool:
@@ -159,7 +159,8 @@ def finish_checkpoint(
     checksums[METADATA] = out.sha256
     for file in files:
         _record_path(folder, file).unlink()
-    write_json(folder / "metadata.json", _BACKEND)
+    remove_unfinished(folder)
+    write_text(folder / "metadata.json", json.dumps(_BACKEND))
     sync_folder(folder)
     return checksums
 
@@ -255,13 +256,6 @@ def _unread(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor without values, in memory that is asked for but never touched, so that the system never gives it."""
     # A storage of its own, of this size: torch.save writes all of a tensor's storage.
     return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes a small JSON file that is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
 
 
 def _record_path(folder: Path, planned: CheckpointFile) -> Path:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd.files import write_text
+
 
 class StepLines:
     """Adds lines to the `metrics.jsonl` of a stage that doesn't train.
@@ -43,9 +45,7 @@ def keep_before(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     kept = [row for row in read_json_lines(path) if row["iteration"] < iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -16,10 +16,10 @@ from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.evaluation.divergence import compare_policies
 from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_metrics, saved_metrics
 from megatron_erpd.evaluation.responses import accuracies, decode, respond, score, standard_error
+from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
-from megatron_erpd.sampling.sample import write_json
 from megatron_erpd.sampling.verifiers import Verifier, get_verifier
 from megatron_erpd.settings import EvaluateSettings
 
@@ -101,7 +101,7 @@ def evaluate_policies(
             policy, base_policy, prompts, judge, fixed, settings, origin=origin_policy, status=told
         )
         facts = {"name": name, "identity": identity, "seconds": round(time.monotonic() - started, 3)}
-        write_json(file, {**facts, **asdict(evaluation)})
+        write_json(file, {**facts, **asdict(evaluation)}, default=str)
         StepLines(folder / METRICS, f"evaluation/{name}").add(
             {"policy_seconds": facts["seconds"], **asdict(evaluation.metrics)}
         )

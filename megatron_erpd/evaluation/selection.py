@@ -17,9 +17,9 @@ import numpy as np
 from megatron_erpd.errors import RecipeError, StageError
 from megatron_erpd.evaluation.responses import decode, respond, score, standard_error
 from megatron_erpd.evaluation.strength import Selection, recommend_signal
+from megatron_erpd.files import write_json
 from megatron_erpd.sampling.policy import load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompts_digest
-from megatron_erpd.sampling.sample import write_json
 from megatron_erpd.sampling.verifiers import get_verifier
 from megatron_erpd.settings import SelectSettings
 

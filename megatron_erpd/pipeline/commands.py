@@ -7,7 +7,6 @@ is needed, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_erpd.errors import RecipeError, StageError
+from megatron_erpd.files import write_json
 from megatron_erpd.manifest import (
     METRICS,
     begin_artifact,
@@ -155,7 +155,7 @@ def import_rollouts(argv: list[str]) -> None:
         tokenizer=_load_tokenizer(given.tokenizer),
         **options,
     )
-    (given.output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    write_json(given.output / "report.json", report.as_dict())
     Console().print(import_report.render(report))
     finish_artifact(given.output, _figures(report.as_dict()))
 
@@ -189,7 +189,6 @@ def select(argv: list[str]) -> None:
     from megatron_erpd.evaluation.selection import candidate_folders, select_checkpoint
     from megatron_erpd.evaluation.strength import SELECTION
     from megatron_erpd.sampling.prompts import load_prompts
-    from megatron_erpd.sampling.sample import write_json
 
     _check_candidates(given.candidates, given.teacher)
     selection = select_checkpoint(

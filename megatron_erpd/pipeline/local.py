@@ -21,6 +21,7 @@ from typing import IO, NoReturn
 from rich.console import Console
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.files import write_text
 from megatron_erpd.manifest import finish_artifact, read_manifest
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
 from megatron_erpd.pipeline.display import Display, summary_table
@@ -57,7 +58,7 @@ def run_recipe(
     check_recipe(recipe, stages, slots)
     root = recipe.folder
     with locked(root) as lock:
-        (root / "recipe.yaml").write_text(recipe.to_yaml())
+        write_text(root / "recipe.yaml", recipe.to_yaml())
         with Display(f"{recipe.name} in {root}", [s.name for s in stages], console) as display:
             refresh = InterimReport(root)
             runner = Runner(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +30,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     argv = sys.argv[1:] if argv is None else argv
     own = argv[: argv.index("--")] if "--" in argv else argv
     debug = "--debug" in own
+    if not debug:
+        threading.excepthook = _end_of_thread
     try:
         command([word for word in own if word != "--debug"] + argv[len(own) :])
     except Exception as error:
@@ -40,21 +44,39 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         with suppress(OSError):  # the disk that is full may be the log's
             # Further lines are indented: whoever reads a log can tell where the message ends.
             print("error: " + "\n".join(_indented(str(shown))), file=sys.stderr, flush=True)
-        if isinstance(shown, NoRoom):
-            _end_at_once_in_a_stage(2)
-        sys.exit(_INTERRUPTED if isinstance(shown, StageInterrupted) else 2)
+        if isinstance(shown, StageInterrupted):  # by all ranks together
+            sys.exit(_INTERRUPTED)
+        _end_at_once_in_a_stage(2, clean=not isinstance(shown, NoRoom))
+        sys.exit(2)
 
 
-def _end_at_once_in_a_stage(code: int) -> None:
-    """Ends a process with process groups: the helper processes of a checkpoint that could not be written keep Python
-    from ending as usual, or crash it."""
+def _end_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A full disk also ends threads of libraries, the one that writes for TensorBoard say: a line will do, as the
+    command says the same when it comes to it."""
+    full = full_disk(failed.exc_value)
+    if full is None:
+        threading.__excepthook__(failed)
+    else:
+        with suppress(OSError):
+            print(f"a thread that writes ended: {full.strerror}", file=sys.stderr, flush=True)
+
+
+def _end_at_once_in_a_stage(code: int, clean: bool) -> None:
+    """Ends a process with process groups. Python's usual end would crash where other ranks still wait for this one, and
+    hang where helper processes of a checkpoint could not write it.
+
+    `clean` does what libraries have registered for the end (W&B marks its run as failed), which may write.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return
     for child in multiprocessing.active_children():
         child.kill()
-    with suppress(OSError):
-        sys.stdout.flush()
+    if clean:
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

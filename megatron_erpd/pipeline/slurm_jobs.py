@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,10 +178,3 @@ def _check_parts(stage: Stage) -> None:
 def slurm_folder(root: Path) -> Path:
     """Where a run keeps its scripts, what was submitted, and the locks of its jobs."""
     return root / "slurm"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """So that a reader on another node sees the former or the new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

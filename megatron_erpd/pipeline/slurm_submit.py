@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.files import write_json, write_text
 from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
-from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder, write_atomically
+from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder
 from megatron_erpd.pipeline.slurm_queue import queued, slurm
 from megatron_erpd.pipeline.slurm_script import render
 from megatron_erpd.pipeline.stages import Stage, dependencies
@@ -65,10 +66,10 @@ def submit_stages(
         _refuse_others(root, jobs, live)
         new = [job for job in jobs if job.name not in live]
         (root / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
-        (root / "recipe.yaml").write_text(recipe)
+        write_text(root / "recipe.yaml", recipe)
         for job in new:
-            write_atomically(_script(root, job.name), render(job, name, root))
-            write_atomically(record_file(root, job.name), json.dumps(job.record(), indent=1, sort_keys=True) + "\n")
+            write_text(_script(root, job.name), render(job, name, root))
+            write_json(record_file(root, job.name), job.record())
         numbers = dict(live)
         for job in jobs:
             if job.name in live:
@@ -80,7 +81,7 @@ def submit_stages(
                 "id": numbers[job.name],
                 "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-            write_atomically(_submitted_file(root), json.dumps({"jobs": submitted}, indent=1) + "\n")
+            write_json(_submitted_file(root), {"jobs": submitted})
             after = f" after {', '.join(needs)}" if needs else ""
             say(f"{job.name}: job {numbers[job.name]}{after}")
     return {job.name: numbers[job.name] for job in new}

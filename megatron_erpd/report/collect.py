@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.mismatch import MISMATCH, Mismatch, read_mismatch
 from megatron_erpd.evaluation.strength import Selection, read_selection
+from megatron_erpd.files import write_json
 from megatron_erpd.manifest import MANIFEST, METRICS, REQUEST, Manifest, read_manifest
 
 ROLES = ("base", "teacher", "unlearned", "student", "control")
@@ -213,26 +211,8 @@ def summarise(run: Run) -> dict[str, Any]:
 def write_summary(run: Run, path: Path) -> dict[str, Any]:
     """Writes `summarise(run)` to `path` by rename, and returns it."""
     summary = summarise(run)
-    write_text(path, json.dumps(summary, indent=1) + "\n")
+    write_json(path, summary)
     return summary
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is seen either whole or not at all, also where several programs write it at once."""
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file of this process's own, which takes the place of `path` in the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _collect_round(folder: Path) -> Round:

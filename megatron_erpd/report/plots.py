@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_erpd.report.collect import Curve, Policy, new_file
+from megatron_erpd.files import new_file
+from megatron_erpd.report.collect import Curve, Policy
 
 _STYLE: Any = {
     "font.family": "sans-serif",

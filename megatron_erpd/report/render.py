@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from megatron_erpd.evaluation.mismatch import Mismatch
 from megatron_erpd.evaluation.mismatch_verdicts import Verdict, verdicts, worst_level
 from megatron_erpd.evaluation.strength import Selection
+from megatron_erpd.files import write_text
 from megatron_erpd.report import plots
-from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary, write_text
+from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary
 from megatron_erpd.report.token_signal import SignalSample, read_signal
 
 SIGNAL_SHOWN_FULL = 4.0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import RecipeError, StageError
+from megatron_erpd.files import new_file
 from megatron_erpd.manifest import MANIFEST, Manifest, begin_artifact, differences, read_manifest, verify_manifest
 from megatron_erpd.slices import Slice, begin_whole, end_whole, finished_slices, refuse_other_counts, slice_folders
 
@@ -98,9 +99,8 @@ def take_parts(names: Sequence[str], folders: Sequence[Path], into: Path) -> Non
         try:
             os.link(source, target)
         except OSError:  # a file system without hard links
-            temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
-            shutil.copyfile(source, temporary)
-            os.replace(temporary, target)
+            with new_file(target) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def remove_slices(output: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import sample_id
 from megatron_erpd.data.tokenizers import tokenizer_digest
 from megatron_erpd.errors import RolloutError, StageError
+from megatron_erpd.files import write_json
 from megatron_erpd.objectives.advantages import zero_variance_groups
 from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
 from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
@@ -105,7 +105,7 @@ def sample_rollouts(
         )
     report = describe_rollouts(rollouts)
     report["verifier"] = {"spec": verifier, "errors": len(errors), "first_error": errors[0] if errors else None}
-    write_json(folder / REPORT, report)
+    write_json(folder / REPORT, report, default=str)
     return {**report, "parts_resumed": len(plan.parts) - len(missing)}
 
 
@@ -269,10 +269,3 @@ def _verifier_errors(rollouts: Rollouts) -> list[str]:
     unverified = np.flatnonzero(np.isnan(rollouts.rewards))
     found = (rollouts.metadata(int(i)).get(VERIFIER_ERROR) for i in unverified)
     return [str(error) for error in found if error]
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """By rename: a file that is there is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

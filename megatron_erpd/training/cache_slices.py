@@ -6,7 +6,6 @@ OUTPUT/cache.json, TABLE/index.arrow, manifest.json     written when all slices 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
+from megatron_erpd.files import write_json
 from megatron_erpd.manifest import finish_artifact, input_digest, verify_manifest
 from megatron_erpd.slices import Slice, end_whole, finished_slices, refuse_other_counts
 from megatron_erpd.slices import begin_whole as begin_whole_artifact
@@ -94,7 +94,7 @@ def write_mismatch(output: Path, rollouts: Rollouts) -> None:
         for i, name in enumerate(rollouts.sample_ids)
     )
     print(found.describe(), flush=True)
-    (output / MISMATCH).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    write_json(output / MISMATCH, found.to_json())
 
 
 def _figures(summary: Mapping[str, Any], index: CacheIndex) -> dict[str, Any]:

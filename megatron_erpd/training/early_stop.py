@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.files import write_json
 from megatron_erpd.training.step_means import StepMeans
 
 RECORD = "early_stop.json"
@@ -105,7 +106,5 @@ class EarlyStop:
         return None
 
     def _stop(self, reason: str) -> None:
-        temporary = self.output / (RECORD + ".tmp")
-        temporary.write_text(json.dumps({"iteration": self.iteration, "reason": reason}) + "\n")
-        temporary.replace(self.output / RECORD)
+        write_json(self.output / RECORD, {"iteration": self.iteration, "reason": reason})
         signal.raise_signal(self.exit_signal)

@@ -32,6 +32,7 @@ from megatron_erpd.checkpoint.stream_import import write_checkpoint
 from megatron_erpd.checkpoint.tokenizer_report import describe_tokenizer
 from megatron_erpd.checkpoint.torch_dist import TorchDistReader
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.files import write_text
 from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import settings_from_namespace
@@ -115,7 +116,7 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None) 
     def finish() -> None:
         if process_rank() == 0:
             if not via and checkpoint is None:
-                (output / "megatron" / TRACKER).write_text("0")
+                write_text(output / "megatron" / TRACKER, "0")
             copy_sidecar(hf_folder, output / "hf")
             shutil.rmtree(output / _UNPACKED, ignore_errors=True)
             finish_artifact(output, figures, checksums)

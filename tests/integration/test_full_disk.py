@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_erpd.checkpoint.iterations import TRACKER, saved_iterations
 from megatron_erpd.checkpoint.recovery import damage
-from megatron_erpd.manifest import MANIFEST, verify_manifest
-from tests.distributed.harness import REPOSITORY
+from megatron_erpd.manifest import verify_manifest
+from tests.disk import Disk
+from tests.integration.disks import assert_same_files, go_through, pages, run_into_the_end, run_well, tool
 from tests.integration.stages import make_round
-from tests.integration.test_resume import environment, losses, weights
-
-PAGE = 4096
-
-
-class Disk:
-    """A file system in memory, whose size can be changed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def resize(self, pages: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={pages * PAGE}", str(self.folder)], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("needs to mount a file system (root)")
-    yield Disk(folder)
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+from tests.integration.test_resume import losses, weights
 
 
 @pytest.fixture(scope="module")
@@ -46,34 +21,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("round")
     make_round(folder)
     return folder
-
-
-def pages(folder: Path) -> int:
-    return sum(-(-path.stat().st_size // PAGE) for path in folder.rglob("*") if path.is_file())
-
-
-def tool(script: str, *argv: object) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "tools" / script), *map(str, argv)]
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
-
-
-def run_well(command: list[str]) -> None:
-    done = run(command)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def run_into_the_end(command: list[str], output: Path) -> str:
-    """Runs a command that finds no room; returns its message."""
-    done = run(command)
-    assert done.returncode == 2, f"{done.returncode}: {done.stderr[-3000:]}"
-    message = done.stderr[done.stderr.rindex("error: ") :]
-    assert str(output) in message and ("make room" in message or "free space" in message), message
-    assert "No space left on device" in message or "are free" in message, message
-    assert "Traceback" not in message and not (output / MANIFEST).exists()
-    return message
 
 
 def training(made: Path, output: Path) -> list[str]:
@@ -140,23 +87,6 @@ def test_the_tracker_of_a_training(made: Path, trained: Path, tmp_path: Path) ->
     assert (output / "megatron" / TRACKER).read_text() == ""
     run_well(command)
     assert_same_training(output, trained, tmp_path)
-
-
-def assert_same_files(ours: Path, theirs: Path, *without: str) -> None:
-    a, b = (verify_manifest(folder).files for folder in (ours, theirs))
-    assert a.keys() == b.keys()
-    assert [name for name in a if a[name] != b[name] and name not in without] == []
-
-
-def go_through(command: list[str], output: Path, disk: Disk, sizes: list[int]) -> list[str]:
-    """Runs a command with less room than it needs, again and again, and then with enough; returns its messages."""
-    messages = []
-    for size in sizes:
-        disk.resize(size)
-        messages.append(run_into_the_end(command, output))
-    disk.resize(10_000)
-    run_well(command)
-    return messages
 
 
 def test_an_export(trained: Path, disk: Disk, tmp_path: Path) -> None:

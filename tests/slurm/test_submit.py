@@ -1,4 +1,4 @@
-"""`megatron-erpd submit`, twice at the same time."""
+"""`megatron-erpd submit`, twice at the same time, and on a disk that is full."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megatron_erpd.pipeline.slurm_queue import slurm
 from megatron_erpd.pipeline.slurm_submit import read_submitted
+from tests.disk import Disk
 from tests.slurm.cluster import Cluster
-from tests.slurm.recipes import start, write_recipe
+from tests.slurm.recipes import end, start, write_recipe
 from tests.slurm.runs import Run
 
 STAGES = ["base", "base-log-probs", "base-log-probs-slices", "export", "report", "rollouts", "teacher"]
@@ -32,5 +33,23 @@ def test_of_two_submissions_at_once_one_submits_and_the_other_leaves_all_alone(
         assert sum(left_alone) + sum(second) == 1, said
         codes = {process.returncode for process, late in zip(both, second, strict=True) if not late}
         assert codes == {0} and all(p.returncode == 2 for p, late in zip(both, second, strict=True) if late)
+    finally:
+        run.cancel()
+
+
+def test_a_full_disk_submits_nothing_that_is_not_whole(cluster: Cluster, disk: Disk, tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, sbatch=["--hold"]), Run(disk.folder / "full")
+    command = ("submit", recipe, "--output", run.root)
+    try:
+        for pages in (1, 4, 16):
+            disk.resize(pages)
+            process = start(*command)
+            said = process.communicate(timeout=120)[0]
+            assert process.returncode == 2 and "No space left on device); make room" in said, said
+            assert str(run.root) in said and "Traceback" not in said
+            assert slurm("squeue", "--noheader", "--name", ",".join(f"full/{name}" for name in STAGES)) == ""
+        disk.resize(1000)
+        end(start(*command))
+        assert sorted(read_submitted(run.root)) == STAGES
     finally:
         run.cancel()

@@ -220,9 +220,11 @@ def test_a_full_disk_is_named_and_what_is_whole_stays(
             with pytest.raises(CheckpointError, match=r"(distcp|safetensors): can't be written \(No space left"):
                 work()
         assert not list(folder.glob("*.tmp")) and not (tmp_path / "export").exists()
+        (folder / ".config.json.node.1.tmp").write_text("of a process that was killed")
         work()
     assert contents(tmp_path / "again") == contents(checkpoint)
     assert compare_weights(source, tmp_path / "export") == []
+    assert not list((tmp_path / "export").glob(".*"))
 
 
 def test_too_little_room_is_refused_before_a_byte(

@@ -1,0 +1,62 @@
+"""Files that are seen whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_erpd.files import new_file, write_json, write_text
+
+
+def no_room() -> OSError:
+    """What a write says on a full disk: it names no file."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_former_content_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "file.txt"
+    write_text(path, "former ∑\n")
+    with new_file(path) as temporary:
+        temporary.write_bytes(b"half of")
+        assert path.read_text(encoding="utf-8") == "former ∑\n"
+        temporary.write_bytes(b"all of it")
+    assert path.read_bytes() == b"all of it" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [no_room(), KeyboardInterrupt()])
+def test_a_failure_leaves_the_former_content_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "former")
+    with pytest.raises(type(error)), new_file(path) as temporary:
+        temporary.write_text("half of")
+        raise error
+    assert path.read_text() == "former" and list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    with pytest.raises(OSError) as raised, new_file(path):
+        raise no_room()
+    assert raised.value.filename == str(path)
+    (tmp_path / "folder" / "in").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as raised:
+        write_text(tmp_path / "folder", "text")
+    assert raised.value.filename == str(tmp_path / "folder") and raised.value.filename2 is None
+    other = tmp_path / "other" / "missing"
+    with pytest.raises(FileNotFoundError) as raised, new_file(path):
+        other.read_text()
+    assert raised.value.filename == str(other)
+    assert not path.exists()
+
+
+def test_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": [1, 2.5]})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert path.read_text() == '{\n "a": [\n  1,\n  2.5\n ]\n}\n'
+    write_json(path, {"a": Path("b")}, default=str)
+    assert path.read_text() == '{\n "a": "b"\n}\n'
