@@ -9,11 +9,10 @@ import pytest
 
 from megatron_erpd.checkpoint.iterations import TRACKER, saved_iterations
 from megatron_erpd.checkpoint.recovery import damage
-from megatron_erpd.manifest import verify_manifest
 from tests.disk import Disk
 from tests.integration.disks import assert_same_files, go_through, pages, run_into_the_end, run_well, tool
 from tests.integration.stages import make_round
-from tests.integration.test_resume import losses, weights
+from tests.integration.test_resume import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +37,6 @@ def trained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
-def assert_same_training(ours: Path, theirs: Path, folder: Path) -> None:
-    verify_manifest(ours)
-    assert losses(ours) == losses(theirs)
-    assert weights(ours, folder) == weights(theirs, folder)
-
-
 def test_a_training(made: Path, trained: Path, disk: Disk, tmp_path: Path) -> None:
     output, command = disk.folder / "teacher", training(made, disk.folder / "teacher")
     checkpoint = pages(trained / "megatron" / "iter_0000005")
@@ -58,7 +51,7 @@ def test_a_training(made: Path, trained: Path, disk: Disk, tmp_path: Path) -> No
     run_into_the_end(command, output)
     disk.resize(4 * checkpoint)
     run_well(command)
-    assert_same_training(output, trained, tmp_path)
+    assert_same(output, trained, tmp_path)
 
 
 TRACKER_WITHOUT_ROOM = """
@@ -86,7 +79,7 @@ def test_the_tracker_of_a_training(made: Path, trained: Path, tmp_path: Path) ->
     run_into_the_end([command[0], "-c", TRACKER_WITHOUT_ROOM, *command[2:]], output)
     assert (output / "megatron" / TRACKER).read_text() == ""
     run_well(command)
-    assert_same_training(output, trained, tmp_path)
+    assert_same(output, trained, tmp_path)
 
 
 def test_an_export(trained: Path, disk: Disk, tmp_path: Path) -> None:

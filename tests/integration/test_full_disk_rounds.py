@@ -16,7 +16,7 @@ from tests.disk import Disk
 from tests.integration.disks import assert_same_files, go_through, pages, run_into_the_end, run_well, tool
 from tests.integration.stages import make_round
 from tests.integration.test_on_policy import write_tokenizer
-from tests.integration.test_resume import losses, weights
+from tests.integration.test_resume import assert_same
 from tests.unit.report.synthetic_run import make_run
 
 TASK = "def score(record, response):\n    return len(response) % 2\n"
@@ -100,7 +100,7 @@ def test_a_training_on_policy(made: Path, disk: Disk, tmp_path: Path) -> None:
     output, whole = disk.folder / "policy", tmp_path / "whole"
     checkpoint = pages(whole / "megatron") // 2
     go_through(command("train-on-policy", *flags, *to(output)), output, disk, [checkpoint * 3 // 2])
-    assert losses(output) == losses(whole) and weights(output, tmp_path) == weights(whole, tmp_path)
+    assert_same(output, whole, tmp_path)
 
 
 @pytest.mark.parametrize(("layout", "room"), [("tensor", 1.5), ("data", 0.5)])
@@ -110,7 +110,7 @@ def test_a_training_of_two_ranks(layout: str, room: float, made: Path, disk: Dis
     run_well(training(made, tmp_path / "whole", *flags))
     output, whole = disk.folder / "teacher", tmp_path / "whole"
     go_through(training(made, output, *flags), output, disk, [int(pages(whole / "megatron") / 2 * room)])
-    assert losses(output) == losses(whole) and weights(output, tmp_path) == weights(whole, tmp_path)
+    assert_same(output, whole, tmp_path)
 
 
 def test_an_import_of_two_processes(made: Path, disk: Disk, tmp_path: Path) -> None:

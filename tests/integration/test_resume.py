@@ -36,46 +36,114 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("form", "stop"), [("replay", signal.SIGTERM), ("budget", signal.SIGKILL)])
-def test_stopped_run_ends_with_the_same_weights(form: str, stop: signal.Signals, made: Path, tmp_path: Path) -> None:
-    script, flags = FORMS[form]
-    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet"]
-    command = [sys.executable, str(REPOSITORY / "tools" / script), *data]
-    command += ["--base-log-probs", f"{made}/base-log-probs", *flags, *STEPS, "--checkpoints", "5"]
+def whole(form: str, made: Path, output: Path) -> Path:
+    """An undisturbed training."""
+    done = run_to_the_end(command(form, made, output))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
 
-    whole = run_to_the_end([*command, "--output", f"{tmp_path}/whole"])
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    interrupted = run_until_step(12, [*command, "--output", f"{tmp_path}/stopped"], tmp_path / "stopped", stop)
+
+@pytest.fixture(scope="module")
+def replay(made: Path) -> Path:
+    return whole("replay", made, made / "replay")
+
+
+@pytest.mark.parametrize(("form", "stop"), [("replay", signal.SIGTERM), ("budget", signal.SIGKILL)])
+def test_stopped_run_ends_with_the_same_weights(
+    form: str, stop: signal.Signals, made: Path, replay: Path, tmp_path: Path
+) -> None:
+    reference = replay if form == "replay" else whole(form, made, tmp_path / "whole")
+    output = tmp_path / "stopped"
+    interrupted = run_until_step(12, command(form, made, output), output, stop)
     assert interrupted.returncode != 0
-    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    assert not (output / "manifest.json").exists()
     if stop == signal.SIGTERM:
         assert "run the same command again to continue" in interrupted.stderr
-    resumed = run_to_the_end([*command, "--output", f"{tmp_path}/stopped"])
+    resumed = run_to_the_end(command(form, made, output))
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-
-    verify_manifest(tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert weights(tmp_path / "stopped", tmp_path) == weights(tmp_path / "whole", tmp_path)
+    assert_same(output, reference, tmp_path)
 
 
-def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(made: Path, tmp_path: Path) -> None:
-    script, flags = FORMS["replay"]
-    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet"]
-    command = [sys.executable, str(REPOSITORY / "tools" / script), *data]
-    command += ["--base-log-probs", f"{made}/base-log-probs", *flags, *STEPS, "--checkpoints", "5"]
-    assert run_to_the_end([*command, "--output", f"{tmp_path}/whole"]).returncode == 0
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(made: Path, replay: Path, tmp_path: Path) -> None:
     output = tmp_path / "damaged"
-    run_until_step(27, [*command, "--output", str(output)], output, signal.SIGKILL)
+    run_until_step(27, command("replay", made, output), output, signal.SIGKILL)
     last = saved_iterations(output / "megatron")[-1]
     shard = next((output / "megatron" / f"iter_{last:07d}").glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size - 1)
     (output / "megatron" / "latest_checkpointed_iteration.txt").write_text("")
-    resumed = run_to_the_end([*command, "--output", str(output)])
+    resumed = run_to_the_end(command("replay", made, output))
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert f"the checkpoint of step {last} is damaged" in resumed.stdout and "going on from step" in resumed.stdout
-    verify_manifest(output)
-    assert losses(output) == losses(tmp_path / "whole")
-    assert weights(output, tmp_path) == weights(tmp_path / "whole", tmp_path)
+    assert_same(output, replay, tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.msc_utils import MultiStorageClientFeature
+from megatron.training import checkpointing
+from megatron_erpd import platform
+from megatron_erpd.pipeline.program import run_command
+from megatron_erpd.training.train import train_teacher
+
+where, saves = sys.argv.pop(1), []
+
+def end():
+    os.killpg(0, signal.SIGKILL)  # the helper processes of the checkpoint writer too
+
+def finish(self, metadata, results, finish=filesystem_async.FileSystemWriterAsync.finish):
+    saves.append(self)
+    if where == "model" and len(saves) == 2:  # its values are written, cut off here; what tells where they are is not
+        (file,) = Path(self.path).glob("*.distcp")
+        os.truncate(file, file.stat().st_size // 2)
+        end()
+    finish(self, metadata, results)
+
+def open_tracker(path, mode="r", *given, opened=checkpointing.maybe_msc.open, **options):
+    file = opened(path, mode, *given, **options)
+    if where == "tracker" and "latest_checkpointed" in str(path) and mode == "w" and len(saves) == 2:
+        end()  # opened for writing, and so empty
+    return file
+
+filesystem_async.FileSystemWriterAsync.finish = finish
+checkpointing.maybe_msc.open = open_tracker
+run_command(train_teacher)
+"""
+
+
+@pytest.mark.parametrize("where", ["model", "tracker"])
+def test_a_training_killed_while_it_saves_goes_on(where: str, made: Path, replay: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    python, _, *flags = command("replay", made, output)
+    killed = subprocess.run(
+        [python, "-c", KILLED, where, *flags],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment(),
+        start_new_session=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    tracker = (output / "megatron" / "latest_checkpointed_iteration.txt").read_text()
+    assert tracker == {"model": "10", "tracker": ""}[where]
+    assert (output / "megatron" / "iter_0000020" / ".metadata").is_file() == (where == "tracker")
+    resumed = run_to_the_end(command("replay", made, output))
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert_same(output, replay, tmp_path)
+
+
+def command(form: str, made: Path, output: Path) -> list[str]:
+    script, flags = FORMS[form]
+    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet"]
+    data += ["--base-log-probs", f"{made}/base-log-probs", *flags, *STEPS, "--checkpoints", "5"]
+    return [sys.executable, str(REPOSITORY / "tools" / script), *data, "--output", str(output)]
+
+
+def assert_same(ours: Path, theirs: Path, folder: Path) -> None:
+    verify_manifest(ours)
+    assert losses(ours) == losses(theirs)
+    assert weights(ours, folder) == weights(theirs, folder)
 
 
 def run_to_the_end(command: list[str]) -> subprocess.CompletedProcess[str]:
