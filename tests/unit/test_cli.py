@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import runpy
+import threading
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,23 @@ def test_other_errors_of_the_file_system_keep_their_traceback():
 
     with pytest.raises(OSError, match="Input/output"):
         program.run_command(fail, ["--output", "a"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(full(), "a thread that writes ended: No space left on device\n"), (KeyError("x"), "KeyError: 'x'\n")],
+)
+def test_a_thread_that_meets_a_full_disk_says_so_in_a_line(error, said, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+    def starts_a_thread(argv):
+        def write():
+            raise error
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+
+    program.run_command(starts_a_thread, [])
+    err = capsys.readouterr().err
+    assert err.endswith(said) and ("Traceback" in err) == isinstance(error, KeyError)
