@@ -21,7 +21,7 @@ from megatron_erpd.teacher_cache.format import (
     parts_in,
 )
 from megatron_erpd.teacher_cache.index import write_index
-from megatron_erpd.teacher_cache.parts import UNFINISHED_REMEDY, Part, new_file
+from megatron_erpd.teacher_cache.parts import UNFINISHED_REMEDY, Part, unpublished
 from megatron_erpd.teacher_cache.statistics import Statistic
 
 
@@ -76,7 +76,7 @@ def finalize(
 
 def write_cache_file(root: Path, index: CacheIndex) -> None:
     """Publishes `cache.json`."""
-    with new_file(root / CACHE_FILE) as temporary:
+    with unpublished(root / CACHE_FILE) as temporary:
         with open(temporary, "w") as file:
             file.write(json.dumps(index.to_json(), indent=1) + "\n")
             file.flush()

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from megatron_erpd.errors import CacheError
 from megatron_erpd.teacher_cache.format import REMEDY
-from megatron_erpd.teacher_cache.parts import new_file
+from megatron_erpd.teacher_cache.parts import unpublished
 
 _SALT_KEY = b"salt"
 _FIELDS = [
@@ -53,7 +53,7 @@ def write_index(path: Path, sample_ids: Sequence[Sequence[str]]) -> None:
         raise CacheError(f"{path}: no salt tells {len(keys)} sample ids apart; two of them must be the same")
     schema = pa.schema(_FIELDS, {_SALT_KEY: str(salt).encode()})
     arrays = [pa.array(values) for values in (keys, part[order], row[order])]
-    with new_file(path) as temporary:
+    with unpublished(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
         with open(temporary, "rb") as file:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_erpd.errors import CacheError
+from megatron_erpd.errors import CacheError, full_disk
 from megatron_erpd.teacher_cache.format import KEYS, PART_KEY, REMEDY, CacheMeta, check_version
 
 UNFINISHED_REMEDY = "delete this file and run the same command again: it writes these rows anew"
@@ -60,7 +60,7 @@ def write_part(
         )
     arrays = [pa.array(keys[item.name], type=item.type) for item in KEYS]
     arrays += [list_array([row[item.name] for row in rows], item.type.value_type) for item in payload]
-    with new_file(path) as temporary:
+    with unpublished(path) as temporary:
         with open(temporary, "wb") as file:
             sink = _Hashing(file)
             with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
@@ -72,7 +72,7 @@ def write_part(
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def unpublished(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to before it gets its own; nothing of that name is left.
 
     Raises:
@@ -85,8 +85,7 @@ def new_file(path: Path) -> Iterator[Path]:
     except FileExistsError:
         raise CacheError(f"{path}: was written by somebody else meanwhile; let one process write this cache") from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "free space there" if full else "repair the file system"
+        what = "repair the file system" if full_disk(error) is None else "free space there"
         raise CacheError(
             f"{path}: can't be written ({error}); {what} and run the same command again, it goes on after the last "
             "complete part"
