@@ -15,6 +15,7 @@ import pytest
 
 from megatron_erpd.checkpoint.iterations import saved_iterations
 from megatron_erpd.manifest import verify_manifest
+from megatron_erpd.pipeline.processes import FROM_A_LAUNCHER
 from tests.distributed.harness import REPOSITORY, run_ranks
 from tests.integration.stages import make_round, run_stages
 
@@ -175,7 +176,9 @@ def run_until_step(
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    # A training in the tests' own process leaves its rank there.
+    inherited = {name: value for name, value in os.environ.items() if name not in FROM_A_LAUNCHER}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def losses(artifact: Path) -> list[float]:

@@ -112,7 +112,7 @@ def test_a_merge_that_is_killed_goes_on(
     home: Any = {"finish_artifact": commands, "remove_slices": parts}.get(where, stage)
     function = getattr(home, where)
 
-    def kill(*given: Any) -> None:
+    def kill(*given: Any, **options: Any) -> None:
         if where == "take_parts":  # with the first part alone
             names, folders, into = given
             function(names[:1], folders, into)
