@@ -38,7 +38,13 @@ from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
 from megatron_erpd.training.early_stop import Stop, read_stop
 from megatron_erpd.training.loss_guard import NonFiniteLoss
-from megatron_erpd.training.runtime import common_flags, configure_head, prepare_output, stage_process
+from megatron_erpd.training.runtime import (
+    common_flags,
+    configure_head,
+    keep_save_results_here,
+    prepare_output,
+    stage_process,
+)
 
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
 
@@ -185,6 +191,7 @@ class TrainingRun(ABC):
         if platform.is_cpu():
             # `pretrain` starts Megatron itself and would refuse a machine without CUDA.
             training.initialize_megatron = partial(initialize_megatron, allow_no_cuda=True)
+        keep_save_results_here(args)
         self._log_as_json_lines()
         steps: list[ForwardStep] = []
 

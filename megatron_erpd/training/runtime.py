@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import queue
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,17 @@ def common_flags() -> dict[str, object]:
         # Reruns of a step would update the KL controller twice; NaNs are still checked.
         "rerun_mode": "disabled",
     }
+
+
+def keep_save_results_here(args: argparse.Namespace) -> None:
+    """Has synchronous saves of checkpoints pass their results on within this process.
+
+    Megatron passes them through a helper process, which only asynchronous saves need. It starts with the first save and
+    imports all of this anew: seconds for every rank, and a process more that a failure has to end.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = None if args.async_save else queue.SimpleQueue()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from megatron_erpd.checkpoint.iterations import saved_iterations
 from megatron_erpd.manifest import verify_manifest
 from megatron_erpd.pipeline.processes import FROM_A_LAUNCHER
 from tests.distributed.harness import REPOSITORY, run_ranks
-from tests.integration.stages import make_round, run_stages
+from tests.integration.stages import Stages, make_round, run_stages
 
 FORMS = {
     "replay": ("train_teacher.py", ["--loss", "sapo", "--kl-coefficient", "0.1"]),
@@ -132,6 +133,18 @@ def test_a_training_killed_while_it_saves_goes_on(where: str, made: Path, replay
     resumed = run_to_the_end(command("replay", made, output))
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert_same(output, replay, tmp_path)
+
+
+def test_a_save_starts_no_process(made: Path, tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--global-batch-size", "16", "--micro-batch-size", "16", "--output", f"{tmp_path}/short"]
+    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--loss", "sft"]
+    assert run_ranks(_children_after, 1, [("train", [*data, *flags])]) == [[]]
+    assert saved_iterations(tmp_path / "short" / "megatron")
+
+
+def _children_after(rank: int, world_size: int, stages: Stages) -> list[str]:
+    run_stages(rank, world_size, stages)
+    return [child.name for child in multiprocessing.active_children()]
 
 
 def command(form: str, made: Path, output: Path) -> list[str]:
