@@ -191,7 +191,7 @@ class TrainingRun(ABC):
         if platform.is_cpu():
             # `pretrain` starts Megatron itself and would refuse a machine without CUDA.
             training.initialize_megatron = partial(initialize_megatron, allow_no_cuda=True)
-        keep_save_results_here(args)
+            keep_save_results_here(args)
         self._log_as_json_lines()
         steps: list[ForwardStep] = []
 

@@ -74,7 +74,7 @@ def keep_save_results_here(args: argparse.Namespace) -> None:
     """Has synchronous saves of checkpoints pass their results on within this process.
 
     Megatron passes them through a helper process, which only asynchronous saves need. It starts with the first save and
-    imports all of this anew: seconds for every rank, and a process more that a failure has to end.
+    imports all of this anew: seconds for every rank, which is much of a small run on a CPU.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

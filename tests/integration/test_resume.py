@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_erpd import platform
 from megatron_erpd.checkpoint.iterations import saved_iterations
 from megatron_erpd.manifest import verify_manifest
 from megatron_erpd.pipeline.processes import FROM_A_LAUNCHER
@@ -135,6 +136,7 @@ def test_a_training_killed_while_it_saves_goes_on(where: str, made: Path, replay
     assert_same(output, replay, tmp_path)
 
 
+@pytest.mark.skipif(not platform.is_cpu(), reason="Megatron is not changed on a GPU")
 def test_a_save_starts_no_process(made: Path, tmp_path: Path) -> None:
     flags = ["--epochs", "1", "--global-batch-size", "16", "--micro-batch-size", "16", "--output", f"{tmp_path}/short"]
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--loss", "sft"]

@@ -50,6 +50,7 @@ def run(recipe: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=500)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
