@@ -1,5 +1,5 @@
-"""The process behind a verifier: it loads what the verifier names, answers one question after another, and has no time
-limit of its own but the one that ends it where nobody is left to wait for it.
+"""The process behind a verifier: it loads what the verifier names, answers one question after another, and ends
+with the process that asks, which keeps the time.
 
 In, on standard input, pickled by the process that started this one: the verifier's spec, then one pair (record,
 response) after another. Out, one line of JSON each: `{"seconds": 60}` once it is loaded, with the time to wait for an
@@ -17,7 +17,10 @@ import logging
 import math
 import os
 import pickle
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +49,7 @@ def main() -> None:
     def reply(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=replies, flush=True)
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     questions = sys.stdin.buffer
     spec = pickle.load(questions)
     try:
@@ -59,11 +63,20 @@ def main() -> None:
             record, response = pickle.load(questions)
         except EOFError:
             return
-        # Whoever started this process ends it in time; this is for the day when that one is dead.
+        # In code that keeps the interpreter, `_end_with_parent` has to wait.
         faulthandler.dump_traceback_later(2 * seconds, exit=True)
         message = _answer(spec, score, record, response)
         faulthandler.cancel_dump_traceback_later()
         reply(message)
+
+
+def _end_with_parent() -> None:
+    """Ends this process, and what a verifier has started, when the one that asks is gone: nobody keeps its time then,
+    and it would keep the log open."""
+    gone = select.poll()
+    gone.register(sys.stdin.fileno(), 0)  # of the events, only that nobody can write any more
+    gone.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def load(spec: str) -> tuple[ScoreFunction, float]:

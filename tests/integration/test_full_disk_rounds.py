@@ -103,7 +103,7 @@ def test_a_training_on_policy(made: Path, disk: Disk, tmp_path: Path) -> None:
     assert_same(output, whole, tmp_path)
 
 
-@pytest.mark.parametrize(("layout", "room"), [("tensor", 1.5), ("data", 0.5)])
+@pytest.mark.parametrize(("layout", "room"), [("tensor", 1.5), pytest.param("data", 0.5, marks=pytest.mark.long)])
 def test_a_training_of_two_ranks(layout: str, room: float, made: Path, disk: Disk, tmp_path: Path) -> None:
     """The disk is full at the second checkpoint, or at the first."""
     flags = [f"--{layout}-parallel", "2"]
@@ -113,6 +113,7 @@ def test_a_training_of_two_ranks(layout: str, room: float, made: Path, disk: Dis
     assert_same(output, whole, tmp_path)
 
 
+@pytest.mark.long
 def test_an_import_of_two_processes(made: Path, disk: Disk, tmp_path: Path) -> None:
     flags = ["--hf", made / "hf", "--processes", "2"]
     run_well(command("import", *flags, *to(tmp_path / "whole")))
@@ -128,6 +129,7 @@ def test_an_export_of_two_processes(made: Path, disk: Disk) -> None:
     assert_same_files(output, made / "candidates")
 
 
+@pytest.mark.long
 def test_a_teacher_cache_of_two_ranks(made: Path, disk: Disk, tmp_path: Path) -> None:
     flags = ["--base", made / "base", "--rollouts", made / "rollouts.parquet", "--policy", f"teacher={made}/teacher"]
     flags += ["--signal", "strong", "--k", "4", "--tensor-parallel", "2"]

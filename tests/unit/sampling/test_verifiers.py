@@ -165,6 +165,8 @@ def score(record, response):
         time.sleep(600)
     if response == "sleep in a program":
         subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", record["metadata"]["mark"]])
+    if response == "sleep in C":  # where no other thread of Python can run
+        ctypes.PyDLL(None).sleep(600)
     if response == "exit":
         sys.exit(0)
     if response == "exit at once":
@@ -186,6 +188,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
     ("response", "error"),
     [
         ("sleep", "TimeoutError: no answer within 1.5 s"),
+        ("sleep in C", "TimeoutError: no answer within 1.5 s"),
         ("exit", "SystemExit: 0"),
         ("exit at once", "BrokenPipeError: its process ended (exit code 0) without an answer"),
         ("crash", "BrokenPipeError: its process ended (exit code -11) without an answer"),
@@ -226,23 +229,21 @@ PARENT = """
 import sys
 from megatron_erpd.sampling.verifiers import get_verifier
 verifier = get_verifier(sys.argv[1])
-print(verifier._worker._process.pid, flush=True)
-verifier({"prompt": "?", "answer": None, "metadata": {}}, "sleep")
+verifier({"prompt": "?", "answer": None, "metadata": {"mark": "orphan"}}, sys.argv[2])
 """
 
 
-def test_a_worker_without_its_parent_ends(faulty):
+@pytest.mark.parametrize(("response", "seconds"), [("sleep", 2), ("sleep in a program", 2), ("sleep in C", 10)])
+def test_a_worker_without_its_parent_ends(faulty, response, seconds):
     """The parent is killed while the function sleeps, so that nobody is left to keep its time."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, faulty.spec], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT, faulty.spec, response], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert parent.stdout is not None and parent.stderr is not None
-    worker = Path(f"/proc/{int(parent.stdout.readline())}")
+    assert parent.stderr is not None
     assert parent.stderr.readline() == "to standard output\n"
     parent.kill()
-    parent.wait()
-    assert worker.exists()
-    assert eventually(lambda: not worker.exists())
+    parent.communicate(timeout=seconds)  # until nobody has its streams open
+    assert eventually(lambda: not running("orphan"))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "'long'", "float('inf')", "True"])
