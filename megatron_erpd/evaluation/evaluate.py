@@ -20,7 +20,7 @@ from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
-from megatron_erpd.sampling.verifiers import Verifier, get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import EvaluateSettings
 
 __all__ = ["Evaluation", "PolicyMetrics", "evaluate_policies", "evaluate_policy", "read_metrics"]
@@ -56,7 +56,7 @@ def evaluate_policies(
         output_dir: made if need be.
         settings: what to measure.
         origin: Hugging Face folder of the first round's base, for `kl_from_origin_*`; None where that is `base`.
-        verifier: as in `get_verifier`; None leaves the accuracies out.
+        verifier: as in `Verifier`; None leaves the accuracies out.
         rollouts: the fixed data for `forward_kl_data` and `reverse_kl_data`; `settings.num_rollouts` rows at equal
             distances are used.
         device, dtype: as in `load_policy`.
@@ -92,7 +92,7 @@ def evaluate_policies(
             continue
         started = time.monotonic()
         base_policy = base_policy or load_policy(base, device, dtype)
-        judge = judge or (get_verifier(verifier) if verifier is not None else None)
+        judge = judge or (Verifier(verifier) if verifier is not None else None)
         policy = base_policy if identity["policy"] == common["base"] else load_policy(path, device, dtype)
         if origin is not None and common["origin"] != common["base"]:
             origin_policy = origin_policy or load_policy(origin, device, dtype)

@@ -20,7 +20,7 @@ from megatron_erpd.evaluation.strength import Selection, recommend_signal
 from megatron_erpd.files import write_json
 from megatron_erpd.sampling.policy import load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompts_digest
-from megatron_erpd.sampling.verifiers import get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import SelectSettings
 
 REWARDS = "rewards"
@@ -48,7 +48,7 @@ def select_checkpoint(
         candidates: iteration to Hugging Face folder; with `by: last` only the last one is sampled.
         prompts: validation prompts; the first `settings.num_prompts` are used.
         folder: where the rewards are kept.
-        verifier: as in `get_verifier`.
+        verifier: as in `Verifier`.
         has_unlearned: whether an unlearned policy will be there (see `recommend_signal`).
 
     Returns:
@@ -117,7 +117,7 @@ def _rewards(
         policy = load_policy(path)
         ids = encode_prompts(policy.tokenizer, records, settings.chat_template)
         groups, greedy = respond(policy, ids, settings, partial(status, name) if status else lambda *_: None)
-        judge = get_verifier(verifier)
+        judge = Verifier(verifier)
         sampled = score(judge, records, [decode(policy, group) for group in groups])
         likeliest = score(judge, records, [[text] for text in decode(policy, greedy)])
         rewards = {"sampled": _row_means(sampled), "greedy": _row_means(likeliest)}

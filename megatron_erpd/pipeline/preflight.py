@@ -80,12 +80,12 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
 def _task_problems(stages: Sequence[Stage]) -> Iterator[str]:
     """Verifiers that can't be loaded, and files of prompts that can't be read."""
     from megatron_erpd.sampling.prompts import load_prompts
-    from megatron_erpd.sampling.verifiers import get_verifier
+    from megatron_erpd.sampling.verifiers import Verifier
 
     verifiers = [str(s.settings["verifier"]) for s in stages if "verifier" in s.settings]
     prompts = [s.inputs["prompts"] for s in stages if "prompts" in s.inputs]
     checks: list[tuple[Callable[[Any], object], Any, Path | None]] = [
-        *((get_verifier, verifier, verifier_file(verifier)) for verifier in dict.fromkeys(verifiers)),
+        *((Verifier, verifier, verifier_file(verifier)) for verifier in dict.fromkeys(verifiers)),
         *((load_prompts, path, path) for path in dict.fromkeys(prompts)),
     ]
     for check, value, file in checks:

@@ -21,7 +21,7 @@ from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_
 from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
-from megatron_erpd.sampling.verifiers import Verifier, get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
 
@@ -55,7 +55,7 @@ def sample_rollouts(
         prompts: N records, from `load_prompts`.
         output_dir: made if need be.
         settings: how to sample.
-        verifier: as in `get_verifier`; None leaves every reward null (unverified).
+        verifier: as in `Verifier`; None leaves every reward null (unverified).
         only: makes the part files of this slice and no others; as in the whole, their names and content included.
         elsewhere: folders that may hold parts of the same rollouts, which are taken from there (`take_parts`).
         engine: drawn from instead of the one that `settings.engine` names.
@@ -73,7 +73,7 @@ def sample_rollouts(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(hf_path)
-    judge = get_verifier(verifier) if verifier is not None else None
+    judge = Verifier(verifier) if verifier is not None else None
     plan = _Plan(
         records=prompts,
         token_ids=encode_prompts(tokenizer, prompts, settings.chat_template),

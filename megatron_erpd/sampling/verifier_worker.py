@@ -1,10 +1,10 @@
 """The process behind a verifier: it loads what the verifier names, answers one question after another, and ends
 with the process that asks, which keeps the time.
 
-In, on standard input, pickled by the process that started this one: the verifier's spec, then one pair (record,
-response) after another. Out, one line of JSON each: `{"seconds": 60}` once it is loaded, with the time to wait for an
-answer, then `{"score": 1.0}`; `{"score": null}` is no verdict, `{"error": "..."}` a verifier that failed, and
-`{"refused": "..."}` one that can't be used.
+In, over the pipe that was standard input, pickled by the process that started this one: the verifier's spec, then one
+pair (record, response) after another. Out, one line of JSON each: `{"seconds": 60}` once it is loaded, with the time to
+wait for an answer, then `{"score": 1.0}`; `{"score": null}` is no verdict, `{"error": "..."}` a verifier that failed,
+and `{"refused": "..."}` one that can't be used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.sampling.prompts import REASONING_GYM, PromptRecord, prompt_text, reasoning_gym_task
@@ -40,17 +40,16 @@ SECONDS_NAME = "VERIFIER_SECONDS"
 ScoreFunction = Callable[[PromptRecord, str], object]
 
 
-def main() -> None:
-    """Answers until standard input ends."""
-    # Replies get a descriptor of their own: whatever a verifier prints must not garble them.
+def main(questions: BinaryIO) -> None:
+    """Answers until the questions end. They are no standard stream: a verifier's own programs would read them."""
+    # Replies get a descriptor of their own too: whatever a verifier prints must not garble them.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def reply(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=replies, flush=True)
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    questions = sys.stdin.buffer
+    threading.Thread(target=_end_with_parent, args=(questions.fileno(),), daemon=True).start()
     spec = pickle.load(questions)
     try:
         score, seconds = load(spec)
@@ -70,17 +69,17 @@ def main() -> None:
         reply(message)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(questions: int) -> None:
     """Ends this process, and what a verifier has started, when the one that asks is gone: nobody keeps its time then,
     and it would keep the log open."""
     gone = select.poll()
-    gone.register(sys.stdin.fileno(), 0)  # of the events, only that nobody can write any more
+    gone.register(questions, 0)  # of the events, only that nobody can write any more
     gone.poll()
     os.killpg(0, signal.SIGKILL)
 
 
 def load(spec: str) -> tuple[ScoreFunction, float]:
-    """The function of a verifier, as `get_verifier` knows it, and the seconds to wait for its answer.
+    """The function of a verifier, as `Verifier` knows it, and the seconds to wait for its answer.
 
     Raises:
         RecipeError: the spec names nothing that can be loaded.

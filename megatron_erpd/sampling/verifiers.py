@@ -24,18 +24,32 @@ from megatron_erpd.sampling.prompts import PromptRecord
 
 _START_SECONDS = 300.0
 """Importing a computer algebra system on a busy machine takes a while, and so does a reward model."""
-_START = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from megatron_erpd.sampling.verifier_worker import main; main()"
-)
+_START = """
+import os, pickle, sys
+questions = os.fdopen(os.dup(0), "rb")
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+sys.path[:] = pickle.load(questions)
+from megatron_erpd.sampling.verifier_worker import main
+main(questions)
+"""
 _log = logging.getLogger(__name__)
 
 
 class Verifier:
-    """Scores responses; callable as `verifier(record, response)`.
+    """Scores responses; callable as `verifier(record, response)`. It works in a process of its own, which ends with it.
+
+    Args:
+        spec: one of
+            `math-verify`: the record's `answer` against the last mathematical answer in the response, 1.0 or 0.0;
+            `reasoning-gym:TASK`: the task's own scorer, on the text between the last <answer> and </answer>, or on the
+            whole response where there is none;
+            `python:path/to/file.py:function` or `python:package.module:function`: `function(record, response)` gives a
+            number, or None for no verdict, within 60 seconds, or within the `VERIFIER_SECONDS` that its module sets.
+
+    Raises:
+        RecipeError: the spec names nothing that can be loaded.
 
     Attributes:
-        spec: what it was made from.
         num_errors: how many responses it failed on.
         first_error: the first of those errors, as text.
         last_error: the error on the last response, as text; None where it was scored, or no verdict was given.
@@ -68,23 +82,6 @@ class Verifier:
             self.first_error = error
             _log.warning("%s failed on a response, which stays unverified: %s", self.spec, error)
         return None
-
-
-def get_verifier(spec: str) -> Verifier:
-    """Makes a verifier. It works in a process of its own, which ends with it.
-
-    Args:
-        spec: one of
-            `math-verify`: the record's `answer` against the last mathematical answer in the response, 1.0 or 0.0;
-            `reasoning-gym:TASK`: the task's own scorer, on the text between the last <answer> and </answer>, or on the
-            whole response where there is none;
-            `python:path/to/file.py:function` or `python:package.module:function`: `function(record, response)` gives a
-            number, or None for no verdict, within 60 seconds, or within the `VERIFIER_SECONDS` that its module sets.
-
-    Raises:
-        RecipeError: the spec names nothing that can be loaded.
-    """
-    return Verifier(spec)
 
 
 class _Worker:

@@ -21,7 +21,7 @@ from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.sampling.policy import load_tokenizer
 from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
 from megatron_erpd.sampling.task import task_identity
-from megatron_erpd.sampling.verifiers import get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.training.arguments import (
@@ -85,7 +85,7 @@ def train_on_policy(argv: list[str]) -> None:
             settings=settings,
             records=records,
             token_ids=token_ids,
-            verifier=get_verifier(namespace.verifier),
+            verifier=Verifier(namespace.verifier),
             hf_folder=base / "hf",
             scratch=namespace.output / "sampler",
             dtype="bfloat16" if layout.precision == "bf16" else "float32",

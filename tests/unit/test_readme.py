@@ -11,7 +11,7 @@ import yaml
 from megatron_erpd.data.field_map import PRESETS
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.sampling.prompts import PromptRecord
-from megatron_erpd.sampling.verifiers import get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -45,7 +45,7 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
 def test_the_verifier_works(tmp_path: Path) -> None:
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     (tmp_path / "task.py").write_text(code)
-    verifier = get_verifier(f"python:{tmp_path}/task.py:score")
+    verifier = Verifier(f"python:{tmp_path}/task.py:score")
     record = PromptRecord(prompt="1 + 1", answer="2", metadata={})
     assert [verifier(record, response) for response in ("2", "3")] == [1.0, 0.0] and verifier.num_errors == 0
 

@@ -11,7 +11,7 @@ from megatron_erpd.evaluation.evaluate import evaluate_policies, evaluate_policy
 from megatron_erpd.sampling.engine import TransformersEngine
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts
 from megatron_erpd.sampling.sample import sample_rollouts
-from megatron_erpd.sampling.verifiers import Verifier, get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import EvaluateSettings, SampleSettings
 
 SETTINGS = EvaluateSettings(num_prompts=6, num_samples=4, max_new_tokens=8, num_rollouts=7, batch_size=16, seed=3)
@@ -38,11 +38,11 @@ def rollouts(folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(policies, verifier, rollouts):
-    return evaluate_policy(*policies, PROMPTS, get_verifier(verifier), rollouts, SETTINGS)
+    return evaluate_policy(*policies, PROMPTS, Verifier(verifier), rollouts, SETTINGS)
 
 
 def test_accuracies_against_a_naive_loop(evaluation, policies, verifier):
-    policy, judge, metrics = policies[0], get_verifier(verifier), evaluation.metrics
+    policy, judge, metrics = policies[0], Verifier(verifier), evaluation.metrics
     ids = encode_prompts(policy.tokenizer, PROMPTS[:6])
     engine = TransformersEngine(policy)
     groups = engine.sample(ids, num_samples=4, max_new_tokens=8, seed=3)
@@ -159,7 +159,7 @@ def test_several_policies_are_saved_and_resumed(folders, verifier, rollouts, eva
 
 
 def test_a_verifier_that_always_fails_is_an_error(policies, verifier):
-    broken: Verifier = get_verifier(verifier.replace(":score", ":broken"))
+    broken: Verifier = Verifier(verifier.replace(":score", ":broken"))
     with pytest.raises(StageError, match="failed on every response.*RuntimeError: no"):
         evaluate_policy(*policies, PROMPTS, broken, None, SETTINGS)
 

@@ -11,7 +11,7 @@ from megatron_erpd.data.rollouts import read_rollouts, validate_against_vocabula
 from megatron_erpd.data.tokenizers import tokenizer_digest
 from megatron_erpd.sampling.policy import load_policy
 from megatron_erpd.sampling.prompts import load_prompts
-from megatron_erpd.sampling.verifiers import get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 from tests.unit.sampling.tiny_model import QUICKSTART, quickstart_module
 
 task = quickstart_module("task")
@@ -122,7 +122,7 @@ def test_no_problem_is_in_two_files(prepared):
     rollouts = read_rollouts(prepared[0] / "demonstrations.parquet")
     texts = [r["prompt"] for r in (*prompts, *heldout)] + [rollouts.prompt_text(i) for i in range(300)]
     assert len(prompts) == 20 and len(heldout) == 30 and len(set(texts)) == 350
-    verifier = get_verifier(f"python:{QUICKSTART / 'task.py'}:score")
+    verifier = Verifier(f"python:{QUICKSTART / 'task.py'}:score")
     record = prompts[0]
     assert verifier(record, task.solve(task.Problem(tuple(record["metadata"]["summands"])))) == 1.0
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.sampling.prompts import PromptRecord, load_prompts
-from megatron_erpd.sampling.verifiers import Verifier, get_verifier
+from megatron_erpd.sampling.verifiers import Verifier
 
 
 def record(answer: object, prompt: str = "?", **metadata: object) -> PromptRecord:
@@ -19,7 +19,7 @@ def record(answer: object, prompt: str = "?", **metadata: object) -> PromptRecor
 
 @pytest.fixture(scope="module")
 def math_verify() -> Verifier:
-    return get_verifier("math-verify")
+    return Verifier("math-verify")
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_math_works_in_a_thread(math_verify):
 
 
 def test_math_without_a_readable_answer_gives_no_verdict():
-    verifier = get_verifier("math-verify")
+    verifier = Verifier("math-verify")
     assert verifier(record("$"), "1") is None
     assert verifier(record(None), "1") is None
     assert verifier.num_errors == 2 and "can't be read" in (verifier.first_error or "")
 
 
 def test_math_that_takes_too_long_gives_no_verdict_and_the_next_one_does():
-    verifier = get_verifier("math-verify")
+    verifier = Verifier("math-verify")
     assert verifier(record("3"), "3") == 1.0
     verifier._worker.seconds = 0.2
     assert verifier(record("1"), r"\boxed{9^{9^{9^9}}}") is None
@@ -65,7 +65,7 @@ def test_math_that_takes_too_long_gives_no_verdict_and_the_next_one_does():
 
 
 def test_a_process_that_died_gives_no_verdict_and_is_replaced():
-    verifier = get_verifier("math-verify")
+    verifier = Verifier("math-verify")
     assert verifier(record("3"), "3") == 1.0
     process = verifier._worker._process
     assert process is not None
@@ -77,7 +77,7 @@ def test_a_process_that_died_gives_no_verdict_and_is_replaced():
 
 
 def test_reasoning_gym_scores_its_own_tasks():
-    verifier = get_verifier("reasoning-gym:chain_sum")
+    verifier = Verifier("reasoning-gym:chain_sum")
     for prompt in load_prompts("reasoning-gym:chain_sum?size=3&seed=5"):
         assert verifier(prompt, str(prompt["answer"])) == 1.0
         assert verifier(prompt, f"<answer> 0 </answer> no, <answer>{prompt['answer']}</answer>, I think") == 1.0
@@ -87,7 +87,7 @@ def test_reasoning_gym_scores_its_own_tasks():
 
 def test_a_reasoning_gym_scorer_that_takes_too_long_gives_no_verdict():
     """This task's evaluates whatever expression it is given."""
-    verifier = get_verifier("reasoning-gym:countdown")
+    verifier = Verifier("reasoning-gym:countdown")
     (prompt,) = load_prompts("reasoning-gym:countdown?size=1")
     assert verifier(prompt, str(prompt["answer"])) == 1.0
     verifier._worker.seconds = 0.5
@@ -97,16 +97,16 @@ def test_a_reasoning_gym_scorer_that_takes_too_long_gives_no_verdict():
 
 def test_a_reasoning_gym_scorer_gets_its_own_metadata():
     """This task's answer is a tuple of tuples, which JSON would make lists."""
-    verifier = get_verifier("reasoning-gym:rearc")
+    verifier = Verifier("reasoning-gym:rearc")
     (prompt,) = load_prompts("reasoning-gym:rearc?size=1")
     assert verifier(prompt, str(prompt["answer"])) == 1.0
 
 
 def test_unknown_reasoning_gym_task_suggests():
     with pytest.raises(RecipeError, match="did you mean .*chain_sum"):
-        get_verifier("reasoning-gym:chain")
+        Verifier("reasoning-gym:chain")
     with pytest.raises(RecipeError, match="no task"):
-        get_verifier("reasoning-gym:")
+        Verifier("reasoning-gym:")
 
 
 def test_functions_from_files_and_modules(tmp_path):
@@ -121,7 +121,7 @@ def test_functions_from_files_and_modules(tmp_path):
         "def broken(record, response):\n    raise KeyError('x')\n"
         "def text(record, response):\n    return 'good'\n"
     )
-    make = {name: get_verifier(f"python:{file}:{name}") for name in ("length", "flag", "silent", "infinite", "broken")}
+    make = {name: Verifier(f"python:{file}:{name}") for name in ("length", "flag", "silent", "infinite", "broken")}
     assert make["length"](record(""), "abc") == 3.0
     assert make["flag"](record("a"), "a") == 1.0 and make["flag"](record("a"), "b") == 0.0
     assert make["silent"](record(""), "a") is None and make["silent"].num_errors == 0
@@ -129,10 +129,10 @@ def test_functions_from_files_and_modules(tmp_path):
     assert make["broken"](record(""), "a") is None
     assert make["broken"].num_errors == 1 and "KeyError" in (make["broken"].first_error or "")
     with pytest.raises(RecipeError, match="must return a number or None"):
-        get_verifier(f"python:{file}:text")(record(""), "a")
+        Verifier(f"python:{file}:text")(record(""), "a")
     with pytest.raises(RecipeError, match="no function 'lenth'.*length"):
-        get_verifier(f"python:{file}:lenth")
-    assert get_verifier("python:operator:eq").spec == "python:operator:eq"
+        Verifier(f"python:{file}:lenth")
+    assert Verifier("python:operator:eq").spec == "python:operator:eq"
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_functions_from_files_and_modules(tmp_path):
 )
 def test_bad_specs_are_refused(spec, message):
     with pytest.raises(RecipeError, match=message):
-        get_verifier(spec)
+        Verifier(spec)
 
 
 def test_a_file_that_fails_on_import_is_named(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("1 / 0\n")
     with pytest.raises(RecipeError, match=r"bad\.py can't be imported: ZeroDivisionError"):
-        get_verifier(f"python:{file}:score")
+        Verifier(f"python:{file}:score")
 
 
 FAULTY = """
@@ -165,6 +165,8 @@ def score(record, response):
         time.sleep(600)
     if response == "sleep in a program":
         subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", record["metadata"]["mark"]])
+    if response == "read":
+        return len(subprocess.run([sys.executable, "-c", "print(input())"], stderr=subprocess.DEVNULL).args)
     if response == "sleep in C":  # where no other thread of Python can run
         ctypes.PyDLL(None).sleep(600)
     if response == "exit":
@@ -181,7 +183,7 @@ def score(record, response):
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
     file = tmp_path_factory.mktemp("faulty") / "faulty.py"
     file.write_text(FAULTY)
-    return get_verifier(f"python:{file}:score")
+    return Verifier(f"python:{file}:score")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,11 @@ def test_a_function_that_never_returns_gives_no_verdict_and_the_next_one_does(fa
     assert faulty(record(None), response) is None
     assert faulty.last_error == error
     assert faulty(record(None), "0.5") == 0.5 and faulty.last_error is None
+
+
+def test_the_programs_of_a_function_have_nothing_to_read(faulty):
+    """Above all not the next question."""
+    assert faulty(record(None), "read") == 3.0 and faulty(record(None), "0.5") == 0.5
 
 
 def running(mark: str) -> list[int]:
@@ -227,8 +234,8 @@ def test_the_programs_of_a_late_function_end_with_it(faulty):
 
 PARENT = """
 import sys
-from megatron_erpd.sampling.verifiers import get_verifier
-verifier = get_verifier(sys.argv[1])
+from megatron_erpd.sampling.verifiers import Verifier
+verifier = Verifier(sys.argv[1])
 verifier({"prompt": "?", "answer": None, "metadata": {"mark": "orphan"}}, sys.argv[2])
 """
 
@@ -251,4 +258,4 @@ def test_times_that_are_none_are_refused(tmp_path, value):
     file = tmp_path / "timed.py"
     file.write_text(f"VERIFIER_SECONDS = {value}\ndef score(record, response):\n    return 1.0\n")
     with pytest.raises(RecipeError, match="VERIFIER_SECONDS is .*; give the seconds for one answer"):
-        get_verifier(f"python:{file}:score")
+        Verifier(f"python:{file}:score")
