@@ -192,10 +192,13 @@ def run(argv: list[str]) -> None:
         "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
     )
     given = parser.parse_args(argv)
+    started_in = os.getcwd()
     recipe = _recipe(given)
     if given.dry_run:
         from megatron_erpd.pipeline import planner
 
+        if recipe.directory and recipe.directory != started_in:
+            print(f"# in {recipe.directory}:\n")
         for stage in planner.plan(recipe):
             print(f"# {stage.name}\n{stage.shown()}\n")
         return
@@ -245,7 +248,7 @@ def cancel(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     from megatron_erpd.pipeline.slurm_submit import cancel as cancel_jobs
 
-    cancel_jobs(load_recipe(given.run).folder)
+    cancel_jobs(_entered(load_recipe(given.run)).folder)
 
 
 def plan(argv: list[str]) -> None:
@@ -274,6 +277,7 @@ def plan(argv: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(argv)
+    given.json = given.json and given.json.absolute()
     recipe = _recipe(given)
     from megatron_erpd.pipeline.gpu_fit import parse_gpus
     from megatron_erpd.pipeline.planner import plan as stages_of
@@ -297,16 +301,15 @@ def plan(argv: list[str]) -> None:
 
 def status(argv: list[str]) -> None:
     """Shows where a run stands; of one that was submitted to SLURM, its jobs too. Nothing is run or changed."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd status", description=status.__doc__, epilog="example: megatron-erpd status runs/quickstart"
+    parser = _recipe_parser(
+        "status",
+        f"{status.__doc__} Takes what `run` takes, and tells what it would do.",
+        "status runs/quickstart --set cache.delta=0.2",
     )
-    parser.add_argument("run", type=Path, help="the run's folder (or its recipe)")
     given = parser.parse_args(argv)
-    from rich.console import Console
-
     from megatron_erpd.pipeline.local import status_table
 
-    Console().print(status_table(load_recipe(given.run)).table(whole_notes=True))
+    status_table(_recipe(given)).show()
 
 
 def _recipe_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -317,8 +320,12 @@ def _recipe_parser(name: str, description: str, example: str) -> argparse.Argume
         epilog=f"example: megatron-erpd {example}",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", type=Path, help="the recipe, or the folder of a run to go on with")
-    parser.add_argument("--output", help="the run's folder (default: the recipe's, or runs/NAME)")
+    parser.add_argument(
+        "recipe", type=Path, help="the recipe, or the folder of a run: that run, however it is called now"
+    )
+    parser.add_argument(
+        "--output", help="the run's folder (default: the one that was given, the recipe's `output`, or runs/NAME)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a value over the recipe's; repeatable"
     )
@@ -330,8 +337,15 @@ def _recipe_parser(name: str, description: str, example: str) -> argparse.Argume
 def _recipe(given: argparse.Namespace) -> Recipe:
     """The recipe that the flags of `_recipe_parser` name and change."""
     layout = settings_from_namespace(given, Layout)
-    recipe = load_recipe(given.recipe, given.set, {n: getattr(layout, n) for n in layout.model_fields_set})
-    return recipe.model_copy(update={"output": given.output}) if given.output else recipe
+    fields = {name: getattr(layout, name) for name in layout.model_fields_set}
+    return _entered(load_recipe(given.recipe, given.set, fields, given.output))
+
+
+def _entered(recipe: Recipe) -> Recipe:
+    """Makes the directory where a recipe's relative paths begin the current one, of this process and its stages."""
+    if recipe.directory:
+        os.chdir(recipe.directory)
+    return recipe
 
 
 def _dispatch(name: str, argv: list[str]) -> None:

@@ -74,10 +74,10 @@ class Display:
         self.say(f"[{name}] {state}{after}{': ' + note if note else ''}")
 
     def table(self, whole_notes: bool = False) -> Table:
-        """The stages as they stand; notes that are too long end in an ellipsis, or go over several lines."""
-        table = Table(
-            title=self.title, title_justify="left", title_style="bold", expand=False, box=None, padding=(0, 2)
-        )
+        """The stages as they stand; notes that are too long end in an ellipsis. With `whole_notes` they go over several
+        lines, and there is no title, which would."""
+        title = None if whole_notes else self.title
+        table = Table(title=title, title_justify="left", title_style="bold", expand=False, box=None, padding=(0, 2))
         for heading in ("stage", "state", "time", ""):
             table.add_column(
                 heading,
@@ -89,6 +89,11 @@ class Display:
             seconds = "" if row.seconds is None else duration(row.seconds)
             table.add_row(name, Text(row.state, _STYLES[row.state]), seconds, Text(row.note, "dim"))
         return table
+
+    def show(self) -> None:
+        """Prints the stages as they stand, with all that is to be said of them."""
+        self.console.print(Text(self.title, "bold"), soft_wrap=True)
+        self.console.print(self.table(whole_notes=True))
 
 
 def duration(seconds: float) -> str:

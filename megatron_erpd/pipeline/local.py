@@ -29,7 +29,7 @@ from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, stop
-from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.slurm_jobs import slurm_folder
 from megatron_erpd.pipeline.stages import Stage, dependencies
 
@@ -58,7 +58,7 @@ def run_recipe(
     check_recipe(recipe, stages, slots)
     root = recipe.folder
     with locked(root) as lock:
-        write_text(root / "recipe.yaml", recipe.to_yaml())
+        write_text(root / RECIPE, recipe.of_run())
         with Display(f"{recipe.name} in {root}", [s.name for s in stages], console) as display:
             refresh = InterimReport(root)
             runner = Runner(

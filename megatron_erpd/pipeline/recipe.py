@@ -127,6 +127,9 @@ Rollouts = Annotated[
 ]
 Control = Annotated[ReplayControl | DistillControl | OnPolicyControl, Field(discriminator="kind")]
 
+RECIPE = "recipe.yaml"
+"""The recipe in a run's folder, as it was run last."""
+
 _RESERVED = ("base", "teacher", "unlearned", "student", "manifest", "request")
 """Names of the round's own policies, and of files that lie beside those of the policies."""
 _SIGNAL_WORDS = ("strong", "contrast", "none", "auto")
@@ -137,10 +140,14 @@ _CONTROL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 class Recipe(Settings):
-    """A run: the sections of the recipe. Paths are relative to the current directory, or start with `prepare/`."""
+    """A run: the sections of the recipe. Paths are relative to `directory`, or start with `prepare/`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run")
     output: str | None = Field(default=None, description="the run's folder; default: runs/NAME")
+    directory: str | None = Field(
+        default=None,
+        description="where relative paths begin; default: the current directory, which a run's recipe keeps here",
+    )
     prepare: str | None = Field(default=None, description="command that writes inputs into the folder {output}")
     model: str = Field(description="Hugging Face folder of the initial model")
     rounds: int = Field(default=1, ge=1, description="rounds; each starts from the student of the one before")
@@ -278,6 +285,14 @@ class Recipe(Settings):
         """The student and the distilled controls by their place in the recipe."""
         controls = {f"controls.{n}": c for n, c in self.controls.items() if isinstance(c, DistillSettings)}
         return {"student": self.student, **controls} if self.student else dict(controls)
+
+    def of_run(self) -> str:
+        """What the run's folder keeps: as `to_yaml`, and relative paths mean the same from any other directory."""
+        here, folder = Path.cwd(), self.folder
+        if folder.is_relative_to(here):
+            folder = folder.relative_to(here)
+        output = None if folder == Path("runs", self.name) else str(folder)
+        return self.model_copy(update={"directory": str(here), "output": output}).to_yaml()
 
     def to_yaml(self) -> str:
         """The recipe with its defaults filled in; reads back as the same recipe."""

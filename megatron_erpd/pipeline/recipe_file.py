@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
+import os
+import re
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.pipeline.recipe import (
+    RECIPE,
     DistillControl,
     Evaluation,
     Imported,
@@ -35,28 +39,124 @@ from megatron_erpd.settings import (
     error_lines,
 )
 
+_OF_A_RUN = (".lock", "slurm", "round-00", "round-01")
+"""What lies beside the recipe in the folder of a run that has begun."""
 
-def load_recipe(path: Path, overrides: Iterable[str] = (), layout: Mapping[str, Any] | None = None) -> Recipe:
+
+def load_recipe(
+    path: Path,
+    overrides: Iterable[str] = (),
+    layout: Mapping[str, Any] | None = None,
+    output: str | None = None,
+) -> Recipe:
     """Reads and validates a recipe.
 
+    A run's folder that is given, or the recipe in it, is the run, whatever its recipe says of name and output. Its
+    relative paths begin where the run was first started: `directory` of what is returned.
+
     Args:
-        path: the YAML file.
+        path: the YAML file, or the folder of a run.
         overrides: `section.key=value` each, over the file's; the value is YAML (`student.epochs=4`, `unlearned=null`).
         layout: fields of the layout, over the recipe's `layout` section.
+        output: the run's folder, over all others, relative to the current directory.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, or names everything that is wrong in it.
+        RecipeError: the file is missing or no YAML mapping, the folder is not that of a run, or names everything that
+            is wrong in the recipe.
     """
+    overrides = list(overrides)
     values = _read_yaml(path)
+    run = _run_given(path, values)
+    recorded = values.get("directory")
     for text in overrides:
         _override(values, text)
     if layout:
         values["layout"] = {**(values.get("layout") or {}), **layout}
     try:
-        return Recipe(**values)
+        recipe = Recipe(**values)
     except ValidationError as error:
         lines = [_explain(where, what) for where, what in error_lines(error)]
         raise RecipeError(f"{path}: {len(lines)} problem{'s'[: len(lines) > 1]}:\n" + "\n".join(lines)) from None
+    if run and recipe.directory == recorded:
+        directory = _where_paths_begin(recipe, Path(os.path.abspath(run)))
+    else:
+        directory = Path(os.path.abspath(recipe.directory or ""))
+    if not directory.is_dir():
+        raise RecipeError(f"{path}: directory {directory}: no such folder; give the one where relative paths begin")
+    if run and not any(text.startswith("output=") for text in overrides):
+        output = output or str(run)
+    folder = Path(os.path.abspath(output or directory / recipe.folder))
+    elsewhere = directory != Path.cwd() or recorded is not None
+    return recipe.model_copy(
+        update={
+            "directory": str(directory) if elsewhere else None,
+            "output": _seen_from(directory, folder, recipe) if elsewhere or output else recipe.output,
+        }
+    )
+
+
+def _run_given(path: Path, values: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that `path` names by itself or by the recipe in it; None for a recipe of the user's."""
+    folder = path if path.is_dir() else path.parent
+    begun = any((folder / name).exists() for name in _OF_A_RUN)
+    if path.is_dir():
+        # A copy may have lost what is hidden; the recipe of a run says where its paths begin.
+        if not begun and "directory" not in values:
+            raise RecipeError(
+                f"{path}: holds a recipe and no run; `{path / RECIPE}` starts one from it, with its folder as the "
+                "recipe says or --output"
+            )
+        return path
+    return folder if path.name == RECIPE and begun else None
+
+
+def _where_paths_begin(recipe: Recipe, run: Path) -> Path:
+    """The directory where the relative paths of a run's recipe begin.
+
+    It is the recorded one, also of a run that was renamed or copied. Of a run that was moved or copied together with
+    that directory, it is the new one: it holds the run in the same place, and all that the recipe names.
+    """
+    recorded, own = Path(recipe.directory or Path.cwd()), recipe.folder
+    if recipe.directory and recorded.is_dir() and _same(recorded / own, run):
+        return recorded
+    depth = len(own.parts)
+    if not own.is_absolute() and ".." not in own.parts and run.parts[-depth:] == own.parts:
+        moved = run.parents[depth - 1]
+        if all((moved / name).exists() for name in _names(recipe) if (recorded / name).exists()):
+            return moved
+    if recorded.is_dir():
+        return recorded
+    print(
+        f"{run / RECIPE}: the directory {recorded}, where its relative paths began, is gone: they begin at "
+        f"{Path.cwd()}",
+        file=sys.stderr,
+    )
+    return Path.cwd()
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    """Whatever in a recipe may be a relative path."""
+    left: list[Any] = [recipe.model_dump(mode="json", exclude={"name", "output", "directory"})]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield from (word for word in re.split(r"[\s:]+", value) if word and not Path(word).is_absolute())
+        elif isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+
+
+def _seen_from(directory: Path, folder: Path, recipe: Recipe) -> str | None:
+    """How the run's folder is called: as in the recipe where that is the same, or else relative where it lies inside of
+    the directory; absolute when that is not the current one, where the user would look for it."""
+    if directory != Path.cwd():
+        return str(folder)
+    if _same(directory / recipe.folder, folder):
+        return recipe.output
+    return str(folder.relative_to(directory) if folder.is_relative_to(directory) else folder)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -74,7 +174,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        path = path / "recipe.yaml"
+        path = path / RECIPE
     try:
         values = yaml.load(path.read_text(), Loader=_StrictLoader)
     except OSError as error:

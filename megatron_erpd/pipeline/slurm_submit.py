@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import Slots
-from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder
 from megatron_erpd.pipeline.slurm_queue import queued, slurm
 from megatron_erpd.pipeline.slurm_script import render
@@ -46,7 +47,7 @@ def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[
     """
     stages, root = plan(recipe), recipe.folder
     check_recipe(recipe, stages, Slots(gpus=[], cores=1))
-    return submit_stages(recipe.name, root, stages, recipe.to_yaml(), checksums=checksums, say=say)
+    return submit_stages(recipe.name, root, stages, recipe.of_run(), checksums=checksums, say=say)
 
 
 def submit_stages(
@@ -61,12 +62,14 @@ def submit_stages(
             if stage.name in done:
                 say(f"{stage.name}: done")
         submitted = read_submitted(root)
+        if not submitted:  # of a copied run, locks are those of the original's jobs
+            shutil.rmtree(slurm_folder(root) / "locks", ignore_errors=True)
         known = queued()
         live = {job.name: submitted[job.name]["id"] for job in jobs if submitted.get(job.name, {}).get("id") in known}
         _refuse_others(root, jobs, live)
         new = [job for job in jobs if job.name not in live]
         (root / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
-        write_text(root / "recipe.yaml", recipe)
+        write_text(root / RECIPE, recipe)
         for job in new:
             write_text(_script(root, job.name), render(job, name, root))
             write_json(record_file(root, job.name), job.record())
@@ -81,21 +84,34 @@ def submit_stages(
                 "id": numbers[job.name],
                 "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-            write_json(_submitted_file(root), {"jobs": submitted})
+            write_json(_submitted_file(root), {"run": _place(root), "jobs": submitted})
             after = f" after {', '.join(needs)}" if needs else ""
             say(f"{job.name}: job {numbers[job.name]}{after}")
     return {job.name: numbers[job.name] for job in new}
 
 
 def read_submitted(root: Path) -> dict[str, dict[str, Any]]:
-    """What was submitted last for each job, by its name: `id` and the time; empty where nothing was."""
+    """What was submitted last for each job, by its name: `id` and the time; empty where nothing was.
+
+    Jobs that a copied folder has from the original are the original's.
+    """
     path = _submitted_file(root)
     try:
-        return json.loads(path.read_text())["jobs"]
+        record = json.loads(path.read_text())
+        return {} if _is_copied(record, root) else record["jobs"]
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise StageError(f"{path}: can't be read ({error}); delete it when no job of this run is queued") from None
+
+
+def _place(root: Path) -> dict[str, Any]:
+    """What tells a run's folder from a copy of it: the one stays when it is renamed, the other when it is restored."""
+    return {"folder": str(root.resolve()), "inode": root.stat().st_ino}
+
+
+def _is_copied(record: dict[str, Any], root: Path) -> bool:
+    return "run" in record and not (record["run"].items() & _place(root).items())
 
 
 def live_jobs(root: Path) -> dict[str, str]:
@@ -109,11 +125,18 @@ def cancel(root: Path, say: Say = print) -> None:
     """Ends the jobs that were submitted for this run and have not ended, and no others."""
     live = live_jobs(root)
     if not live:
-        say(f"{root}: no job of this run is queued or running")
+        say(f"{root}: no job of this run is queued or running{_of_another(root)}")
         return
     slurm("scancel", *live.values())
     for name, number in live.items():
         say(f"{name}: job {number} cancelled")
+
+
+def _of_another(root: Path) -> str:
+    """Whose jobs the folder names, when it is a copy."""
+    path = _submitted_file(root)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return f"; {path} is a copy, its jobs are those of {record['run']['folder']}" if _is_copied(record, root) else ""
 
 
 def record_file(root: Path, job: str) -> Path:
@@ -200,8 +223,8 @@ def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> Non
     changed = []
     for job in jobs:
         if job.name in live:
-            before = json.loads(record_file(root, job.name).read_text())
-            now = json.loads(json.dumps(job.record()))
+            before = json.loads(_unplaced(record_file(root, job.name).read_text(), root))
+            now = json.loads(_unplaced(json.dumps(job.record()), root))
             if lines := [key for key in now if before.get(key) != now[key]]:
                 changed.append(f"\n  {job.name}, job {live[job.name]}: {', '.join(lines)}")
     if changed:
@@ -209,6 +232,11 @@ def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> Non
             f"{root}: jobs in the queue were submitted with other settings than these; `megatron-erpd cancel {root}`, "
             f"then submit again:{''.join(changed)}"
         )
+
+
+def _unplaced(record: str, root: Path) -> str:
+    """A record without the run's folder, which was maybe submitted from another directory."""
+    return record.replace(str(root.absolute()), "RUN").replace(os.path.relpath(root), "RUN")
 
 
 def _sbatch(root: Path, job: str, needs: Sequence[str]) -> str:

@@ -105,9 +105,13 @@ def test_a_missing_recipe(tmp_path):
         load_recipe(tmp_path / "nothing.yaml")
 
 
-def test_a_runs_folder_stands_for_its_recipe(read, tmp_path):
+def test_a_runs_folder_stands_for_its_recipe(read, tmp_path, monkeypatch):
     recipe = read(MINIMAL)
-    assert load_recipe(tmp_path) == recipe
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/recipe.yaml").write_text(recipe.of_run())
+    again = load_recipe(tmp_path / "runs/mine")
+    assert again.model_copy(update={"directory": None}) == recipe
 
 
 def test_values_over_the_recipes(read):
