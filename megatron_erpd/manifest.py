@@ -6,7 +6,7 @@ size and SHA-256. "Done" means that the manifest verifies and that settings and 
 
 An artifact that is not complete yet says in `request.json` what was asked for, so that an interrupted stage is taken up
 again only by a stage with the same settings and inputs. A plan (the pipeline's) and the stage itself compute both with
-`settings_identity` and `input_digest`, so that they agree.
+`settings_identity` and `sampling.inputs.input_digests`, so that they agree.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import BaseModel
 
+from megatron_erpd.content import counted, files_below, is_junk
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_json
 
@@ -228,11 +229,15 @@ def _without_folder(verifier: object) -> str:
     return re.sub(r"^python:.*/([^/]+\.py:\w+)$", r"python:\1", str(verifier))
 
 
-def input_digest(path: Path) -> str:
-    """Identifies an input: an artifact by its manifest, a file by its content, another folder by its files.
+def input_digest(path: Path, counts: Callable[[Iterable[PurePath]], list[PurePath]] = counted) -> str:
+    """Identifies an input: an artifact by its manifest, a file by its content, another folder by those of its files
+    that count.
 
     A folder that is not an artifact (a Hugging Face folder, say) is identified by the names and contents of its files.
     For files and folders inside an artifact, its manifest's checksums are taken instead of reading everything again.
+
+    Args:
+        counts: which of a folder's files, by their paths in it, are part of what it is.
 
     Raises:
         StageError: the path does not exist.
@@ -247,12 +252,35 @@ def input_digest(path: Path) -> str:
     if not path.is_dir():
         raise StageError(f"{path}: no such file or folder; check the path")
     if recorded is None:
-        files = [p for p in path.rglob("*") if p.is_file()]
-        # Hashing lets other threads run; a model's files are large enough for it to matter.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            digests = threads.map(file_digest, files)
-            recorded = {str(p.relative_to(path)): digest for p, digest in zip(files, digests, strict=True)}
-    return hashlib.sha256(json.dumps(sorted(recorded.items())).encode()).hexdigest()
+        recorded = _contents(path, counts(files_below(path)))
+    return _digest_of(recorded, counts(map(PurePath, recorded)))
+
+
+def former_digests(path: Path) -> set[str]:
+    """What `input_digest` could have given a path before it knew which files count: digests of all files, with junk and
+    without.
+
+    Raises:
+        StageError: the path does not exist.
+    """
+    recorded = _recorded_files(path)
+    if not path.is_dir():
+        return {input_digest(path)}
+    files = recorded or _contents(path, [p.relative_to(path) for p in path.rglob("*") if p.is_file()])
+    names = [PurePath(name) for name in files]
+    return {_digest_of(files, names), _digest_of(files, [name for name in names if not is_junk(name)])}
+
+
+def _contents(folder: Path, names: Sequence[PurePath]) -> dict[str, str]:
+    # Hashing lets other threads run; a model's files are large enough for it to matter.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = threads.map(file_digest, [folder / name for name in names])
+        return {str(name): digest for name, digest in zip(names, digests, strict=True)}
+
+
+def _digest_of(files: Mapping[str, str], names: Iterable[PurePath]) -> str:
+    items = sorted((str(name), files[str(name)]) for name in names)
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
 def _recorded_files(path: Path) -> dict[str, str] | None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import (
     MANIFEST,
+    Manifest,
     begin_artifact,
     differences,
-    input_digest,
+    former_digests,
     read_manifest,
     read_request,
     verify_manifest,
 )
 from megatron_erpd.pipeline.stages import Stage
+from megatron_erpd.sampling.inputs import Reading, read_digest, reading
 
 Found = Literal["complete", "interrupted", "other", "damaged", "absent"]
 
@@ -41,18 +43,19 @@ class Artifacts:
         """`checksums`: verify the content of every file, not its presence and size alone."""
         self.root = root
         self.checksums = checksums
-        self._digests: dict[Path, str] = {}
+        self._digests: dict[tuple[Path, Reading], str] = {}
 
     def digests(self, stage: Stage) -> dict[str, str]:
         """Digests of the inputs of a stage, all of which must be there."""
-        for path in stage.inputs.values():
-            if path not in self._digests:
-                self._digests[path] = input_digest(path)
-        return {name: self._digests[path] for name, path in stage.inputs.items()}
+        readings = {name: (path, reading(stage.command, name)) for name, path in stage.inputs.items()}
+        for path, how in readings.values():
+            if (path, how) not in self._digests:
+                self._digests[path, how] = read_digest(path, how)
+        return {name: self._digests[key] for name, key in readings.items()}
 
     def forget(self, stage: Stage) -> None:
         """The output of `stage` changed: what was computed from it counts no more."""
-        self._digests = {p: d for p, d in self._digests.items() if not p.is_relative_to(stage.output)}
+        self._digests = {k: d for k, d in self._digests.items() if not k[0].is_relative_to(stage.output)}
 
     def assess(self, stage: Stage, checksums: bool | None = None) -> Assessment:
         """Compares the folder of a stage with what the stage would write. Its inputs must be there."""
@@ -113,7 +116,8 @@ class Artifacts:
         inputs = self.digests(stage)
         try:
             if (folder / MANIFEST).is_file():
-                lines = differences(read_manifest(folder), stage.command, stage.settings, inputs)
+                manifest = _renewed(read_manifest(folder), stage, inputs)
+                lines = differences(manifest, stage.command, stage.settings, inputs)
                 if lines:
                     return Assessment("other", lines)
                 verify_manifest(folder, checksums)
@@ -126,3 +130,15 @@ class Artifacts:
             return Assessment("absent" if nothing else "interrupted")
         lines = differences(request, stage.command, stage.settings, inputs)
         return Assessment("other", lines) if lines else Assessment("interrupted")
+
+
+def _renewed(manifest: Manifest, stage: Stage, inputs: dict[str, str]) -> Manifest:
+    """A manifest of the version that took all bytes of an input for what it is, in the terms of this one."""
+    found = dict(manifest.inputs)
+    for name, now in inputs.items():
+        path = stage.inputs[name]
+        if name == "verifier" and name not in found:  # a module's, which was no input
+            found[name] = now
+        elif found.get(name, now) != now and path.exists() and not (path / MANIFEST).is_file():
+            found[name] = now if found[name] in former_digests(path) else found[name]
+    return replace(manifest, inputs=found)

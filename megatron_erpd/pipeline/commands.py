@@ -24,6 +24,7 @@ from megatron_erpd.manifest import (
     read_manifest,
 )
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
+from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments, slice_folders
@@ -107,7 +108,7 @@ def _begin_slices(given: argparse.Namespace, request: Request) -> tuple[Path, di
     from megatron_erpd.sampling.prompts import load_prompts
 
     num_prompts = len(load_prompts(given.prompts, given.num_prompts, given.first_prompt))
-    digests = {name: input_digest(path) for name, path in request.inputs.items()}
+    digests = input_digests("sample", request.inputs)
     if given.slice is not None:
         parts.refuse_empty_slices(f"--slice {given.slice}", given.slice.count, num_prompts)
         return parts.begin_slice(given.output, given.slice, request.settings, digests), {}
@@ -290,8 +291,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _begin(stage: str, output: Path, request: Request) -> None:
-    digests = {name: input_digest(path) for name, path in request.inputs.items()}
-    begin_artifact(output, stage, request.settings, digests)
+    begin_artifact(output, stage, request.settings, input_digests(stage, request.inputs))
 
 
 def _pairs(values: list[str], flag: str) -> dict[str, str]:

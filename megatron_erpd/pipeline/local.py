@@ -20,7 +20,7 @@ from typing import IO, NoReturn
 
 from rich.console import Console
 
-from megatron_erpd.errors import StageError
+from megatron_erpd.errors import ErpdError, StageError
 from megatron_erpd.files import write_text
 from megatron_erpd.manifest import finish_artifact, read_manifest
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
@@ -265,7 +265,7 @@ def status_table(recipe: Recipe) -> Display:
             continue
         try:
             assessment = artifacts.assess(stage)
-        except StageError as error:  # an input of the user's own is gone
+        except ErpdError as error:  # an input of the user's own is gone or can't be read
             row.note = str(error)
             continue
         if assessment.found == "complete":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
+from megatron_erpd.content import is_junk
 from megatron_erpd.errors import CheckpointError
 
 _WHOLE_BYTES = 64 * 2**20
@@ -154,7 +155,7 @@ def policy_fingerprint(hf_path: str | Path) -> str:
     folder = _checked_folder(hf_path)
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors") or path.name == "manifest.json":
+        if path.suffix not in (".json", ".safetensors") or path.name == "manifest.json" or is_junk(PurePath(path.name)):
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())

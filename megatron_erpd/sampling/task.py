@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd.content import module_file
 from megatron_erpd.sampling.prompts import REASONING_GYM
 
 
@@ -13,6 +14,14 @@ def verifier_file(verifier: str) -> Path | None:
     """The Python file of a `python:FILE.py:FUNCTION` verifier; None for the others."""
     match = re.fullmatch(r"python:(.+\.py):\w+", verifier)
     return Path(match[1]) if match else None
+
+
+def verifier_program(verifier: str) -> Path | None:
+    """The file whose code a `python:` verifier is, of a module where it can be found without importing it; None for
+    the others."""
+    file = verifier_file(verifier)
+    match = re.fullmatch(r"python:([\w.]+):\w+", verifier)
+    return module_file(match[1]) if file is None and match else file
 
 
 def task_identity(prompts: str, verifier: str | None) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -23,7 +32,7 @@ def task_identity(prompts: str, verifier: str | None) -> tuple[dict[str, Any], d
         settings["prompts"] = prompts
     else:
         inputs["prompts"] = Path(prompts)
-    file = verifier_file(verifier) if verifier else None
+    file = verifier_program(verifier) if verifier else None
     if file is not None:
         inputs["verifier"] = file
     return settings, inputs

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from megatron_erpd import platform
-from megatron_erpd.manifest import begin_artifact, input_digest
+from megatron_erpd.manifest import begin_artifact
+from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import Layout
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank, single_process_store
 from megatron_erpd.vocab_parallel import chunks
@@ -26,7 +27,7 @@ def prepare_output(output: Path, stage: str, settings: Mapping[str, Any], inputs
         StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files.
     """
     if rank() == 0:  # its error ends the others
-        begin_artifact(output, stage, settings, {name: input_digest(path) for name, path in inputs.items()})
+        begin_artifact(output, stage, settings, input_digests(stage, inputs))
 
 
 def initialize(
