@@ -7,23 +7,17 @@ using 140 GB, and does use them under a memory limit that counts file pages.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_erpd.checkpoint.hf_config import ModelShape
 from megatron_erpd.checkpoint.param_map import EMBEDDING_HF_NAME, HEAD_HF_NAME, JOINED_EXPERTS, hf_shapes, is_ignored
 from megatron_erpd.errors import CheckpointError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from megatron_erpd.model_folder import read_tensors
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,16 +33,6 @@ _AHEAD_BYTES = 2**24
 _AHEAD_FROM = 2**20
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor's bytes are."""
-
-    path: Path
-    start: int
-    shape: tuple[int, ...]
-    label: str
-
-
 class HfWeights:
     """The tensors of a Hugging Face folder, read slice by slice.
 
@@ -58,31 +42,15 @@ class HfWeights:
         once: what is read is not read again, so the system's memory need not keep it.
 
     Raises:
-        CheckpointError: no weights, weights in another format, a file that the index names is missing, unreadable or
-            cut off, a tensor is in two files, or the index and the files disagree.
+        CheckpointError: from `model_folder.read_tensors`: no weights, or more than one set of them; a file is missing,
+            unreadable or cut off, a tensor is in two files, or the index and the files disagree.
     """
 
     def __init__(self, folder: Path | str, only: Sequence[str] | None = None, *, once: bool = False) -> None:
         self.folder = Path(folder)
         self._once = once and hasattr(os, "posix_fadvise")
-        self._tensors: dict[str, _Stored] = {}
+        self._tensors = read_tensors(self.folder, only)
         self._descriptors: dict[Path, int] = {}
-        found: Mapping[Path, set[str] | None]
-        found = _find_files(self.folder) if only is None else {self.folder / name: None for name in only}
-        for path, indexed in found.items():
-            self._open(path, indexed)
-
-    def _open(self, path: Path, indexed: set[str] | None) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing, though {INDEX} names it; fetch it again")
-        held = read_header(path)
-        if indexed is not None and indexed != held.keys():
-            name = min(indexed ^ held.keys())
-            where = f"is named in {INDEX} but not in this file" if name in indexed else f"is not named in {INDEX}"
-            raise CheckpointError(f"{path}: tensor {name} {where}; fetch the folder again")
-        for name in held.keys() & self._tensors.keys():
-            raise CheckpointError(f"{path}: tensor {name} is in {self._tensors[name].path.name} too; fetch both again")
-        self._tensors.update(held)
 
     @property
     def names(self) -> set[str]:
@@ -129,35 +97,6 @@ class HfWeights:
             os.close(descriptor)
 
 
-def read_header(path: Path) -> dict[str, _Stored]:
-    """The tensors of a safetensors file, which the library has opened and found whole.
-
-    Raises:
-        CheckpointError: it isn't such a file, or is cut off.
-    """
-    try:
-        with safe_open(path, framework="pt"):  # checks the header, its offsets and the file's size
-            pass
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size), object_pairs_hook=_refuse_twice)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
-    return {
-        name: _Stored(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is in it twice")
-    return found
-
-
 def read_at(descriptor: int, offset: int, target: torch.Tensor, what: str) -> None:
     """Fills a contiguous tensor with a file's bytes from `offset` on.
 
@@ -176,41 +115,6 @@ def read_at(descriptor: int, offset: int, target: torch.Tensor, what: str) -> No
             done += got
     except OSError as error:
         raise CheckpointError(f"{what} can't be read ({error})") from None
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether there are safetensors files that `HfWeights` would open."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
-def _find_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The folder's weight files, each with the names that the index has for it (None without an index)."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(), object_pairs_hook=_refuse_twice)["weight_map"]
-            files: dict[Path, set[str] | None] = {folder / file: set() for file in weight_map.values()}
-            for name, file in weight_map.items():
-                names = files[folder / file]
-                assert names is not None
-                names.add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of weights ({error!r}); fetch it again") from None
-        return files
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    shards = sorted(folder.glob("model-*.safetensors"))
-    if shards:
-        raise CheckpointError(f"{index}: missing, though {shards[0].name} is there; fetch the index too")
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        raise CheckpointError(
-            f"{folder}: has weights only as {pickled[0]}, a pickle, which is not opened here; load it with "
-            "transformers where you trust it and write it again with `model.save_pretrained(folder)`"
-        )
-    raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}; check the path")
 
 
 def check_tensors(weights: HfWeights, shape: ModelShape) -> list[str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from megatron_erpd.checkpoint.file_writer import FileWriter, Fill
-from megatron_erpd.checkpoint.hf_weights import DTYPES, INDEX, SINGLE
+from megatron_erpd.checkpoint.hf_weights import DTYPES
 from megatron_erpd.files import write_json
+from megatron_erpd.model_folder import INDEX, SINGLE
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 """Size of a weight file: what an interrupted export may have to do again, and what processes share out."""

@@ -8,22 +8,21 @@ from pathlib import Path
 
 import torch
 
-from megatron_erpd.checkpoint.hf_weights import DTYPES, HfWeights, has_weights
+from megatron_erpd.checkpoint.hf_weights import DTYPES, HfWeights
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.files import write_text
+from megatron_erpd.model_folder import has_weights, is_of_weights
 
 TENSOR_LIST = "source_tensors.json"
 """The source's tensors in a sidecar: name to element type and shape. What an export must account for."""
 
-_WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".index.json",
-)  # fmt: skip
 _FOLDERS = ("additional_chat_templates",)
 """Subfolders that belong to a tokenizer; all others (other formats of the weights, caches) are left out."""
 
 
 def copy_sidecar(source: Path | str, destination: Path | str) -> None:
-    """Copies configuration, tokenizer, chat template, generation settings and licence: all files but the weights.
+    """Copies configuration, tokenizer, chat template, generation settings and licence: all files but the weights, their
+    indices and adapters.
 
     The list of the source's tensors is written beside them (`source_tensors.json`), so that a later export can be held
     to it without the weights. One process calls this; existing files are replaced.
@@ -52,7 +51,7 @@ def copy_files(source: Path, destination: Path) -> None:
 
 
 def _is_sidecar(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and name != TENSOR_LIST
+    return not name.startswith(".") and not is_of_weights(name) and name != TENSOR_LIST
 
 
 def read_tensor_list(folder: Path) -> dict[str, tuple[str, list[int]]] | None:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from megatron_erpd.checkpoint.gguf import is_gguf, unpacked_gguf
-from megatron_erpd.checkpoint.hf_weights import HfWeights, has_weights
 from megatron_erpd.errors import CheckpointError, first_line
+from megatron_erpd.model_folder import refuse_adapter, weight_files
 
 ACCEPTED = (
     "give a folder with config.json and safetensors files, a .gguf file, or the name of a model on the Hugging Face "
@@ -34,7 +34,7 @@ def resolve_source(text: str | Path, scratch: Path, dtype: str = "float32") -> P
         dtype: `float32` or `bfloat16`, of the weights of a GGUF file.
 
     Returns:
-        A folder with `config.json` and weights that `HfWeights` opens. Nothing of the source is executed.
+        A folder with `config.json` and one set of weights, which `HfWeights` opens. Nothing of the source is executed.
 
     Raises:
         CheckpointError: it is none of these (says what can be given), the weights are pickles, or it can't be fetched.
@@ -98,11 +98,11 @@ def fetch(repository: str, revision: str | None = None) -> Path:
 
 def _folder(path: Path) -> Path:
     """A folder that has what an import needs."""
+    refuse_adapter(path)
     if not (path / "config.json").is_file():
         files = sorted(file.name for file in path.glob("*.gguf"))
         if files:
             raise CheckpointError(f"{path}: holds no config.json but {files[0]}; give that file's own path")
         raise CheckpointError(f"{path}: holds no config.json; {ACCEPTED}")
-    if not has_weights(path):
-        HfWeights(path)  # says what is there instead
+    weight_files(path)  # refuses what isn't one set of weights
     return path

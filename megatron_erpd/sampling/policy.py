@@ -11,6 +11,10 @@ import torch
 
 from megatron_erpd.content import is_junk
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.model_folder import read_tensors, refuse_adapter, weight_files
+from megatron_erpd.sampling.tokenizer import load_tokenizer
+
+__all__ = ["Policy", "load_policy", "load_tokenizer", "policy_fingerprint", "reload_weights"]
 
 _WHOLE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**16
@@ -60,7 +64,8 @@ def load_policy(
         dtype: of the weights; default: that of the checkpoint on CUDA, float32 on a CPU.
 
     Raises:
-        CheckpointError: the folder, its weights or its tokenizer are missing or can't be read.
+        CheckpointError: the folder, its weights or its tokenizer are missing or can't be read, or programs would
+            choose different files as its weights (`model_folder.weight_files`).
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -68,6 +73,7 @@ def load_policy(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = dtype if dtype is not None else (torch.float32 if place.type == "cpu" else "auto")
     folder = _checked_folder(hf_path)
+    read_tensors(folder)
     tokenizer = load_tokenizer(folder)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -91,6 +97,7 @@ def reload_weights(policy: Policy, hf_path: str | Path) -> None:
         CheckpointError: the folder lacks a weight of the model, or holds one that the model hasn't or of another shape.
     """
     folder = _checked_folder(hf_path)
+    read_tensors(folder)
     found = _experts_joined(policy, folder) if policy.holds_experts else _as_stored(policy, folder)
     own = policy.model.state_dict()
     written = {own[name].data_ptr() for name in found if name in own}
@@ -111,7 +118,7 @@ def _as_stored(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         found |= load_file(path, device=str(policy.device))
     return found
 
@@ -134,29 +141,20 @@ def _experts_joined(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def load_tokenizer(hf_path: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder; `CheckpointError` if there is none."""
-    from transformers import AutoTokenizer
-
-    folder = _checked_folder(hf_path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: holds no tokenizer that can be loaded: {error}") from error
-
-
 def policy_fingerprint(hf_path: str | Path) -> str:
     """A digest that tells two policies apart without reading all of their weights.
 
-    It covers the names and sizes of the folder's JSON and safetensors files, the whole of small files, and the head of
+    It covers the names and sizes of the folder's JSON files and weights, the whole of small files, and the head of
     large ones together with 64 evenly spaced blocks: weights that were trained further differ in every block.
-    It doesn't depend on where the folder lies or when it was written.
+    It doesn't depend on where the folder lies or when it was written, nor on hidden files and those that nobody reads.
+
+    Raises:
+        CheckpointError: from `model_folder.weight_files`.
     """
     folder = _checked_folder(hf_path)
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors") or path.name == "manifest.json" or is_junk(PurePath(path.name)):
-            continue
+    described = [p for p in folder.glob("*.json") if p.name != "manifest.json" and not is_junk(PurePath(p.name))]
+    for path in sorted([*described, *weight_files(folder)]):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as file:
@@ -172,6 +170,8 @@ def policy_fingerprint(hf_path: str | Path) -> str:
 def _checked_folder(hf_path: str | Path) -> Path:
     folder = Path(hf_path)
     if not (folder / "config.json").is_file():
+        if folder.is_dir():
+            refuse_adapter(folder)
         raise CheckpointError(f"{folder}: isn't a Hugging Face model folder (no config.json); give a local folder")
     return folder
 

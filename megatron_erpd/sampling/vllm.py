@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.model_folder import read_tensors
 from megatron_erpd.sampling.types import Progress, Sample
 
 
@@ -47,6 +48,7 @@ class VllmEngine:
                 "engine 'vllm' needs vLLM, which isn't installed here: pip install 'megatron-erpd[vllm]', "
                 "or use engine 'transformers'"
             ) from error
+        read_tensors(hf_path)
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(hf_path),
@@ -54,6 +56,9 @@ class VllmEngine:
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             logprobs_mode="processed_logprobs",
+            # By default vLLM prefers Mistral's own format of the weights where it is there, which nothing else reads.
+            config_format="hf",
+            load_format="safetensors",
             **options,
         )
 

@@ -138,8 +138,8 @@ def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None) -
     def resolve() -> None:
         if process_rank() == 0:
             found.append(resolve_source(model, output / _UNPACKED))
-            if report := describe_tokenizer(found[0]):
-                print(report, flush=True)
+            report = describe_tokenizer(found[0])
+            print(report or f"{found[0]}: holds no tokenizer, which sampling needs; an export has none", flush=True)
 
     do_together(model, resolve)
     hf_folder = found[0] if found else resolve_source(model, output / _UNPACKED)  # what the first process made

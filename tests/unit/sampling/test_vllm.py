@@ -5,8 +5,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from megatron_erpd.errors import RecipeError
+from megatron_erpd.errors import CheckpointError, RecipeError
 from megatron_erpd.sampling.vllm import VllmEngine, prompt_seed
 
 
@@ -33,11 +34,12 @@ def completion(tokens, reason="stop", log_probs=True):
 
 
 @pytest.fixture
-def engine(monkeypatch):
+def engine(monkeypatch, tmp_path):
+    save_file({"a": np.ones(2)}, tmp_path / "model.safetensors")
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = FakeLLM, lambda **options: SimpleNamespace(**options)
     monkeypatch.setitem(sys.modules, "vllm", module)
-    return VllmEngine("folder", tensor_parallel_size=2)
+    return VllmEngine(tmp_path, tensor_parallel_size=2)
 
 
 def test_requests_and_samples(engine):
@@ -46,6 +48,7 @@ def test_requests_and_samples(engine):
     )
     options = engine._llm.options
     assert options["logprobs_mode"] == "processed_logprobs" and options["tensor_parallel_size"] == 2
+    assert (options["config_format"], options["load_format"]) == ("hf", "safetensors")
     (first, parameters), (second, _) = engine._llm.calls
     assert first == {"prompt_token_ids": [1, 5]} and second == {"prompt_token_ids": [1]}
     assert (parameters.n, parameters.max_tokens, parameters.temperature, parameters.top_p) == (3, 9, 0.7, 0.9)
@@ -60,6 +63,12 @@ def test_finished_prompts_are_told_of(engine, capsys):
     engine.sample([[1, 5], [1], [2]], num_samples=4, max_new_tokens=9, progress=lambda *pair: told.append(pair))
     assert told == [(4, 12), (8, 12), (12, 12), (12, 12)]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_with_two_sets_of_weights(engine, tmp_path):
+    save_file({"a": np.ones(2)}, tmp_path / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"remove consolidated\.safetensors"):
+        VllmEngine(tmp_path)
 
 
 def test_seeds_differ_and_fit():
