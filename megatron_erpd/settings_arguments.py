@@ -17,7 +17,8 @@ def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings
     group = parser.add_argument_group(title, model.__doc__)
     for name, field in model.model_fields.items():
         kind = _plain_type(field.annotation)
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        default = "" if field.default is None else f" (default: {field.default})"  # the description says what None is
+        text = f"{field.description}{default}".replace("%", "%%")
         flag = "--" + name.replace("_", "-")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)

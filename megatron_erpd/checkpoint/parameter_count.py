@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from megatron_erpd.checkpoint.families import ModelShape
+from megatron_erpd.checkpoint.hf_config import read_model_shape
 from megatron_erpd.checkpoint.parallel_layout import check_layout, stage_layers
 from megatron_erpd.checkpoint.param_map import EMBEDDING_KEY, Split, Unit, units
 
@@ -29,6 +31,15 @@ class ProcessParameters:
 def count_parameters(shape: ModelShape) -> int:
     """Parameters of the Hugging Face model; tied embeddings count once."""
     return sum(_size(unit, unit.num_rows) for unit in units(shape))
+
+
+def parameters_of(hf_folder: Path) -> int:
+    """Parameters of the model in a Hugging Face folder, by its `config.json`.
+
+    Raises:
+        CheckpointError: as `read_model_shape`.
+    """
+    return count_parameters(read_model_shape(hf_folder))
 
 
 def active_parameters(shape: ModelShape) -> int:

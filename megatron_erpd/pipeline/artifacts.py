@@ -18,7 +18,7 @@ from megatron_erpd.manifest import (
     read_request,
     verify_manifest,
 )
-from megatron_erpd.pipeline.stages import Stage
+from megatron_erpd.pipeline.stages import Stage, settings_of
 from megatron_erpd.sampling.inputs import Reading, read_digest, reading
 
 Found = Literal["complete", "interrupted", "other", "damaged", "absent"]
@@ -113,11 +113,11 @@ class Artifacts:
         return self.root / "replaced" / stage.name.replace("/", "-")
 
     def _assess(self, folder: Path, stage: Stage, checksums: bool) -> Assessment:
-        inputs = self.digests(stage)
+        inputs, settings = self.digests(stage), settings_of(stage)
         try:
             if (folder / MANIFEST).is_file():
                 manifest = _renewed(read_manifest(folder), stage, inputs)
-                lines = differences(manifest, stage.command, stage.settings, inputs)
+                lines = differences(manifest, stage.command, settings, inputs)
                 if lines:
                     return Assessment("other", lines)
                 verify_manifest(folder, checksums)
@@ -128,7 +128,7 @@ class Artifacts:
         if request is None:
             nothing = not folder.is_dir() or not any(folder.iterdir())
             return Assessment("absent" if nothing else "interrupted")
-        lines = differences(request, stage.command, stage.settings, inputs)
+        lines = differences(request, stage.command, settings, inputs)
         return Assessment("other", lines) if lines else Assessment("interrupted")
 
 

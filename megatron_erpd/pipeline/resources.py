@@ -30,7 +30,8 @@ from megatron_erpd.pipeline.memory_plan import StageMemory, frozen_policies, rea
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Imported, Recipe
 from megatron_erpd.pipeline.stage_times import RolloutSize, StageTime, measured_speed, stage_times
-from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, dependencies
+from megatron_erpd.pipeline.stages import RUNS_MODEL, TRAINS, Stage, dependencies
+from megatron_erpd.settings.learning_rates import describe_rates
 
 TERAFLOPS_PER_DEVICE = 400.0
 """What an H100 reaches in bf16 at 40% of its peak of 989."""
@@ -104,6 +105,8 @@ class Resources:
     cache: list[CacheOption]
     recommendation: str | None
     disk: DiskPlan
+    learning_rates: dict[str, str]
+    """Of each training: the rate, and whether it is given or why it is chosen."""
     notes: list[str]
     """What isn't known, and what is assumed."""
 
@@ -164,8 +167,20 @@ def estimate(
         cache=cache,
         recommendation=advice,
         disk=disk,
+        learning_rates=_learning_rates(stages, shape),
         notes=notes,
     )
+
+
+def _learning_rates(stages: Sequence[Stage], shape: ModelShape | None) -> dict[str, str]:
+    found = {}
+    for stage in (stage for stage in stages if stage.command in TRAINS):
+        rate, warmup = stage.settings["learning_rate"], stage.settings["warmup_fraction"]
+        known = shape is not None or rate is not None
+        size = count_parameters(shape) if shape else 0
+        unknown = "by the model's size, which isn't known yet"
+        found[stage.name] = describe_rates(rate, warmup, size) if known else unknown
+    return found
 
 
 def _speed(

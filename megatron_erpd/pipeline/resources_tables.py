@@ -21,8 +21,8 @@ _MANY = 4
 
 def tables(found: Resources) -> RenderableType:
     """All of a plan, one table under the other."""
-    parts = [_stages(found), *_data(found), *_memory(found), *_gpus(found), *_times(found), *_cache(found)]
-    parts += _disk(found)
+    parts = [_stages(found), *_learning_rates(found), *_data(found), *_memory(found), *_gpus(found), *_times(found)]
+    parts += [*_cache(found), *_disk(found)]
     parts += [Text(f"not known or assumed: {note}", "yellow") for note in found.notes]
     return Group(*(piece for part in parts for piece in (part, Text())))
 
@@ -42,6 +42,15 @@ def _stages(found: Resources) -> Table:
 def _reads(row: StageRow) -> str:
     more = len(row.reads) - _MANY
     return ", ".join(row.reads[:_MANY]) + (f" and {more} more" if more > 0 else "")
+
+
+def _learning_rates(found: Resources) -> list[RenderableType]:
+    """A line for each rate, with the trainings that take it."""
+    stages: dict[str, list[str]] = {}
+    for name, rate in found.learning_rates.items():
+        stages.setdefault(rate, []).append(name)
+    lines = [f"learning rate of {', '.join(names)}: {rate}" for rate, names in stages.items()]
+    return [Text("\n".join(lines))] if lines else []
 
 
 def _data(found: Resources) -> list[RenderableType]:

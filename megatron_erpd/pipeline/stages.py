@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_erpd.pipeline.recipe import MegatronFlags
 from megatron_erpd.settings import Layout, SlurmSettings
+from megatron_erpd.settings.learning_rates import chosen_rates
 from megatron_erpd.settings_arguments import settings_to_argv
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,8 @@ class Stage:
     inputs: dict[str, Path]
     output: Path
     settings: dict[str, Any]
-    """All settings that decide the result, as the manifest keeps them."""
+    """All settings that decide the result, as the manifest keeps them; a learning rate that isn't given is None
+    (`settings_of`)."""
     layout: Layout = field(default_factory=Layout)
     megatron: tuple[str, ...] = ()
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
@@ -105,6 +107,21 @@ class Stage:
         """The command's flags: its own, the layout's, and Megatron's after `--`."""
         layout = settings_to_argv(self.layout) if self.command in RUNS_MODEL else []
         return [*self.arguments, *layout, *(["--", *self.megatron] if self.megatron else [])]
+
+
+def settings_of(stage: Stage) -> dict[str, Any]:
+    """The settings as the manifest will keep them: a training takes a learning rate that is not given by the size of
+    its base, which must be there (it may be made by the run itself).
+
+    Raises:
+        CheckpointError: the size can't be told.
+    """
+    if stage.command not in TRAINS or "learning_rate" not in stage.settings:
+        return stage.settings
+    from megatron_erpd.checkpoint.parameter_count import parameters_of
+
+    given = stage.settings["learning_rate"], stage.settings["warmup_fraction"]
+    return {**stage.settings, **chosen_rates(*given, lambda: parameters_of(stage.inputs["base"] / "hf"))}
 
 
 def dependencies(stage: Stage, stages: list[Stage]) -> list[str]:

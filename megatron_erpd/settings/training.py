@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_erpd.settings.base import Settings, refuse_unread
+from megatron_erpd.settings.learning_rates import chosen_rates
 
 
 class TrainingSettings(Settings):
     """Learning rate, Adam and checkpoints, for every stage that trains."""
 
-    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate; default: by the number of parameters of the base policy, 1e-4 below 10M, 5e-6 "
+        "below 400M, else 1e-6",
+    )
     min_learning_rate: float | None = Field(
         default=None, ge=0, description="final rate of the cosine; default: constant rate"
     )
-    warmup_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="fraction of the steps with a rising learning rate"
+    warmup_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="fraction of the steps with a rising learning rate; default: 0.1 where learning_rate is not given, "
+        "else 0",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(default=0.9, gt=0, lt=1, description="Adam's first decay")
@@ -36,12 +47,22 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _learning_rate_falls(self) -> Self:
-        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
+        if self.learning_rate is None:
+            if self.min_learning_rate:
+                raise ValueError(
+                    f"min_learning_rate {self.min_learning_rate}: the rate falls to it from learning_rate, whose "
+                    "default follows the model's size; give learning_rate too"
+                )
+        elif self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}; the rate "
                 "falls from the one to the other"
             )
         return self
+
+    def with_rates(self, num_parameters: Callable[[], int]) -> Self:
+        """The same with numbers for `learning_rate` and `warmup_fraction`; see `learning_rates`."""
+        return self.model_copy(update=chosen_rates(self.learning_rate, self.warmup_fraction, num_parameters))
 
 
 class OptimizerSettings(TrainingSettings):

@@ -35,7 +35,7 @@ from megatron_erpd.training.arguments import (
 from megatron_erpd.training.fresh_rollouts import FreshBatches, Sampler
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.replay_step import ReplayStep, sequence_advantages
-from megatron_erpd.training.run import ForwardStep, TrainingRun, pad_multiple
+from megatron_erpd.training.run import ForwardStep, TrainingRun, pad_multiple, with_rates
 
 
 def train_on_policy(argv: list[str]) -> None:
@@ -64,6 +64,7 @@ def train_on_policy(argv: list[str]) -> None:
     monitoring = monitoring_from_namespace(namespace)
     base: Path = namespace.base
     read_manifest(base)
+    settings = with_rates(settings, base)
     if namespace.num_prompts is not None and namespace.num_prompts < 1:
         raise RecipeError(f"--num-prompts {namespace.num_prompts}: give at least 1, or leave it out for all")
     records = load_prompts(namespace.prompts, namespace.num_prompts)

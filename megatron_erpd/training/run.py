@@ -26,6 +26,7 @@ from megatron_erpd.checkpoint.iterations import (
     save_intervals,
     saved_iterations,
 )
+from megatron_erpd.checkpoint.parameter_count import parameters_of
 from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
@@ -33,6 +34,7 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity
 from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
+from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
@@ -258,16 +260,17 @@ class TrainingRun(ABC):
 
     def _megatron_flags(self) -> dict[str, object]:
         settings, total = self.settings, self.num_iterations
-        minimum = settings.min_learning_rate
+        rate, warmup, minimum = settings.learning_rate, settings.warmup_fraction, settings.min_learning_rate
+        assert rate is not None and warmup is not None, "the command has chosen both"
         return {
             **common_flags(),
             "train_iters": total,
             "global_batch_size": self.global_batch_size,
-            "lr": settings.learning_rate,
-            "min_lr": settings.learning_rate if minimum is None else minimum,
+            "lr": rate,
+            "min_lr": rate if minimum is None else minimum,
             "lr_decay_style": "constant" if minimum is None else "cosine",
             "lr_decay_iters": total,
-            "lr_warmup_iters": min(round(settings.warmup_fraction * total), total - 1),
+            "lr_warmup_iters": min(round(warmup * total), total - 1),
             "weight_decay": settings.weight_decay,
             "adam_beta1": settings.adam_beta1,
             "adam_beta2": settings.adam_beta2,
@@ -365,6 +368,19 @@ class ReplayRun(TrainingRun):
             mpu.get_data_parallel_rank(),
             mpu.get_data_parallel_world_size(),
         )
+
+
+def with_rates[S: TrainingSettings](settings: S, base: Path) -> S:
+    """The settings with numbers for the learning rate and its warm-up, by the size of the model in the artifact `base`;
+    rank 0 says which and why.
+
+    Raises:
+        CheckpointError: the size can't be told.
+    """
+    size = parameters_of(base / "hf")
+    if rank() == 0:
+        print(f"learning rate {describe_rates(settings.learning_rate, settings.warmup_fraction, size)}", flush=True)
+    return settings.with_rates(lambda: size)
 
 
 def pad_multiple(layout: Layout) -> int:

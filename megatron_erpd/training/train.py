@@ -38,7 +38,7 @@ from megatron_erpd.training.cache_rows import (
 )
 from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.early_stop import EarlyStop
-from megatron_erpd.training.run import ForwardStep, ReplayRun, TrainingRun, load_data
+from megatron_erpd.training.run import ForwardStep, ReplayRun, TrainingRun, load_data, with_rates
 from megatron_erpd.training.step_means import StepMeans
 
 
@@ -68,6 +68,7 @@ def train_teacher(argv: list[str]) -> None:
             "`megatron-erpd precompute --kind token` and give the folder"
         )
     rollouts = load_data(namespace.rollouts, namespace.base)
+    settings = with_rates(settings, namespace.base)
     if namespace.base_log_probs is None and settings.max_kl is not None:
         raise RecipeError(
             "--max-kl: the KL to the base policy is measured from its log-probs; make them with `megatron-erpd "
@@ -132,6 +133,7 @@ def distill(argv: list[str]) -> None:
         raise RecipeError("--base-log-probs: make it with `megatron-erpd precompute --kind token` and give the folder")
 
     rollouts = load_data(namespace.rollouts, namespace.base)
+    settings = with_rates(settings, namespace.base)
     advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
     cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})

@@ -80,6 +80,7 @@ def test_parse_settings_names_places():
     ("model", "values", "expected"),
     [
         (ReplaySettings, {"learning_rate": 1e-4, "min_learning_rate": 1e-3}, "min_learning_rate 0.001 is above"),
+        (ReplaySettings, {"min_learning_rate": 1e-7}, "give learning_rate too"),
         (ReplaySettings, {"loss": "sapo", "beta": 0.5}, "beta 0.5 has no effect with loss: sapo"),
         (ReplaySettings, {"loss": "ce", "clip_high": 9}, "clip_high 9.0 has no effect with loss: ce"),
         (ReplaySettings, {"loss": "cispo", "clip_low": 0.9}, "clip_low 0.9 has no effect"),
