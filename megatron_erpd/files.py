@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,5 +46,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object, *, default: Callable[[object], object] | None = None) -> None:
-    """Writes a value as JSON for people to read too; `default` as in `json.dumps`."""
-    write_text(path, json.dumps(value, indent=1, default=default) + "\n")
+    """Writes a value as JSON for people to read too; `default` as in `json.dumps`, NaN and infinities as null."""
+    write_text(path, json.dumps(_finite(value), indent=1, default=default, allow_nan=False) + "\n")
+
+
+def json_line(value: Mapping[str, object]) -> str:
+    """A line of a JSON-lines file. JSON has no NaN and no infinity: they are written as null."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -21,9 +21,17 @@ class BatchOrder:
         lengths: int `[N]`, tokens per rollout; rows of similar length share a micro-batch.
         global_batch_size: rows per optimizer step, over all ranks.
         seed: non-negative; with the epoch's number it fixes that epoch's permutation.
+        trained: bool `[N]`, whether a row takes part in the loss; default: all do. A global batch in which none does is
+            passed over: no step is made of it, and the other batches are those that they would be.
     """
 
-    def __init__(self, lengths: np.ndarray | Sequence[int], global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray | Sequence[int],
+        global_batch_size: int,
+        seed: int,
+        trained: np.ndarray | None = None,
+    ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         if self.lengths.ndim != 1 or self.lengths.size == 0:
             raise RolloutError(f"lengths must be a non-empty flat array, got shape {self.lengths.shape}")
@@ -33,7 +41,11 @@ class BatchOrder:
             raise LayoutError(f"seed is {seed}; it must not be negative")
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self.trained = None if trained is None or trained.all() else trained
+        if self.trained is not None and not self.trained.any():
+            raise RolloutError(f"none of the {self.lengths.size} rollouts takes part in the loss")
         self._permutations: dict[int, np.ndarray] = {}
+        self._starts: list[int] = []
 
     @property
     def samples_per_epoch(self) -> int:
@@ -67,8 +79,30 @@ class BatchOrder:
 
         Longest first, so that the micro-batch that needs the most memory is the first of every step.
         """
-        rows = self.stream(consumed_samples, self.global_batch_size)
+        rows = self.stream(self._start(consumed_samples), self.global_batch_size)
         return rows[np.argsort(-self.lengths[rows], kind="stable")]
+
+    def num_batches(self, of: int) -> int:
+        """Among the first `of` global batches of the stream, those that are not passed over."""
+        if self.trained is None:
+            return of
+        return sum(self._is_trained(number * self.global_batch_size) for number in range(of))
+
+    def _start(self, consumed: int) -> int:
+        """Where in the stream the step begins that follows `consumed` rows of steps."""
+        if self.trained is None:
+            return consumed
+        step, rest = divmod(consumed, self.global_batch_size)
+        while len(self._starts) <= step:
+            start = self._starts[-1] + self.global_batch_size if self._starts else 0
+            while not self._is_trained(start):
+                start += self.global_batch_size
+            self._starts.append(start)
+        return self._starts[step] + rest
+
+    def _is_trained(self, start: int) -> bool:
+        assert self.trained is not None
+        return bool(self.trained[self.stream(start, self.global_batch_size)].any())
 
     def micro_batches(
         self, consumed_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.files import write_text
+from megatron_erpd.files import json_line, write_text
 
 
 class StepLines:
@@ -37,7 +37,7 @@ class StepLines:
         row: dict[str, Any] = {"iteration": self._iteration, "seconds": round(time.monotonic() - self._started, 3)}
         row |= {f"{self._prefix}/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
         with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json_line(row))
 
 
 def keep_before(path: Path, iteration: int) -> None:
@@ -45,7 +45,7 @@ def keep_before(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     kept = [row for row in read_json_lines(path) if row["iteration"] < iteration]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_text(path, "".join(map(json_line, kept)))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_erpd.data.step_lines import keep_before, read_json_lines
 from megatron_erpd.errors import StageError
+from megatron_erpd.files import json_line
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.training.step_means import StepMeans
 
@@ -70,4 +70,4 @@ class KlBudget:
         self.iteration += 1
         if self.writes:
             with self.history.open("a") as file:
-                file.write(json.dumps({"iteration": self.iteration, "state": self.controller.state_dict()}) + "\n")
+                file.write(json_line({"iteration": self.iteration, "state": self.controller.state_dict()}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.step_lines import keep_before
+from megatron_erpd.files import json_line
 
 _LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
 
@@ -35,7 +35,8 @@ class JsonLinesWriter:
 
     Megatron writes scalars on the last rank only; this object exists there and passes everything on. Lines of
     iterations that a resumed run does again are dropped when it does them again. A step's line is in the file with each
-    of its scalars: when its checkpoint is saved, it is there, and a kill afterwards leaves no gap.
+    of its scalars: when its checkpoint is saved, it is there, and a kill afterwards leaves no gap. A scalar that is NaN
+    or infinite is null there.
     """
 
     def __init__(self, path: Path, inner: Any) -> None:
@@ -69,7 +70,7 @@ class JsonLinesWriter:
             self._file = self._path.open("r+b")
             self._start = self._file.seek(0, os.SEEK_END)
         self._file.seek(self._start)
-        self._file.write(json.dumps(self._row).encode() + b"\n")
+        self._file.write(json_line(self._row).encode())
         self._file.truncate()
 
     def flush(self) -> None:

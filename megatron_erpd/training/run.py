@@ -9,7 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -318,17 +318,27 @@ class ReplayRun(TrainingRun):
         rollouts: the data, unverified rollouts left out where rewards are needed.
         advantages: of these rollouts.
         token_rows: what else the batches carry.
+        imitated: bool `[N]`, the rollouts that the loss imitates, where it imitates some; None where it takes all.
     """
 
     settings: ReplaySettings | DistillSettings
     rollouts: Rollouts
     advantages: Advantages
     token_rows: dict[str, TokenRow] = field(default_factory=dict)
+    imitated: np.ndarray | None = None
+
+    @cached_property
+    def num_iterations(self) -> int:  # type: ignore[override]  # counted once
+        """Whole batches that hold at least `epochs` passes over the data, without those that hold nothing to train on
+        (Adam would step on its momentum)."""
+        return max(1, self._order().num_batches(self._num_batches))
 
     @property
-    def num_iterations(self) -> int:
-        """Whole batches that hold at least `epochs` passes over the data."""
+    def _num_batches(self) -> int:
         return max(1, math.ceil(self.settings.epochs * len(self.rollouts) / self.settings.global_batch_size))
+
+    def _order(self) -> BatchOrder:
+        return BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed, self.imitated)
 
     @property
     def global_batch_size(self) -> int:
@@ -348,9 +358,16 @@ class ReplayRun(TrainingRun):
 
     def note(self) -> str | None:
         groups = self.advantages
+        if self.imitated is not None:
+            left_out = self._num_batches - self.num_iterations
+            text = f"imitates {self.imitated.sum()} of {len(self.rollouts)} rollouts"
+            none = f"; {left_out} of {self._num_batches} batches hold none of them, and no step is made of these"
+            return text + none * bool(left_out)
         return groups.describe() if self.compares_within_groups and groups.without_signal else None
 
     def figures(self) -> dict[str, int]:
+        if self.imitated is not None:
+            return {"imitated": int(self.imitated.sum()), "batches_left_out": self._num_batches - self.num_iterations}
         return self.advantages.figures() if self.compares_within_groups else {}
 
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
@@ -360,9 +377,8 @@ class ReplayRun(TrainingRun):
         # Losses are computed on the last stage: no other reads the cached rows.
         token_rows = self.token_rows if mpu.is_pipeline_last_stage() else {}
         source = BatchSource(self.rollouts, pad_multiple(self.layout), token_rows, sequence_rows)
-        order = BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
         return source.replay(
-            order,
+            self._order(),
             args.consumed_train_samples,
             self.layout.micro_batch_size,
             mpu.get_data_parallel_rank(),

@@ -76,8 +76,7 @@ def train_teacher(argv: list[str]) -> None:
         )
     if settings.loss == "ce":
         _check_probabilities(rollouts, namespace.rollouts)
-    if settings.loss == "sft":
-        _check_imitated(rollouts, namespace.rollouts, settings)
+    imitated = _imitated(rollouts, namespace.rollouts, settings) if settings.loss == "sft" else None
     advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts}
     rows: dict[str, TokenRow] = {}
@@ -103,6 +102,7 @@ def train_teacher(argv: list[str]) -> None:
         make_step=partial(_replay_step, settings),
         advantages=advantages,
         token_rows=rows,
+        imitated=imitated,
     ).execute()
 
 
@@ -226,7 +226,8 @@ def _check_probabilities(rollouts: Rollouts, path: Path) -> None:
         )
 
 
-def _check_imitated(rollouts: Rollouts, path: Path, settings: ReplaySettings) -> None:
+def _imitated(rollouts: Rollouts, path: Path, settings: ReplaySettings) -> np.ndarray:
+    """bool `[N]`: the rollouts on which loss sft trains; `RolloutError` where there are none."""
     rewards, threshold = rollouts.rewards, settings.sft_threshold
     chosen = rewards <= threshold if settings.unlearn else rewards > threshold
     if not chosen.any():
@@ -236,6 +237,7 @@ def _check_imitated(rollouts: Rollouts, path: Path, settings: ReplaySettings) ->
             f"{threshold}, and there are none (they go from {np.nanmin(rewards):g} to {np.nanmax(rewards):g}); change "
             "the threshold, or sample more rollouts"
         )
+    return chosen
 
 
 def _behavior_row(rollouts: Rollouts, path: Path) -> TokenRow:

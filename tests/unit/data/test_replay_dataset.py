@@ -112,3 +112,29 @@ def test_bad_layouts_are_errors_at_the_call() -> None:
         BatchOrder([1], 1, -1)
     with pytest.raises(RolloutError, match="lengths"):
         BatchOrder([], 1, 0)
+
+
+@pytest.mark.parametrize(("trained", "num_steps"), [([36], 12), ([0, 5, 20], 40), (range(36), 30)])
+def test_a_batch_without_a_trained_row_is_passed_over_and_the_others_stay(trained, num_steps: int) -> None:
+    takes_part = np.isin(np.arange(37), list(trained))
+    all_batches = [order().global_batch(i * GLOBAL_BATCH) for i in range(300)]
+    expected = [rows for rows in all_batches if takes_part[rows].any()]
+    some = BatchOrder(LENGTHS, GLOBAL_BATCH, 5, takes_part)
+    assert some.num_batches(300) == len(expected) >= num_steps
+    for dp in (1, 2):
+        ranks = [islice(some.micro_batches(0, 6, rank, dp), 2 // dp * num_steps) for rank in range(dp)]
+        seen = [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(seen), np.concatenate(expected[:num_steps]))
+    # Resumed after any step, by an order that has seen none before.
+    for step in (1, 7, num_steps - 1):
+        resumed = BatchOrder(LENGTHS, GLOBAL_BATCH, 5, takes_part).global_batch(step * GLOBAL_BATCH)
+        np.testing.assert_array_equal(resumed, expected[step])
+
+
+def test_without_such_batches_the_order_is_the_plain_one() -> None:
+    # One of 12 rows is enough: rows 0..35 are in every batch.
+    some = BatchOrder(LENGTHS, GLOBAL_BATCH, 5, np.arange(37) < 36)
+    for step in range(20):
+        np.testing.assert_array_equal(some.global_batch(step * GLOBAL_BATCH), order().global_batch(step * GLOBAL_BATCH))
+    with pytest.raises(RolloutError, match="none of the 37 rollouts"):
+        BatchOrder(LENGTHS, GLOBAL_BATCH, 5, np.zeros(37, bool))

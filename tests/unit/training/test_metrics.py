@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from megatron_erpd.data.step_lines import StepLines
+from megatron_erpd.files import write_json
+from megatron_erpd.pipeline.processes import last_step
 from megatron_erpd.training.metrics import JsonLinesWriter
 
 
@@ -47,3 +52,26 @@ def test_steps_that_are_done_again_replace_what_was_written_of_them(tmp_path: Pa
     writer.add_scalar("a/b", 5.0, 3)
     writer.flush()
     assert rows(path) == [{"iteration": i, "a/b": value} for i, value in ((1, 1.0), (2, 4.0), (3, 5.0))]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_null_in_every_metrics_file(tmp_path: Path, value: float) -> None:
+    """JSON has no NaN: another program's parser would stop at the line."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLinesWriter(path, Board())
+    writer.add_scalar("stage1/loss", value, 1)
+    writer.add_scalar("stage1/entropy", 0.5, 1)
+    writer.flush()
+    StepLines(path, "evaluation").add({"accuracy": value, "truncated": 0.25})
+    write_json(tmp_path / "policy.json", {"metrics": {"kl": [value, (value, 1.5)]}})
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert lines[0] == {"iteration": 1, "stage1/loss": None, "stage1/entropy": 0.5}
+    assert (lines[1]["evaluation/accuracy"], lines[1]["evaluation/truncated"]) == (None, 0.25)
+    kept = json.loads((tmp_path / "policy.json").read_text(), parse_constant=refuse)
+    assert kept == {"metrics": {"kl": [None, [None, 1.5]]}}
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert last_step(path) == "iteration 1, entropy 0.5"
