@@ -17,6 +17,8 @@ from typing import Literal
 
 from megatron_erpd import __version__
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.files import check_output_file
+from megatron_erpd.launcher import forget_launcher, launch, set_threads
 from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.recipe_file import load_recipe
@@ -278,6 +280,8 @@ def plan(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(argv)
     given.json = given.json and given.json.absolute()
+    if given.json:
+        check_output_file(given.json)
     recipe = _recipe(given)
     from megatron_erpd.pipeline.gpu_fit import parse_gpus
     from megatron_erpd.pipeline.planner import plan as stages_of
@@ -352,10 +356,11 @@ def _dispatch(name: str, argv: list[str]) -> None:
     """Runs a command here, or in as many processes as its flags ask for."""
     command = COMMANDS[name]
     asks_for_help = "-h" in argv or "--help" in argv
-    if command.launches and "RANK" not in os.environ and not asks_for_help:
+    if command.launches and not asks_for_help and launch().world_size == 1:
         processes = _num_processes(argv, command.launches)
         if processes > 1:
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            forget_launcher(os.environ)
+            set_threads(os.environ, max(1, (os.cpu_count() or 1) // processes))
             _launch(launcher_flags(processes, ["-m", "megatron_erpd.cli", name, *argv]))
             return
     command.load()(argv)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from megatron_erpd.errors import RecipeError, full_disk
 
 
 @contextmanager
@@ -31,6 +35,50 @@ def new_file(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a folder that can't be written to, or made, before there is anything to write.
+
+    Permissions alone don't tell: a mount may be read-only, and root is refused by some file systems. So it is tried.
+
+    Raises:
+        RecipeError: it can't; names the folder and why.
+        OSError: the disk is full, which `run_command` tells.
+    """
+    if why := _why_unwritable(folder):
+        raise RecipeError(f"{folder}: can't be written ({why}); give another folder")
+
+
+def check_output_file(path: Path) -> None:
+    """The same for a file, in a folder that must be there; what is there already is overwritten."""
+    why: str | None = None
+    if path.is_dir():
+        why = os.strerror(errno.EISDIR)
+    elif path.exists():  # a pipe or a device too, which is not tried
+        why = None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+    else:
+        why = _why_unwritable(path.parent) if path.parent.is_dir() else f"{path.parent} is no folder"
+    if why:
+        raise RecipeError(f"{path}: can't be written ({why}); give another file")
+
+
+def _why_unwritable(folder: Path) -> str | None:
+    """Why a folder can't be written to, or made; None where it can."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # a name that no folder can have
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=there))
+    except OSError as error:
+        if full_disk(error) is not None:
+            raise
+        return f"{error.strerror} in {there}" if there != folder.absolute() else str(error.strerror)
+    return None
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -6,27 +6,69 @@ import argparse
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from megatron_erpd.checkpoint.shards import gather_objects, raise_together
-from megatron_erpd.errors import ErpdError, full_disk
+from megatron_erpd.errors import ErpdError, StageError, first_line, full_disk
+from megatron_erpd.launcher import Launch, check_meeting, launch, work_alone
 
 _SECONDS = 5.0
+_MEETING = timedelta(minutes=2)
 
 
 @contextmanager
 def conversion_processes() -> Iterator[None]:
     """A gloo group of the processes that a launcher started; nothing where this is the only one."""
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    launched = launch()
+    started = launched.world_size > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group("gloo")
+        store = meeting_store(launched)
+        dist.init_process_group("gloo", store=store, rank=launched.rank, world_size=launched.world_size)
+    elif not dist.is_initialized():
+        work_alone()
     yield
     if started:  # after an error nothing is waited for: the other processes end by themselves
         dist.destroy_process_group()
+
+
+def meeting_store(launched: Launch) -> dist.Store:
+    """The store through which the processes of a launcher find each other (`env://`). Collective, at most two minutes:
+    where torchrun has started them, its store is there already.
+
+    Raises:
+        LayoutError: from `check_meeting`.
+        StageError: not all have come; names what they were to meet by.
+    """
+    check_meeting(launched)
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    timer = threading.Timer(
+        _SECONDS,
+        lambda: print(
+            f"rank {launched.rank} waits for the {launched.world_size} processes of WORLD_SIZE at MASTER_ADDR {place}",
+            file=sys.stderr,
+            flush=True,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        store, *_ = next(dist.rendezvous("env://", launched.rank, launched.world_size, timeout=_MEETING))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise StageError(
+            f"RANK {launched.rank} of WORLD_SIZE {launched.world_size} could not meet the others at MASTER_ADDR and "
+            f"MASTER_PORT {place} within {_MEETING.seconds} s; start all of them with torchrun, or, to work in one "
+            f"process, `unset RANK WORLD_SIZE` ({first_line(error)})"
+        ) from error
+    finally:
+        timer.cancel()
+        timer.join()
+    return dist.PrefixStore("default_pg", store)
 
 
 def process_rank() -> int:

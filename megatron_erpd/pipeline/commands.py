@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_erpd.errors import RecipeError, StageError
-from megatron_erpd.files import write_json
+from megatron_erpd.files import check_output, write_json
+from megatron_erpd.launcher import refuse_several
 from megatron_erpd.manifest import (
     METRICS,
     begin_artifact,
@@ -43,6 +44,7 @@ def sample(argv: list[str]) -> None:
     """Samples rollouts from a policy and scores them. An interrupted run goes on with the part files (of 128 prompts
     each) that it has not written."""
     given = _sample_parser().parse_args(argv)
+    _check_start("sample", given.output)
     settings = settings_from_namespace(given, SampleSettings)
     request = sample_request(
         settings, given.model, given.prompts, given.verifier, given.num_prompts, given.first_prompt
@@ -139,6 +141,7 @@ def import_rollouts(argv: list[str]) -> None:
     _add_output(parser)
     add_settings_arguments(parser, ImportSettings, "reading")
     given = parser.parse_args(argv)
+    _check_start("import-rollouts", given.output)
     settings = settings_from_namespace(given, ImportSettings)
     fields = _pairs(given.field, "--field")
     _begin("import-rollouts", given.output, import_request(settings, given.source, fields, given.tokenizer))
@@ -180,6 +183,7 @@ def select(argv: list[str]) -> None:
     _add_output(parser)
     add_settings_arguments(parser, SelectSettings, "selection")
     given = parser.parse_args(argv)
+    _check_start("select", given.output)
     settings = settings_from_namespace(given, SelectSettings)
     request = select_request(
         *(settings, given.model, given.teacher, given.candidates, given.prompts, given.verifier, given.unlearned)
@@ -237,6 +241,7 @@ def evaluate(argv: list[str]) -> None:
     _add_output(parser)
     add_settings_arguments(parser, EvaluateSettings, "evaluation")
     given = parser.parse_args(argv)
+    _check_start("evaluate", given.output)
     settings = settings_from_namespace(given, EvaluateSettings)
     models = {name: Path(folder) for name, folder in _pairs(given.model, "--model").items()}
     if "base" not in models:
@@ -272,6 +277,8 @@ def report(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     from megatron_erpd.report.render import render_report
 
+    if given.run.is_dir():
+        check_output(given.run / "report")
     print(render_report(given.run))
 
 
@@ -288,6 +295,12 @@ def _parser(name: str, description: str | None, example: str) -> argparse.Argume
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+
+
+def _check_start(command: str, output: Path) -> None:
+    """What ends a command before it reads anything: a launcher that started several of it, an unwritable folder."""
+    refuse_several(command)
+    check_output(output)
 
 
 def _begin(stage: str, output: Path, request: Request) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from megatron_erpd.errors import RecipeError, RolloutError
+from megatron_erpd.files import check_output_file
 
 
 def mismatch(argv: list[str]) -> None:
@@ -24,6 +25,8 @@ def mismatch(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and verdicts there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(argv)
+    if given.json:
+        check_output_file(given.json)
 
     from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.evaluation.mismatch import measure_mismatch

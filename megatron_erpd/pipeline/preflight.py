@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.files import check_output
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
@@ -23,6 +24,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
         RecipeError: a line for each problem.
     """
     problems = [
+        *_output_problems(recipe, stages),
         *_missing_paths(stages),
         *_model_problems(stages),
         *_batch_problems(stages),
@@ -33,6 +35,15 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
     if problems:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
         raise RecipeError(f"{recipe.name}: the run can't start:\n{lines}")
+
+
+def _output_problems(recipe: Recipe, stages: Sequence[Stage]) -> Iterator[str]:
+    for folder in (recipe.folder, *(stage.output for stage in stages)):
+        try:
+            check_output(folder)
+        except RecipeError as error:
+            yield f"output: {error}"
+            return  # of many folders in one that can't be written, one is enough
 
 
 def _missing_paths(stages: Sequence[Stage]) -> Iterator[str]:

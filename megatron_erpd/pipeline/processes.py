@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_erpd.errors import has_no_room
+from megatron_erpd.launcher import set_threads, without_launcher
 from megatron_erpd.pipeline.stages import PACKAGE_ROOT, Stage
 
 ERROR_PREFIX = "error: "
@@ -23,7 +23,6 @@ GRACE_SECONDS = 40.0
 """From SIGTERM to SIGKILL. Torchrun itself gives its workers 30 seconds."""
 
 _TAIL_BYTES = 64 * 1024
-FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Slots:
@@ -67,15 +66,16 @@ class Slots:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a stage can be given, as `CUDA_VISIBLE_DEVICES` names them. Does not touch the driver from here."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(i) for i in range(len(lines))] if listed.returncode == 0 else []
+    """The GPUs that a stage's process would see, as `CUDA_VISIBLE_DEVICES` names them.
+
+    The variable may name what this machine hasn't (a shell's leftover, `NoDevFiles` of SLURM). CUDA reads its names
+    from the left up to the first such one, so the devices that it finds are the first of them.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if names is None else [n.strip() for n in names.split(",")][:count]
 
 
 class StageProcess:
@@ -187,8 +187,8 @@ def _unranked(line: str) -> str:
 
 
 def _environment(gpus: Sequence[str], threads: int) -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k not in FROM_A_LAUNCHER}
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment = without_launcher(os.environ)
+    set_threads(environment, threads)
     # Threads that wait by spinning take the cores from whatever else runs: tens of times slower on a busy machine.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment["PYTHONUNBUFFERED"] = "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import multiprocessing
 import os
 import sys
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_erpd.errors import ErpdError, NoRoom, StageInterrupted, full_disk
+from megatron_erpd.errors import ErpdError, NoRoom, StageError, StageInterrupted, full_disk
+from megatron_erpd.launcher import said_rank
 
 _INTERRUPTED = 75
 """Exit code for "try again", as sysexits.h has it."""
+_KEPT_FROM_US = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _OTHER_RANKS_WAIT = 3.0
 """Seconds; after them an error of another rank than the first must be one of its own, and is shown."""
 
@@ -35,10 +38,10 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     try:
         command([word for word in own if word != "--debug"] + argv[len(own) :])
     except Exception as error:
-        shown = error if isinstance(error, ErpdError) else _no_room(error, own)
+        shown = error if isinstance(error, ErpdError) else _no_room(error, own) or _refused(error)
         if debug or shown is None:
             raise
-        if int(os.environ.get("RANK", "0")) > 0:
+        if said_rank() > 0:
             # All ranks find the same error in bad input; the first one's message is enough, and ends this rank.
             time.sleep(_OTHER_RANKS_WAIT)
         with suppress(OSError):  # the disk that is full may be the log's
@@ -90,6 +93,13 @@ def _no_room(error: Exception, argv: list[str]) -> NoRoom | None:
     # A copy's error names where it comes from and where it goes; that of a write names nothing.
     place = full.filename2 or full.filename or parser.parse_known_args(argv)[0].output or Path.cwd()
     return NoRoom(f"{place}: can't be written ({full.strerror}); make room and run the same command again")
+
+
+def _refused(error: Exception) -> StageError | None:
+    """What to say of a file or folder that the file system keeps from us; None for another error."""
+    if not isinstance(error, OSError) or error.errno not in _KEPT_FROM_US or error.filename is None:
+        return None
+    return StageError(f"{error.filename2 or error.filename}: {error.strerror}; change its permissions or give another")
 
 
 def _indented(message: str) -> list[str]:

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_erpd.pipeline.processes import FROM_A_LAUNCHER, GRACE_SECONDS
+from megatron_erpd.launcher import FROM_A_LAUNCHER, LAUNCHER_PREFIXES
+from megatron_erpd.pipeline.processes import GRACE_SECONDS
 from megatron_erpd.pipeline.slurm_jobs import Job
 from megatron_erpd.pipeline.stages import PACKAGE_ROOT, RUNS_MODEL
 
@@ -92,7 +93,7 @@ def _log(job: Job, root: Path) -> Iterator[str]:
 def _environment(job: Job) -> Iterator[str]:
     stage, slurm = job.stage, job.stage.slurm
     yield "# What a launcher of an interactive session may have left in the environment that sbatch passes on."
-    yield f"unset {' '.join(FROM_A_LAUNCHER)}"
+    yield f"unset {' '.join([*FROM_A_LAUNCHER, *(f'${{!{prefix}@}}' for prefix in LAUNCHER_PREFIXES)])}"
     yield "# Python shows what it prints at once, and its stack when it is killed for hanging."
     yield "export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1"
     yield f"export PYTHONPATH={shlex.quote(str(PACKAGE_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.launcher import without_launcher
 from megatron_erpd.sampling.prompts import PromptRecord
 
 _START_SECONDS = 300.0
@@ -119,6 +120,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            env=without_launcher(os.environ),  # it may be one of several ranks' own
         )
         self._finalizer = weakref.finalize(self, _end, self._process)
         try:

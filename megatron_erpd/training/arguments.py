@@ -14,9 +14,13 @@ import torch
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.hf_config import flags_to_argv, model_flags, read_model_shape
 from megatron_erpd.checkpoint.parallel_layout import check_expert_groups
+from megatron_erpd.checkpoint.processes import meeting_store
 from megatron_erpd.errors import LayoutError, RecipeError
+from megatron_erpd.launcher import check_meeting, launch, work_alone
 from megatron_erpd.settings import Layout, Monitoring
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+
+MEGATRON_DEFAULTS = {"tokenizer_type": "NullTokenizer"}
 
 
 def split_pass_through(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -51,10 +55,12 @@ def layout_from_namespace(namespace: argparse.Namespace) -> Layout:
     """The layout that the flags gave; under a launcher, data parallelism is what the processes leave over.
 
     Raises:
-        LayoutError: the number of processes is not the product of the layout's sizes.
+        LayoutError: the number of processes is not the product of the layout's sizes, or the launcher's variables are
+            wrong.
     """
     layout = settings_from_namespace(namespace, Layout)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launch()
+    world_size = launched.world_size
     if namespace.data_parallel is None:
         model_size = layout.num_processes
         layout = layout.model_copy(update={"data_parallel": max(1, world_size // model_size)})
@@ -64,18 +70,24 @@ def layout_from_namespace(namespace: argparse.Namespace) -> Layout:
             f"{layout.data_parallel} needs {layout.num_processes} processes, {world_size} were started; start with "
             f"`torchrun --nproc-per-node {layout.num_processes}` or change the layout's flags"
         )
+    if not torch.distributed.is_initialized():
+        check_meeting(launched, needs_device=not platform.is_cpu())
     return layout
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return launch().rank
 
 
-def single_process_store() -> torch.distributed.Store | None:
-    """The rendezvous of a process that no launcher started: in memory, so that no port is needed."""
-    if torch.distributed.is_initialized() or "MASTER_ADDR" in os.environ:
+def process_store() -> torch.distributed.Store | None:
+    """Where the processes of a stage meet; that of a process alone is in memory, so that no port is needed. None where
+    they have met."""
+    if torch.distributed.is_initialized():
         return None
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    launched = launch()
+    if launched.world_size > 1:
+        return meeting_store(launched)
+    work_alone()
     return torch.distributed.HashStore()
 
 
@@ -92,9 +104,42 @@ def parse_megatron_arguments(
         max_length: longest sequence in the data, in tokens.
 
     Raises:
-        RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
-        CheckpointError, LayoutError: from `model_flags`.
+        RecipeError: a flag of the user's is unknown, or contradicts the checkpoint or the stage's settings.
+        CheckpointError, LayoutError: from `own_flags`.
     """
+    fixed = own_flags(hf_folder, layout, run_flags, pass_through, max_length)
+    platform.enable_cpu()
+    # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training.arguments import parse_and_validate_args
+
+    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
+    dataset_utils.compile_helpers = lambda: None
+
+    saved, sys.argv = sys.argv, [sys.argv[0], *megatron_argv(fixed, pass_through)]
+    try:
+        args = parse_and_validate_args(args_defaults=MEGATRON_DEFAULTS)
+    except AssertionError as error:  # how Megatron says that settings don't go together
+        raise RecipeError(f"Megatron refuses these settings: {error}") from error
+    finally:
+        sys.argv = saved
+    # Micro-batches are padded to their own longest rollout; pipeline stages tell each other the shape.
+    args.variable_seq_lengths = True
+    return args
+
+
+def own_flags(
+    hf_folder: Path, layout: Layout, run_flags: Mapping[str, object], pass_through: list[str], max_length: int
+) -> dict[str, object]:
+    """The flags that follow from a checkpoint, a layout and a stage; arguments as in `parse_megatron_arguments`.
+
+    Raises:
+        RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
+        CheckpointError: from `model_flags`.
+        LayoutError: from `model_flags`, or there is no context parallelism here.
+    """
+    check_context_parallel(layout)
     check_expert_groups(read_model_shape(hf_folder), layout, trains=bool(run_flags.get("train_iters")))
     fixed = {
         **model_flags(
@@ -110,30 +155,47 @@ def parse_megatron_arguments(
         **run_flags,
     }
     _refuse_contradictions(fixed, pass_through)
-    platform.enable_cpu()
-    # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron.core.datasets import utils as dataset_utils
-    from megatron.training.arguments import parse_and_validate_args
+    return fixed
 
-    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
-    dataset_utils.compile_helpers = lambda: None
 
+def check_arguments(
+    hf_folder: Path, layout: Layout, run_flags: Mapping[str, object], pass_through: list[str], max_length: int
+) -> None:
+    """Raises what `parse_megatron_arguments` would, as far as it can be told before a stage has written anything or
+    waited for other ranks."""
+    megatron_argv(own_flags(hf_folder, layout, run_flags, pass_through, max_length), pass_through)
+
+
+def megatron_argv(fixed: Mapping[str, object], pass_through: list[str]) -> list[str]:
+    """Megatron's command line: what this machine can run, what follows from the stage, and the user's own flags.
+
+    Raises:
+        RecipeError: Megatron has no such flag, or the flag takes no such value.
+    """
+    from megatron_erpd.training.megatron_flags import flag_problems
+
+    if problems := flag_problems(pass_through):
+        raise RecipeError("\n  ".join(problems))
     here = _platform_flags()
     if "num_experts" in fixed and here["transformer_impl"] == "transformer_engine":
         # All experts of a rank in one kernel; elsewhere one after another.
         here["moe_grouped_gemm"] = True
-    argv = [*flags_to_argv(here), *flags_to_argv(fixed), *pass_through]
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
-        args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
-    except AssertionError as error:  # how Megatron says that settings don't go together
-        raise RecipeError(f"Megatron refuses these settings: {error}") from error
-    finally:
-        sys.argv = saved
-    # Micro-batches are padded to their own longest rollout; pipeline stages tell each other the shape.
-    args.variable_seq_lengths = True
-    return args
+    return [*flags_to_argv(here), *flags_to_argv(fixed), *pass_through]
+
+
+def check_context_parallel(layout: Layout) -> None:
+    """Whether this machine can shard sequences.
+
+    Raises:
+        LayoutError: it can't.
+    """
+    if layout.context_parallel == 1:
+        return
+    lacks = "a GPU" if platform.is_cpu() else "" if _installed("transformer_engine") else "Transformer Engine"
+    if lacks:
+        raise LayoutError(
+            f"context_parallel {layout.context_parallel}: needs {lacks}, which there is none of here; set it to 1"
+        )
 
 
 def _platform_flags() -> dict[str, object]:

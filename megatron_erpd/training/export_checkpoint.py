@@ -18,6 +18,7 @@ from megatron_erpd.checkpoint.processes import (
 )
 from megatron_erpd.checkpoint.stream_export import Exported, export_checkpoint
 from megatron_erpd.errors import CheckpointError, RecipeError
+from megatron_erpd.files import check_output
 from megatron_erpd.manifest import finish_artifact, read_manifest
 from megatron_erpd.training.runtime import prepare_output
 
@@ -56,6 +57,7 @@ def export_checkpoints(argv: list[str]) -> None:
     if (given.via is None) != (given.hf is None):
         raise RecipeError("--via megatron-bridge and --hf: belong together; give both or neither")
     output: Path = given.output
+    check_output(output)
     named = [_parse_checkpoint(text) for text in given.checkpoint]
     inputs, iterations = _identity(named)
     for folder in inputs.values():

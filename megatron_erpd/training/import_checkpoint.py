@@ -32,7 +32,7 @@ from megatron_erpd.checkpoint.stream_import import write_checkpoint
 from megatron_erpd.checkpoint.tokenizer_report import describe_tokenizer
 from megatron_erpd.checkpoint.torch_dist import TorchDistReader
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.files import write_text
+from megatron_erpd.files import check_output, check_output_file, write_text
 from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import settings_from_namespace
@@ -85,6 +85,8 @@ def import_checkpoint(argv: list[str]) -> None:
     _add_dry_run(parser)
     given = parser.parse_args(argv)
     if given.dry_run:
+        if given.json:
+            check_output_file(given.json)
         _dry_run(given)
         return
     if given.output is None:
@@ -92,6 +94,7 @@ def import_checkpoint(argv: list[str]) -> None:
     if unread := [name for name in (*_LAYOUT, "virtual_stages", "read_gb_per_s", "json") if getattr(given, name)]:
         flag = "--" + unread[0].replace("_", "-")
         raise RecipeError(f"{flag}: is read with --dry-run only; a checkpoint can be loaded under any layout")
+    check_output(given.output)
     with conversion_processes():
         if given.via and num_processes() > 1:
             raise RecipeError("--via megatron-bridge: runs in one process; start it without --processes or torchrun")

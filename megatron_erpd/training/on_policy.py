@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_erpd.checkpoint.hf_config import model_flags
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.files import check_output
 from megatron_erpd.manifest import read_manifest, settings_identity
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
@@ -59,6 +60,7 @@ def train_on_policy(argv: list[str]) -> None:
     add_monitoring_arguments(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
+    check_output(namespace.output)
     settings = settings_from_namespace(namespace, OnPolicySettings)
     layout = layout_from_namespace(namespace)
     monitoring = monitoring_from_namespace(namespace)

@@ -16,6 +16,7 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.data.tokenizers import chat_template_digest
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.strength import Selection, read_selection
+from megatron_erpd.files import check_output
 from megatron_erpd.manifest import input_digest, read_manifest, settings_identity
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
@@ -23,7 +24,13 @@ from megatron_erpd.settings_arguments import add_settings_arguments, settings_fr
 from megatron_erpd.slices import add_slice_arguments
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import exclusive
-from megatron_erpd.training.arguments import add_layout_arguments, layout_from_namespace, rank, split_pass_through
+from megatron_erpd.training.arguments import (
+    add_layout_arguments,
+    check_arguments,
+    layout_from_namespace,
+    rank,
+    split_pass_through,
+)
 from megatron_erpd.training.cache_passes import CachePasses, hidden_dtype
 from megatron_erpd.training.cache_rows import check_policies, parse_policies
 from megatron_erpd.training.cache_slices import begin_slice, begin_whole, close_cache, merge_slices, rows_of_slice
@@ -42,6 +49,7 @@ def precompute(argv: list[str]) -> None:
     parser = _parser()
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
+    check_output(namespace.output)
     settings = settings_from_namespace(namespace, PrecomputeSettings)
     layout = layout_from_namespace(namespace)
     policies = {"base": namespace.base, **parse_policies(namespace.policy)}
@@ -72,13 +80,14 @@ def precompute(argv: list[str]) -> None:
         rollouts, output = rollouts.select(rows), begin_slice(output, namespace.slice, identity, inputs)
         identity = {**identity, "slice": str(namespace.slice)}
     # Two programs on one folder: the second is told at once, before it looks at what the first is writing.
+    flags: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
+    longest = int(rollouts.lengths.max())
+    check_arguments(namespace.base / "hf", layout, flags, pass_through, longest)
     with exclusive(output) if rank() == 0 else nullcontext():
         prepare_output(output, "precompute", identity, inputs)
         if selection is not None and rank() == 0:
             print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)
         with stage_process() as store:
-            flags: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
-            longest = int(rollouts.lengths.max())
             initialize(namespace.base / "hf", layout, flags, pass_through, longest, store)
             passes = CachePasses(resolved, layout, meta, policies, rollouts, output, namespace.hidden)
             passes.run()

@@ -36,7 +36,7 @@ from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, sett
 from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
 from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.training.advantages import Advantages
-from megatron_erpd.training.arguments import parse_megatron_arguments, rank
+from megatron_erpd.training.arguments import check_arguments, parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
 from megatron_erpd.training.early_stop import Stop, read_stop
 from megatron_erpd.training.loss_guard import NonFiniteLoss
@@ -132,6 +132,7 @@ class TrainingRun(ABC):
             StageInterrupted: the run was stopped before its end; its last checkpoint is kept and the same command
                 continues.
         """
+        check_arguments(self.base / "hf", self.layout, self._megatron_flags(), self.pass_through, self.max_length)
         prepare_output(self.output, self.stage, self.identity, self.inputs)
         if rank() == 0:
             # Before any rank loads: those are still far from it.

@@ -15,7 +15,7 @@ from megatron_erpd import platform
 from megatron_erpd.manifest import begin_artifact
 from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import Layout
-from megatron_erpd.training.arguments import parse_megatron_arguments, rank, single_process_store
+from megatron_erpd.training.arguments import parse_megatron_arguments, process_store, rank
 from megatron_erpd.vocab_parallel import chunks
 from megatron_erpd.vocab_parallel.kernels import kernels_for, set_kernels
 
@@ -92,7 +92,7 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
     gone.
     """
     inherited = torch.distributed.is_initialized()
-    yield single_process_store()
+    yield process_store()
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine

@@ -11,6 +11,7 @@ import torch
 
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError, RolloutError
+from megatron_erpd.files import check_output
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.objectives.signals import parse_signal, policies_of
@@ -59,6 +60,7 @@ def train_teacher(argv: list[str]) -> None:
     add_monitoring_arguments(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
+    check_output(namespace.output)
     settings = settings_from_namespace(namespace, ReplaySettings)
     layout = layout_from_namespace(namespace)
     monitoring = monitoring_from_namespace(namespace)
@@ -124,6 +126,7 @@ def distill(argv: list[str]) -> None:
     add_monitoring_arguments(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
+    check_output(namespace.output)
     settings = settings_from_namespace(namespace, DistillSettings)
     layout = layout_from_namespace(namespace)
     monitoring = monitoring_from_namespace(namespace)

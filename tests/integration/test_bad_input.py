@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fails:
     """Runs a command that must end with exit code 2, and returns its message; `out` may hold no work."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*argv: object) -> str:
@@ -102,8 +102,9 @@ def test_unsupported_architecture(fails: Fails, made: Path, tmp_path: Path) -> N
 def test_tensor_parallel_that_does_not_divide_the_heads(
     fails: Fails, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     message = fails("train-teacher", *training(made, tmp_path / "out"), "--tensor-parallel", 3)
     assert "tensor parallel size 3" in message and "use 1, 2 or 4" in message
 

@@ -16,8 +16,8 @@ import pytest
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.iterations import saved_iterations
+from megatron_erpd.launcher import without_launcher
 from megatron_erpd.manifest import verify_manifest
-from megatron_erpd.pipeline.processes import FROM_A_LAUNCHER
 from tests.distributed.harness import REPOSITORY, run_ranks
 from tests.integration.stages import Stages, make_round, run_stages
 
@@ -192,8 +192,7 @@ def run_until_step(
 
 def environment() -> dict[str, str]:
     # A training in the tests' own process leaves its rank there.
-    inherited = {name: value for name, value in os.environ.items() if name not in FROM_A_LAUNCHER}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return {**without_launcher(os.environ), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def losses(artifact: Path) -> list[float]:

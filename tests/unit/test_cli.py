@@ -12,6 +12,7 @@ import pytest
 
 from megatron_erpd import __version__, cli
 from megatron_erpd.errors import RecipeError, StageError, StageInterrupted
+from megatron_erpd.launcher import is_launchers
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.pipeline import program
 from megatron_erpd.pipeline.stages import TOOLS
@@ -94,9 +95,36 @@ def test_one_process_runs_here(monkeypatch, argv):
 def test_under_a_launcher_nothing_is_launched_again(monkeypatch):
     calls = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli.Command, "load", lambda self: calls.append)
     cli.main(["distill", "--tensor-parallel", "2"])
     assert calls == [["--tensor-parallel", "2"]]
+
+
+def test_what_is_launched_here_hears_of_no_other_launcher(monkeypatch):
+    def launch(flags):
+        assert not any(map(is_launchers, os.environ)) and os.environ["OMP_NUM_THREADS"].isdecimal()
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "PET_NNODES": "2", "MASTER_ADDR": "node17"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setattr(cli, "_launch", launch)
+    cli.main(["import", "--processes", "2"])
+
+
+@pytest.mark.parametrize("command", ["import", "distill", "sample", "evaluate"])
+def test_a_rank_of_nothing_is_refused(capsys, monkeypatch, command):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    required = ["--model", "base=m", "--prompts", "p", "--rollouts", "r", "--output", "out", "--hf", "m", "--base", "b"]
+    parser_takes = {
+        "import": required[8:10] + required[6:8],
+        "distill": required[4:8] + required[10:],
+        "sample": required[:4] + required[6:8],
+        "evaluate": required[:8],
+    }
+    code, _, err = ended(capsys, command, *parser_takes[command])
+    assert code == 2 and err.startswith("error: RANK is 3 in the environment, but WORLD_SIZE is not set")
 
 
 def test_dry_run_prints_the_commands(capsys, tmp_path, monkeypatch):

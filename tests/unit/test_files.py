@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_erpd.files import new_file, write_json, write_text
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.files import check_output, check_output_file, new_file, write_json, write_text
 
 
 def no_room() -> OSError:
@@ -60,3 +61,52 @@ def test_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     assert path.read_text() == '{\n "a": [\n  1,\n  2.5\n ]\n}\n'
     write_json(path, {"a": Path("b")}, default=str)
     assert path.read_text() == '{\n "a": "b"\n}\n'
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A file, a link to nothing, and an empty folder."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["folder", "folder/new/newer", "made"])
+def test_a_folder_that_can_be_written_is_left_as_it_was(places: Path, folder: str) -> None:
+    before = sorted(places.rglob("*"))
+    check_output(places / folder)
+    check_output_file(places / "folder" / "figures.json")
+    check_output_file(places / "file")
+    check_output_file(Path("/dev/null"))
+    assert sorted(places.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory in .*file"),
+        ("link", "Not a directory"),
+        ("folder/" + 300 * "n", "too long"),
+        ("/proc/new/folder", "in /proc"),
+    ],
+)
+def test_a_folder_that_can_not_be_written(places: Path, folder: str, why: str) -> None:
+    with pytest.raises(RecipeError, match=f"{folder}: can't be written .*{why}.*give another folder"):
+        check_output(places / folder)
+
+
+@pytest.mark.parametrize("file", ["folder", "file/below", "nowhere/f.json", "/proc/f.json", "/proc/new/f.json"])
+def test_a_file_that_can_not_be_written(places: Path, file: str) -> None:
+    with pytest.raises(RecipeError, match=r"can't be written .*give"):
+        check_output_file(places / file)
+
+
+def test_a_disk_that_is_full_is_no_matter_of_permissions(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**where: object) -> str:
+        raise no_room()
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(OSError, match="No space"):
+        check_output(places / "folder")

@@ -33,10 +33,28 @@ def test_cores_may_be_shared_only_by_a_stage_that_runs_alone():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("", []), ("-1", []), ("3", ["3"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+    ("value", "there", "expected"),
+    [
+        (None, 0, []),
+        (None, 2, ["0", "1"]),
+        ("", 0, []),
+        ("-1", 0, []),
+        ("0", 0, []),
+        ("NoDevFiles", 0, []),
+        ("GPU-8932f937,MIG-2f0", 0, []),
+        ("3", 1, ["3"]),
+        ("GPU-a, GPU-b", 2, ["GPU-a", "GPU-b"]),
+        ("1,0,99,2", 2, ["1", "0"]),  # CUDA stops at the first that isn't there
+    ],
 )
-def test_visible_gpus(monkeypatch, value, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+def test_visible_gpus_are_those_that_cuda_finds(monkeypatch, value, there, expected):
+    if value is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there > 0)
+    # 1 without any: what `platform` says to Megatron in a process on a CPU.
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there or 1)
     assert visible_gpus() == expected
 
 
@@ -56,16 +74,18 @@ def test_a_full_disk_is_told_where_the_log_could_not(tmp_path, monkeypatch):
 
 
 def test_a_stage_gets_its_gpus_and_none_of_its_parents_launcher(tmp_path, monkeypatch):
-    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
+    launchers = ("RANK", "WORLD_SIZE", "MASTER_PORT", "PET_NNODES", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+    for name in launchers:
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
     code = "import json, os; print(json.dumps(dict(os.environ)))"
     stage = Stage("a", "prepare", (f'python -c "{code}"',), {}, tmp_path, {})
     process = StageProcess(stage, tmp_path / "a.log", gpus=["2", "5"], threads=3)
     assert process.process.wait(30) == 0
     environment = json.loads(process.progress())
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,5"
-    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment.keys()
-    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "3")
+    assert not set(launchers) & environment.keys()
+    assert environment["OMP_NUM_THREADS"] == "3"
 
 
 def test_progress_is_the_last_whole_step(tmp_path):

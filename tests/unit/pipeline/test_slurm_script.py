@@ -59,7 +59,7 @@ def test_all_scripts_are_bash(recipe, tmp_path):
         (tmp_path / name).write_text(script)
         checked = subprocess.run(["bash", "-n", str(tmp_path / name)], capture_output=True, text=True)
         assert checked.returncode == 0, f"{name}: {checked.stderr}"
-        assert "\nunset RANK WORLD_SIZE" in script
+        assert "\nunset RANK WORLD_SIZE" in script and " ${!PET_@} ${!TORCHELASTIC_@}\n" in script
         assert "export A='b c'\n" in script and "\nmodule load cuda\n" in script
 
 
