@@ -63,7 +63,7 @@ def sample(argv: list[str]) -> None:
     from megatron_erpd.sampling.prompts import load_prompts
     from megatron_erpd.sampling.sample import sample_rollouts
 
-    prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt)
+    prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt, given.verifier)
     lines = StepLines(output / METRICS, "sample")
     report = sample_rollouts(
         given.model,
@@ -199,7 +199,7 @@ def select(argv: list[str]) -> None:
     selection = select_checkpoint(
         given.model,
         candidate_folders(given.candidates),
-        load_prompts(given.prompts, settings.num_prompts),
+        load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier),
         given.output,
         settings,
         verifier=given.verifier,
@@ -257,7 +257,7 @@ def evaluate(argv: list[str]) -> None:
     evaluate_policies(
         models | _exported(given.exported, models),
         models["base"],
-        load_prompts(given.prompts, settings.num_prompts),
+        load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier),
         given.output,
         settings,
         origin=given.origin,

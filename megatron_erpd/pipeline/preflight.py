@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,10 @@ def _task_problems(stages: Sequence[Stage]) -> Iterator[str]:
     from megatron_erpd.sampling.verifiers import Verifier
 
     verifiers = [str(s.settings["verifier"]) for s in stages if "verifier" in s.settings]
-    prompts = [s.inputs["prompts"] for s in stages if "prompts" in s.inputs]
+    prompts = [(s.inputs["prompts"], s.settings.get("verifier")) for s in stages if "prompts" in s.inputs]
     checks: list[tuple[Callable[[Any], object], Any, Path | None]] = [
         *((Verifier, verifier, verifier_file(verifier)) for verifier in dict.fromkeys(verifiers)),
-        *((load_prompts, path, path) for path in dict.fromkeys(prompts)),
+        *((partial(load_prompts, verifier=verifier), path, path) for path, verifier in dict.fromkeys(prompts)),
     ]
     for check, value, file in checks:
         if file is not None and not file.is_file():

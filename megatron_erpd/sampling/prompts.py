@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 from urllib.parse import parse_qsl
 
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.sampling.math_answers import MATH_VERIFY, answer_text
 
 REASONING_GYM = "reasoning-gym:"
 _FIELDS = ("prompt", "answer", "metadata")
@@ -27,7 +28,9 @@ class PromptRecord(TypedDict):
     metadata: dict[str, Any]
 
 
-def load_prompts(source: str | Path, limit: int | None = None, first: int = 0) -> list[PromptRecord]:
+def load_prompts(
+    source: str | Path, limit: int | None = None, first: int = 0, verifier: str | None = None
+) -> list[PromptRecord]:
     """Reads prompts.
 
     Args:
@@ -37,14 +40,22 @@ def load_prompts(source: str | Path, limit: int | None = None, first: int = 0) -
         limit: keep so many.
         first: keep those from this one on (counted from 0), and after the last one the first again. Where `limit` keeps
             all of them anyway it changes nothing.
+        verifier: what will score the responses; an answer that it can't compare with is refused.
 
     Raises:
-        RecipeError: no such file or task, or a line that isn't a prompt; the message names the line or the option.
+        RecipeError: no such file or task, a line that isn't a prompt, or an answer the verifier can't compare with;
+            the message names the line or the option.
     """
     text = str(source)
     records = _generated(text) if text.startswith(REASONING_GYM) else _from_file(Path(source))
     if not records:
         raise RecipeError(f"{source}: holds no prompts")
+    if verifier == MATH_VERIFY:
+        for number, record in enumerate(records, start=1):
+            try:
+                answer_text(record["answer"])
+            except ValueError as error:
+                raise RecipeError(f"{place_of(record, number)}: {error}") from None
     if limit is None or limit >= len(records):
         return records
     start = first % len(records)
@@ -89,9 +100,26 @@ def prompt_text(record: PromptRecord) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def place_of(record: PromptRecord, number: int) -> str:
+    """Where a record was read, as `file: line 3`; `prompt {number}` for one that comes from no file."""
+    return getattr(record, "place", f"prompt {number}")
+
+
 def prompts_digest(records: Sequence[PromptRecord]) -> str:
     """SHA-256 of the records, in order."""
     return hashlib.sha256(json.dumps(list(records), sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _Placed(dict[str, Any]):
+    """A record, equal to a plain one, that knows where it was read."""
+
+    place: str
+
+
+def _placed(record: PromptRecord, place: str) -> PromptRecord:
+    found = _Placed(record)
+    found.place = place
+    return cast(PromptRecord, found)
 
 
 def _messages(record: PromptRecord) -> list[dict[str, str]]:
@@ -125,7 +153,8 @@ def _parse_line(line: str, place: str) -> PromptRecord:
     metadata = value.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise RecipeError(f"{place}: metadata is a {type(metadata).__name__}, expected a JSON object")
-    return PromptRecord(prompt=_checked_prompt(value["prompt"], place), answer=value.get("answer"), metadata=metadata)
+    prompt = _checked_prompt(value["prompt"], place)
+    return _placed(PromptRecord(prompt=prompt, answer=value.get("answer"), metadata=metadata), place)
 
 
 def _checked_prompt(prompt: Any, place: str) -> str | list[dict[str, str]]:

@@ -27,9 +27,9 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.sampling.math_answers import MATH_VERIFY, math_scorer
 from megatron_erpd.sampling.prompts import REASONING_GYM, PromptRecord, prompt_text, reasoning_gym_task
 
-MATH_VERIFY = "math-verify"
 PYTHON = "python:"
 OWN_SECONDS = 15.0
 """Time for one answer of math-verify and reasoning-gym; simplifying a hostile expression can take for ever."""
@@ -111,29 +111,13 @@ def _answer(spec: str, score: ScoreFunction, record: PromptRecord, response: str
 
 def _math_scorer() -> ScoreFunction:
     try:
-        from math_verify import parse, verify
+        compare = math_scorer()
     except ImportError as error:
         raise RecipeError(f"{MATH_VERIFY}: {error}; pip install math-verify") from None
     # It warns of every expression that it can't read, and its parser writes to the descriptor.
     logging.disable(logging.WARNING)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-    def score(record: PromptRecord, response: str) -> float:
-        """1.0 if the response's last answer equals the record's, 0.0 if it differs or there is none."""
-        if record["answer"] is None:
-            raise ValueError("the prompt has no answer to compare with")
-        gold = str(record["answer"])
-        # Bare LaTeX is only found inside a delimiter; a gold answer that brings its own keeps it.
-        marked = gold if "$" in gold or "\\boxed" in gold else f"\\boxed{{{gold}}}"
-        # Its own time limits use SIGALRM, which doesn't reach into C code.
-        expected = parse(marked, parsing_timeout=None, raise_on_error=True)
-        if not expected:
-            raise ValueError(f"the answer {gold!r} can't be read as mathematics")
-        found = parse(response, parsing_timeout=None, raise_on_error=True)
-        # The gold answer first: the comparison isn't symmetric.
-        return float(bool(found) and verify(expected, found, timeout_seconds=None, raise_on_error=True))
-
-    return score
+    return lambda record, response: compare(record["answer"], response)
 
 
 def _reasoning_gym_scorer(task: str) -> ScoreFunction:

@@ -41,7 +41,7 @@ class Verifier:
 
     Args:
         spec: one of
-            `math-verify`: the record's `answer` against the last mathematical answer in the response, 1.0 or 0.0;
+            `math-verify`: the record's `answer` against the response's, as `math_answers.py` finds it, 1.0 or 0.0;
             `reasoning-gym:TASK`: the task's own scorer, on the text between the last <answer> and </answer>, or on the
             whole response where there is none;
             `python:path/to/file.py:function` or `python:package.module:function`: `function(record, response)` gives a
