@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_erpd.data.rows import TextRow, parsed
 from megatron_erpd.data.schema import RowProblem
 from megatron_erpd.errors import RolloutError
 
@@ -24,10 +25,18 @@ TARGETS = (
     "behavior_log_probs",
     "reward",
     "finish_reason",
+    "finished",  # false where a response without a finish reason was cut off
+    "excluded",  # true for a sample that the other framework leaves out
+    "included",  # false or 0 for one; 1 and true for the others
     "prompt",
     "response",
     "metadata",  # an object; 'metadata.NAME' adds a single entry
 )
+TEXTS = ("sample_id", "group_id", "finish_reason", "prompt", "response")
+"""Those that are text where a format has text alone; the others are parsed."""
+
+# Under whatever format: slime's `Sample.remove_sample`, NeMo RL's `loss_multiplier` (0 also after its overlong filter).
+MARKS = {"excluded": "remove_sample", "included": "loss_multiplier"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     # Our own column names.
-    "plain": Preset({name: name for name in TARGETS}),
+    "plain": Preset({name: name for name in TARGETS if name not in MARKS}),
     # verl: trainer.rollout_data_dir
     "verl": Preset(
         {
@@ -86,6 +95,7 @@ PRESETS: dict[str, Preset] = {
             "response": "generations[]",
             "reward": "correctness_math_verify[]",
             "finish_reason": "finish_reasons[]",
+            "finished": "is_reasoning_complete[]",
             "metadata.answer": "answer",
             "metadata.uuid": "uuid",
         },
@@ -101,8 +111,12 @@ FINISH_REASONS = {
     "truncated": "length",
     "max_tokens": "length",
 }
+NO_SAMPLE = ("aborted", "abort", "failed", "pending", "error")
+"""Finish reasons of what is no draw from the policy: slime's states beside completed and truncated, and the word of
+SGLang and vLLM for a request that was given up."""
 
-_MISSING = object()
+MISSING = object()
+"""What `lookup` finds where nothing is, as null is a value."""
 
 
 @dataclass
@@ -126,7 +140,7 @@ class FieldMap:
             if name not in TARGETS and not name.startswith("metadata."):
                 known = ", ".join(TARGETS)
                 raise RolloutError(f"field_map: {name!r} isn't one of {known}, or 'metadata.NAME'")
-        return cls(dict(preset.fields) | given, frozenset(given))
+        return cls(MARKS | dict(preset.fields) | given, frozenset(given))
 
     def columns(self) -> set[str]:
         """The top-level fields that the paths can begin with (the whole path too, as a field's name may hold dots)."""
@@ -136,16 +150,21 @@ class FieldMap:
     def expand(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The rollouts of one source row, each as our name -> value (None where the source has none or null).
 
-        Raises `RowProblem` when lists that run in parallel differ in length.
+        Raises `RowProblem` when lists that run in parallel differ in length, or text is no JSON where it should be.
         """
+        is_text = isinstance(row, TextRow)
         single: dict[str, Any] = {}
         lists: dict[str, list[Any]] = {}
         for name, path in self.fields.items():
             before, bracket, after = path.partition("[]")
             value = lookup(row, before)
-            if value is not _MISSING:
+            if value is not MISSING:
                 self.found.add(name)
-            value = None if value is _MISSING else value
+            value = None if value is MISSING else value
+            if is_text and (bracket or name not in TEXTS):
+                value = value if name.startswith("metadata.") else parsed(value, name)
+            elif is_text and value == "" and name not in ("prompt", "response"):
+                value = None
             if not bracket or value is None:
                 single[name] = value
             elif not isinstance(value, list):
@@ -172,15 +191,15 @@ class FieldMap:
     @staticmethod
     def _entry(entry: Any, rest: str) -> Any:
         value = lookup(entry, rest.removeprefix(".")) if rest else entry
-        return None if value is _MISSING else value
+        return None if value is MISSING else value
 
 
 def lookup(row: Any, path: str) -> Any:
-    """The value at a dotted path; a field whose name is the whole path comes first. `_MISSING` where there is none."""
+    """The value at a dotted path; a field whose name is the whole path comes first. `MISSING` where there is none."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     for key in path.split("."):
         if not isinstance(row, Mapping) or key not in row:
-            return _MISSING
+            return MISSING
         row = row[key]
     return row

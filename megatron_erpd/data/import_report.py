@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_LISTED = 20
+"""Files that are printed by name."""
+
+
 @dataclass
 class ImportReport:
     """The outcome of `import_rollouts`.
@@ -19,8 +23,12 @@ class ImportReport:
         accepted: rollouts written.
         rejected: reason -> number of rollouts left out (only with on_reject='skip').
         first_rejected: reason -> the first message, with file and row.
+        excluded: mark -> number of rollouts left out because the other framework excludes them by it.
+        first_excluded: mark -> where it was met first.
+        not_read: files of a source folder that were not read.
         unverified: accepted rollouts without a reward.
         encoded_prompts, encoded_responses: made from text, as the source had no token ids.
+        assumed_ended: of the encoded responses, those without a finish reason that were given the end token.
         with_behavior_log_probs: accepted rollouts that carry the sampler's log-probs.
         repetitions: accepted rollouts whose tokens are those of an earlier one (two draws may well be alike).
         groups, zero_variance_groups: groups, and those whose scored rewards are all equal, which carry no signal
@@ -35,9 +43,13 @@ class ImportReport:
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     first_rejected: dict[str, str] = field(default_factory=dict)
+    excluded: Counter[str] = field(default_factory=Counter)
+    first_excluded: dict[str, str] = field(default_factory=dict)
+    not_read: list[str] = field(default_factory=list)
     unverified: int = 0
     encoded_prompts: int = 0
     encoded_responses: int = 0
+    assumed_ended: int = 0
     with_behavior_log_probs: int = 0
     repetitions: int = 0
     groups: int = 0
@@ -53,9 +65,14 @@ class ImportReport:
         self.rejected[reason] += 1
         self.first_rejected.setdefault(reason, message)
 
+    def exclude(self, mark: str, place: str) -> None:
+        """Counts a rollout that the other framework excludes."""
+        self.excluded[mark] += 1
+        self.first_excluded.setdefault(mark, place)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return asdict(self) | {"rejected": dict(self.rejected)}
+        return asdict(self) | {"rejected": dict(self.rejected), "excluded": dict(self.excluded)}
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
@@ -93,6 +110,14 @@ def render(report: ImportReport) -> "Table":
     table.add_row("rejected", str(sum(report.rejected.values())))
     for reason, count in report.rejected.most_common():
         table.add_row(f"  {reason}", f"{count}; first: {report.first_rejected[reason]}")
+    if report.excluded:
+        table.add_row("excluded by their marks", str(sum(report.excluded.values())))
+    for mark, count in report.excluded.most_common():
+        table.add_row(f"  {mark}", f"{count}; first: {report.first_excluded[mark]}")
+    if report.not_read:
+        listed = ", ".join(report.not_read[:_LISTED])
+        more = f" and {len(report.not_read) - _LISTED} more (in report.json)" if len(report.not_read) > _LISTED else ""
+        table.add_row("not read", listed + more)
     table.add_row("unverified", str(report.unverified))
     table.add_row("with behaviour log-probs", str(report.with_behavior_log_probs))
     table.add_row("encoded from text", f"{report.encoded_prompts} prompts, {report.encoded_responses} responses")

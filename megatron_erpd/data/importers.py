@@ -1,4 +1,4 @@
-"""Rollouts from other programs' files: JSON lines and Parquet, known formats by name, others by a field map.
+"""Rollouts from other programs' files (`sources.py`): known formats by name, others by a field map.
 
 Token ids are taken as they are. Text is encoded only where there are no ids, and the report says so: encoding decoded
 text doesn't always give back the tokens that were sampled, and log-probs of other tokens are other log-probs.
@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from megatron_erpd.data.field_map import FINISH_REASONS, PRESETS, FieldMap, Preset
+from megatron_erpd.data.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, Preset
 from megatron_erpd.data.import_report import ImportReport, render, summary, zero_variance_groups
 from megatron_erpd.data.rollout_writer import SampleNames, write_rollouts
+from megatron_erpd.data.rows import read_rows
 from megatron_erpd.data.schema import (
     Rollout,
     RowProblem,
     check_record,
+    check_storable,
     group_id_of,
     log_prob_array,
     reward_value,
     token_array,
     token_bytes,
 )
-from megatron_erpd.data.sources import read_rows, source_files
+from megatron_erpd.data.sources import open_source
 from megatron_erpd.data.tokenizers import Tokenizer, encode_prompt, encode_response, tokenizer_digest
 from megatron_erpd.errors import RolloutError
 
@@ -32,6 +34,8 @@ __all__ = ["PRESETS", "ImportReport", "import_rollouts", "render"]
 
 ON_REJECT = ("error", "skip")
 DUPLICATES = ("number", "reject")
+NEAR_LONGEST = 0.98
+"""Encoded text has not quite the tokens that were sampled: how near to the longest response counts as that long."""
 RE_ENCODED_NOTE = (
     "Some token ids were made by encoding text. They may differ from the tokens that were sampled, which shifts "
     "log-probs; prefer a source that keeps token ids."
@@ -56,7 +60,7 @@ def import_rollouts(
     """Reads, checks and writes rollouts; the output appears only when all of it is good.
 
     Args:
-        source: a JSON-lines or Parquet file, a folder of them, or a list.
+        source: a file, a folder, a data set of the hub, or a list of these (see `sources.py`).
         output: the Parquet file to write.
         preset: a known format, a key of `PRESETS`.
         field_map: entries over the preset's (see `field_map.py`): our name -> path in the source.
@@ -67,7 +71,8 @@ def import_rollouts(
         duplicates: what to do with a rollout whose tokens equal an earlier one's and that has no `sample_id`:
             'number' keeps it as another draw (dropping it would shift its group's mean), 'reject' rejects it.
             A `sample_id` that occurs twice is always rejected.
-        append_eos: end encoded responses with the end token, unless they were cut off (finish reason 'length').
+        append_eos: end encoded responses with the end token, unless they were cut off (finish reason 'length'). The
+            report counts those without a finish reason, of which it isn't known.
         user_message: put plain-text prompts into the chat template as a user's message; default: as the preset says.
         file_metadata: facts to keep in the file, such as sampling settings.
 
@@ -83,12 +88,16 @@ def import_rollouts(
         raise RolloutError(f"on_reject: {on_reject!r} isn't one of {', '.join(ON_REJECT)}")
     if duplicates not in DUPLICATES:
         raise RolloutError(f"duplicates: {duplicates!r} isn't one of {', '.join(DUPLICATES)}")
-    files = source_files(source)
+    opened = open_source(source)
+    if opened.fields:
+        raise RolloutError(f"{opened.text}: of rollouts, fields are mapped by themselves; leave out ?... and map them")
+    files = opened.files
     metadata = {"imported_from": [path.name for path in files], "import_preset": preset} | dict(file_metadata or {})
     if tokenizer is not None:
         metadata["tokenizer_digest"] = tokenizer_digest(tokenizer)
         vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
     report = ImportReport([str(path) for path in files], str(output), preset)
+    report.not_read = [str(path) for path in opened.not_read]
     if user_message is None:
         user_message = PRESETS[preset].user_message
     builder = _Builder(tokenizer, allow_unverified, append_eos, user_message, report)
@@ -96,6 +105,20 @@ def import_rollouts(
     write_rollouts(output, run.rollouts(), metadata, vocab_size=vocab_size)
     run.describe(PRESETS[preset])
     return report
+
+
+class _Excluded(Exception):
+    """A sample that the framework which wrote it leaves out of its trainings; the message is the mark."""
+
+
+@dataclass
+class _Built:
+    """A rollout, and what of it was made from text; `assumed_ended`: nothing said whether the response was cut off."""
+
+    rollout: Rollout
+    encoded_prompt: bool
+    encoded_response: bool
+    assumed_ended: bool
 
 
 @dataclass
@@ -108,16 +131,18 @@ class _Builder:
     user_message: bool
     report: ImportReport
 
-    def build(self, values: Mapping[str, Any]) -> tuple[Rollout, bool, bool]:
-        """The rollout, and whether its prompt and its response were encoded from text. Raises `RowProblem`."""
+    def build(self, values: Mapping[str, Any]) -> "_Built":
+        """Raises `RowProblem`, and `_Excluded` for a sample that the other framework leaves out."""
+        finish_reason = _finish_reason(values)
+        _check_marks(values, finish_reason)
         reward = reward_value(values.get("reward"), "reward")
         if reward is None and not self.allow_unverified:
             detail = "is missing or null; score the rollout, or pass allow_unverified to keep it as unverified"
             raise RowProblem("no_reward", "reward", detail)
-        finish_reason = values.get("finish_reason")
-        finish_reason = None if finish_reason is None else FINISH_REASONS.get(str(finish_reason), str(finish_reason))
         prompt_ids, response_ids = self._given_ids(values)
         prompt, response = values.get("prompt"), values.get("response")
+        check_storable(prompt, "prompt")
+        check_storable(response, "response")
         encoded_prompt, encoded_response = prompt_ids is None, response_ids is None
         if prompt_ids is None:
             prompt, ids = encode_prompt(*self._text(prompt, "prompt"), user_message=self.user_message)
@@ -133,13 +158,14 @@ class _Builder:
             group_id=_group_id(values.get("group_id"), prompt_ids),
             reward=reward,
             behavior_log_probs=log_prob_array(values.get("behavior_log_probs"), "behavior_log_probs"),
-            sample_id=None if values.get("sample_id") is None else str(values["sample_id"]),
+            sample_id=_sample_id(values.get("sample_id")),
             finish_reason=finish_reason,
             prompt=prompt if isinstance(prompt, str) else None,
             response=response if isinstance(response, str) else None,
             metadata=_metadata(values),
         )
-        return rollout, encoded_prompt, encoded_response
+        assumed_ended = encoded_response and finish_reason is None and self.append_eos
+        return _Built(rollout, encoded_prompt, encoded_response, assumed_ended)
 
     @staticmethod
     def _given_ids(values: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -187,6 +213,7 @@ class _Import:
         self.group_ids: list[int] = []
         self.rewards: list[float] = []
         self.lengths: list[tuple[int, int]] = []
+        self.assumed_lengths: list[int] = []
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every good rollout of every file; a bad one is counted, or ends the import with its place."""
@@ -195,8 +222,13 @@ class _Import:
                 yield from self._rollouts_of(place, row)
         self.fields.check_found(", ".join(map(str, self.files)))
         if not self.group_ids:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.report.rejected.items())
-            raise RolloutError(f"{self.files[0]}: no rollout could be accepted ({reasons or 'there are no rows'})")
+            counts = {**self.report.rejected, **{f"excluded by {m}": n for m, n in self.report.excluded.items()}}
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            first = next(iter(self.report.first_rejected.values()), None)
+            raise RolloutError(
+                f"{self.files[0]}: no rollout could be accepted ({reasons or 'there are no rows'}"
+                + (f"; first {first})" if first else ")")
+            )
 
     def _rollouts_of(self, place: str, row: Mapping[str, Any] | RowProblem) -> Iterator[Rollout]:
         if isinstance(row, RowProblem):
@@ -210,15 +242,21 @@ class _Import:
         for number, values in enumerate(expanded):
             where = place if len(expanded) == 1 else f"{place}, entry {number}"
             try:
-                rollout, encoded_prompt, encoded_response = self.builder.build(values)
-                self._admit(rollout)
+                built = self.builder.build(values)
+                self._admit(built.rollout)
+            except _Excluded as mark:
+                self.report.exclude(str(mark), where)
+                continue
+            except RecursionError:
+                self._reject(where, RowProblem("malformed", "row", "is nested too deeply"))
+                continue
             except RowProblem as problem:
                 self._reject(where, problem)
                 continue
             except RolloutError as error:
                 raise RolloutError(f"{where}: {error}") from error
-            self._count(rollout, encoded_prompt, encoded_response)
-            yield rollout
+            self._count(built)
+            yield built.rollout
 
     def _admit(self, rollout: Rollout) -> None:
         check_record(rollout, self.vocab_size)
@@ -241,13 +279,16 @@ class _Import:
             raise RolloutError(f"{message} (nothing was written; on_reject='skip' leaves such rows out)") from problem
         self.report.reject(problem.reason, message)
 
-    def _count(self, rollout: Rollout, encoded_prompt: bool, encoded_response: bool) -> None:
-        self.report.encoded_prompts += encoded_prompt
-        self.report.encoded_responses += encoded_response
+    def _count(self, built: _Built) -> None:
+        rollout = built.rollout
+        self.report.encoded_prompts += built.encoded_prompt
+        self.report.encoded_responses += built.encoded_response
         self.report.with_behavior_log_probs += rollout.behavior_log_probs is not None
         self.group_ids.append(rollout.group_id)
         self.rewards.append(np.nan if rollout.reward is None else rollout.reward)
         self.lengths.append((rollout.prompt_token_ids.size, rollout.response_token_ids.size))
+        if built.assumed_ended:
+            self.assumed_lengths.append(rollout.response_token_ids.size)
 
     def describe(self, preset: Preset) -> None:
         """Fills the report's figures about the rollouts as a whole."""
@@ -264,6 +305,48 @@ class _Import:
             report.notes.append(preset.note)
         if report.encoded_prompts or report.encoded_responses:
             report.notes.append(RE_ENCODED_NOTE)
+        if self.assumed_lengths:
+            report.assumed_ended = len(self.assumed_lengths)
+            report.notes.append(_assumed_ended_note(self.assumed_lengths))
+
+
+def _assumed_ended_note(lengths: Sequence[int]) -> str:
+    """What was assumed of responses without a finish reason, and how many the sampler's limit may have cut off."""
+    longest = max(lengths)
+    close = sum(length >= NEAR_LONGEST * longest for length in lengths)
+    return (
+        f"{len(lengths)} responses have no finish reason: they were taken as complete and given the end token. {close} "
+        f"of them are within {1 - NEAR_LONGEST:.0%} of the longest ({longest} tokens); if the sampler stopped at about "
+        "that length, they were cut off and must not learn to end there: map finish_reason ('length' gets no end "
+        "token), or pass append_eos false."
+    )
+
+
+def _finish_reason(values: Mapping[str, Any]) -> str | None:
+    reason, finished = values.get("finish_reason"), values.get("finished")
+    if finished is not None and not isinstance(finished, bool):
+        raise RowProblem("malformed", "finished", f"{finished!r} isn't true or false")
+    if reason is None:
+        return "length" if finished is False else None
+    if not isinstance(reason, str):
+        detail = f"is a {type(reason).__name__}, expected a word; map the field that has it, as in 'finish_reason.type'"
+        raise RowProblem("malformed", "finish_reason", detail)
+    check_storable(reason, "finish_reason")
+    return FINISH_REASONS.get(reason.lower(), reason)
+
+
+def _check_marks(values: Mapping[str, Any], finish_reason: str | None) -> None:
+    if finish_reason is not None and finish_reason.lower() in NO_SAMPLE:
+        raise _Excluded(f"finish_reason {finish_reason}")
+    for name, leaves_out in (("excluded", True), ("included", False)):
+        value = values.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            detail = f"{value!r} isn't true or false (1 or 0); a sample is left out or kept, it has no weight"
+            raise RowProblem("malformed", name, detail)
+        if bool(value) is leaves_out:
+            raise _Excluded(f"{name} {value}")
 
 
 def _check_loss_mask(mask: Any, num_tokens: int) -> None:
@@ -272,9 +355,20 @@ def _check_loss_mask(mask: Any, num_tokens: int) -> None:
     if not isinstance(mask, list) or len(mask) != num_tokens:
         size = len(mask) if isinstance(mask, list) else type(mask).__name__
         raise RowProblem("malformed", "loss_mask", f"{size} values for {num_tokens} response tokens; give one each")
+    if num_tokens and all(not isinstance(value, str) and value == 0 for value in mask):
+        raise _Excluded("loss_mask all zero")
     if any(value != 1 for value in mask):
         detail = "masks response tokens out (tool results, other turns); only rollouts of a single turn are supported"
         raise RowProblem("masked_tokens", "loss_mask", detail)
+
+
+def _sample_id(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowProblem("malformed", "sample_id", f"is a {type(value).__name__}; expected text or a whole number")
+    check_storable(value, "sample_id")
+    return str(value)
 
 
 def _group_id(value: Any, prompt_ids: np.ndarray) -> int:
@@ -286,6 +380,7 @@ def _group_id(value: Any, prompt_ids: np.ndarray) -> int:
             raise RowProblem("malformed", "group_id", f"{value} doesn't fit 64 bits; use text for long keys")
         return value
     if isinstance(value, str):
+        check_storable(value, "group_id")
         return group_id_of(value.encode())
     raise RowProblem("malformed", "group_id", f"{value!r} is neither a whole number nor text")
 
@@ -295,4 +390,6 @@ def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
     if whole is not None and not isinstance(whole, Mapping):
         whole = {"metadata": whole}
     single = {name.removeprefix("metadata."): value for name, value in values.items() if name.startswith("metadata.")}
-    return dict(whole or {}) | {name: value for name, value in single.items() if value is not None}
+    found = dict(whole or {}) | {name: value for name, value in single.items() if value is not None}
+    check_storable(found, "metadata")
+    return found

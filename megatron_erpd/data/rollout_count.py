@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,15 @@ class RolloutCount:
     response_tokens: int
 
 
-def count_rollouts(path: Path, prompt: str = PROMPT, response: str = RESPONSE) -> RolloutCount | None:
-    """Counts a file's rollouts, or those of a folder of `*.parquet` parts.
+def count_rollouts(path: Path | Sequence[Path], prompt: str = PROMPT, response: str = RESPONSE) -> RolloutCount | None:
+    """Counts a file's rollouts, those of a folder of `*.parquet` parts, or of several files.
 
     Args:
         path: rollouts of this project's format, or of another with lists of token ids.
         prompt, response: the columns with the token ids (an empty list counts as one token).
 
     Returns:
-        None where there is no Parquet file, or one without these columns.
+        None where there is no Parquet file, or one without these columns, or where another file is given too.
 
     Raises:
         RolloutError: a file that ends in `.parquet` is none.
@@ -51,7 +52,7 @@ def count_rollouts(path: Path, prompt: str = PROMPT, response: str = RESPONSE) -
     return RolloutCount(rollouts, tokens, answers) if paths else None
 
 
-def longest_rollout(path: Path, prompt: str = PROMPT, response: str = RESPONSE) -> int:
+def longest_rollout(path: Path | Sequence[Path], prompt: str = PROMPT, response: str = RESPONSE) -> int:
     """Tokens of the longest rollout, prompt and response. Reads the two columns, a batch of rows at a time.
 
     Args:
@@ -65,7 +66,9 @@ def longest_rollout(path: Path, prompt: str = PROMPT, response: str = RESPONSE) 
     return longest
 
 
-def _parquet_files(path: Path) -> list[Path]:
+def _parquet_files(path: Path | Sequence[Path]) -> list[Path]:
+    if not isinstance(path, Path):
+        return list(path) if all(file.suffix.lower() == ".parquet" for file in path) else []
     names = path.glob("*.parquet") if path.is_dir() else [path] if path.suffix == ".parquet" and path.is_file() else []
     return sorted(p for p in names if not p.name.startswith((".", "_")))
 

@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,12 @@ def log_prob_array(values: Any, field_name: str) -> np.ndarray | None:
     if values is None:
         return None
     try:
-        log_probs = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError):
+        given = np.asarray(values)
+        if given.dtype.kind in "USb":  # NumPy would make numbers of these
+            raise TypeError
+        with np.errstate(over="ignore"):
+            log_probs = given.astype(np.float32)
+    except (TypeError, ValueError, OverflowError):
         raise RowProblem("bad_behavior_log_probs", field_name, "expected a list of numbers") from None
     if log_probs.ndim != 1:
         raise RowProblem("bad_behavior_log_probs", field_name, f"expected a flat list, got shape {log_probs.shape}")
@@ -146,14 +151,38 @@ def reward_value(value: Any, field_name: str) -> float | None:
     """A reward as a float (booleans become 1.0 and 0.0; None stays None); `RowProblem` when it isn't finite."""
     if value is None:
         return None
-    if not isinstance(value, bool | int | float | np.number | np.bool_):
+    if not isinstance(value, bool | int | float | Decimal | np.number | np.bool_):
         detail = f"expected a number, got {type(value).__name__}; map the field that holds it, as in 'reward.score'"
         raise RowProblem("bad_reward", field_name, detail)
-    reward = float(value)
+    try:
+        reward = float(value)
+    except OverflowError:  # a whole number beyond float64
+        reward = math.inf
     if not math.isfinite(reward) or abs(reward) > float(np.finfo(np.float32).max):
         detail = f"{reward} isn't a finite number; use null for a rollout that couldn't be verified"
         raise RowProblem("bad_reward", field_name, detail)
     return reward
+
+
+def check_storable(value: Any, field_name: str) -> None:
+    """Raises `RowProblem` for what no file could give back, at any depth of lists and objects: text that UTF-8 can't
+    hold (half of a surrogate pair, as JSON of JavaScript and of UTF-16 programs has it), numbers beyond float64."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            detail = f"has half of a surrogate pair ({half} at {error.start}), which is no character; repair the source"
+            raise RowProblem("unencodable_text", field_name, detail) from None
+    elif isinstance(value, float) and math.isinf(value):
+        raise RowProblem("malformed", field_name, "has a number beyond the range of float64; write it as text")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_storable(key, field_name)
+            check_storable(item, f"{field_name}.{key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_storable(item, field_name)
 
 
 def check_record(record: Rollout, vocab_size: int | None = None) -> None:

@@ -1,83 +1,265 @@
-"""Rows of the files that rollouts are imported from: JSON lines and Parquet, streamed, each with its place."""
+"""The files of a source, whatever it is: a file, a folder, what `datasets` saved, or a data set of a hub or its cache.
 
+`megatron_erpd/source_names.py` says how sources are written; the rows of the files are read by `rows.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from megatron_erpd.data.schema import RowProblem
 from megatron_erpd.errors import RolloutError
+from megatron_erpd.manifest import file_digest
+from megatron_erpd.source_names import HOW, SUFFIXES, SourceName, file_format, local_path, parse_source, path_exists
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-PARQUET_SUFFIXES = (".parquet",)
-# Rows become Python objects, long responses large ones: few at a time.
-PARQUET_BATCH_ROWS = 64
+if TYPE_CHECKING:
+    import datasets
+
+_SAVED, _SAVED_DICT = "state.json", "dataset_dict.json"
+# Beside the data, in JSON: what `datasets`, hub repositories and this project's own artifacts describe themselves with.
+_DESCRIPTIONS = {
+    *("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json"),
+    *("manifest.json", "request.json", "report.json", "metrics.jsonl"),
+}
+_SHARD = re.compile(r"^(.*)-\d{5}-of-(\d{5})(\..*)$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source's files.
+
+    Attributes:
+        text: as the user wrote it.
+        files: those that are read, in this order.
+        not_read: the other files of its folder, hidden ones aside.
+        fields: what stands behind `?`.
+    """
+
+    text: str
+    files: tuple[Path, ...]
+    not_read: tuple[Path, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_source(source: str | Path | Sequence[str | Path]) -> Source:
+    """The files meant by a source, or by several one after another. Data sets of the hub are downloaded into its cache.
+
+    Raises:
+        RolloutError: it doesn't exist, holds no file of a known format, or has several splits and none is named.
+    """
+    if not isinstance(source, str | Path):
+        opened = [open_source(item) for item in source]
+        files = tuple(path for one in opened for path in one.files)
+        return Source(", ".join(one.text for one in opened), files, tuple(p for one in opened for p in one.not_read))
+    text, path = str(source), local_path(source)
+    if path is None:
+        return _of_hub(parse_source(text), text)
+    if not path_exists(str(path)):
+        raise RolloutError(f"{text}: no such file or folder; {HOW}")
+    spec = parse_source(text)
+    if spec.revision is not None:
+        raise RolloutError(f"{text}: {path} is here and has no revisions; leave @{spec.revision} out")
+    if path.is_dir():
+        return _of_folder(path, spec, text)
+    if spec.split is not None:
+        raise RolloutError(f"{text}: {path} is a file and has no splits; leave out what follows its name")
+    if not path.is_file():
+        raise RolloutError(f"{text}: is no file that can be read again and again (a pipe, a broken link); write a file")
+    if file_format(path) is None:
+        raise RolloutError(f"{path}: must end in {SUFFIXES}; rename it or convert it")
+    return Source(text, (path,), fields=spec.fields)
 
 
 def source_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files meant by a file, a folder (all its JSON-lines and Parquet files, in name order) or a list of these.
-
-    Raises `RolloutError` for what doesn't exist or has another suffix.
-    """
-    if not isinstance(source, str | Path):
-        return [path for item in source for path in source_files(item)]
-    path = Path(source)
-    suffixes = JSON_SUFFIXES + PARQUET_SUFFIXES
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in suffixes and not p.name.startswith("."))
-        if not found:
-            raise RolloutError(f"{path}: holds no file ending in {', '.join(suffixes)}")
-        return found
-    if not path.is_file():
-        raise RolloutError(f"{path}: no such file or folder")
-    if path.suffix not in suffixes:
-        raise RolloutError(f"{path}: must end in {', '.join(suffixes)}; rename it or convert it")
-    return [path]
+    """The files of `open_source`."""
+    return list(open_source(source).files)
 
 
-def read_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | RowProblem]]:
-    """Streams a file's rows.
-
-    Args:
-        path: a JSON-lines or Parquet file.
-        columns: the top-level fields that will be asked for (others of a Parquet file aren't read).
-
-    Yields:
-        (place, row): 'file:line' counted from 1 for JSON lines, 'file: row n' counted from 0 for Parquet; the row is a
-        `RowProblem` when the line can't be parsed.
-    """
-    return _json_rows(path) if path.suffix in JSON_SUFFIXES else _parquet_rows(path, columns)
+def source_digest(source: Source) -> str:
+    """SHA-256 of the names and contents of the files that are read, in their order."""
+    contents = [(path.name, file_digest(path)) for path in source.files]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowProblem]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line)
+def _of_folder(folder: Path, spec: SourceName, text: str) -> Source:
+    found, left = _walk(folder)
+    if (folder / _SAVED_DICT).is_file():
+        splits = sorted(p.name for p in folder.iterdir() if _is_saved(p))
+        wanted = _chosen(spec.split, splits, text)
+        files = [path for path in found if path.is_relative_to(folder / wanted)]
+    elif spec.split is not None and _is_saved(folder):
+        raise RolloutError(
+            f"{text}: {folder} holds one saved data set, without splits; leave out what follows its name"
+        )
+    elif spec.split is not None:
+        files = list(map(Path, _builder_files(_builder(str(folder), spec, text), spec.split, text)))
+    else:
+        files = found
+    if not files:
+        raise RolloutError(f"{folder}: holds no file ending in {SUFFIXES}{_named(left)}")
+    taken = {os.path.abspath(path) for path in files}
+    others = [path for path in (*found, *left) if os.path.abspath(path) not in taken]
+    return Source(text, tuple(files), tuple(sorted(others)), spec.fields)
 
 
-def _parse(line: bytes) -> dict[str, Any] | RowProblem:
+def _named(left: Sequence[Path]) -> str:
+    return f" (it holds {', '.join(path.name for path in left[:5])})" if left else ""
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of known formats below a folder, in name order, and the others; hidden ones are neither."""
+    found: list[Path] = []
+    left: list[Path] = []
+    seen: set[str] = set()
+
+    def visit(place: Path) -> None:
+        real = os.path.realpath(place)
+        if real in seen:
+            return  # a link to a folder above or beside, whose files are there once
+        seen.add(real)
+        try:
+            entries = sorted(p for p in place.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            raise RolloutError(f"{place}: can't be read ({error.strerror})") from error
+        saved = set(_saved_files(place)) if _is_saved(place) else None
+        for entry in entries:
+            if entry.is_dir():
+                visit(entry)
+            elif not entry.is_file() or entry.name in _DESCRIPTIONS or file_format(entry) is None:
+                left.append(entry)
+            elif saved is not None and entry.suffix == ".arrow" and entry.name not in saved:
+                left.append(entry)  # `datasets` caches results of its own beside what was saved
+            else:
+                found.append(entry)
+
+    visit(folder)
+    return sorted(found), sorted(left)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / _SAVED).is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """Names of the Arrow files that `save_to_disk` wrote into a folder."""
+    with _QuietDatasets(str(folder)) as datasets:
+        return [Path(file["filename"]).name for file in datasets.load_from_disk(str(folder)).cache_files]
+
+
+def _of_hub(spec: SourceName, text: str) -> Source:
+    """Files of a data set of the hub: from the hub, or offline from the cache of its files, or from the one of
+    `datasets`."""
+    assert spec.split is not None
+    with _QuietDatasets(text) as datasets:
+        if not datasets.config.HF_HUB_OFFLINE:
+            try:
+                builder = _builder(spec.place, spec, text)
+                if builder.name != "cache":
+                    urls = _builder_files(builder, spec.split, text)
+                    return Source(text, tuple(_downloaded(datasets, urls)), fields=spec.fields)
+            except RolloutError as error:
+                if not isinstance(error.__cause__, ConnectionError):
+                    raise
+        snapshot = _snapshot(spec)
+        if snapshot is not None:
+            files = _builder_files(_builder(str(snapshot), spec, text), spec.split, text)
+            _check_shards(files, text)
+            return Source(text, tuple(map(Path, files)), fields=spec.fields)
+        builder = _builder(spec.place, spec, text)
+        if spec.revision is not None and spec.revision != builder.hash:
+            raise RolloutError(
+                f"{text}: revision {spec.revision} is not in the cache (which has {builder.hash}), and the hub can't "
+                "be reached; leave @REVISION out or download it"
+            )
+        _chosen(spec.split, list(builder.info.splits or {}), text)
+        files = [file["filename"] for file in builder.as_dataset(spec.split).cache_files]
+        return Source(text, tuple(map(Path, files)), fields=spec.fields)
+
+
+def _builder(place: str, spec: SourceName, text: str) -> datasets.DatasetBuilder:
+    with _QuietDatasets(text) as datasets:
+        revision = None if os.path.isdir(place) else spec.revision
+        return datasets.load_dataset_builder(place, spec.config, revision=revision)
+
+
+def _builder_files(builder: datasets.DatasetBuilder, split: str, text: str) -> list[str]:
+    """Paths or addresses of a split's files."""
+    data_files: dict[Any, Any] = builder.config.data_files or {}
+    by_split = {str(name): [str(file) for file in files] for name, files in data_files.items()}
+    files = by_split[_chosen(split, list(by_split), text)]
+    unknown = [file for file in files if file_format(Path(file)) is None]
+    if unknown:
+        raise RolloutError(f"{text}: {unknown[0]}: must end in {SUFFIXES}; convert it")
+    return files
+
+
+def _chosen(split: str | None, splits: Sequence[str], text: str) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split in splits:
+        return split
+    what = f"has no split {split!r}" if split is not None else "has several splits"
+    example = f"{text.partition(':')[0]}:{splits[0] if splits else 'train'}"
+    raise RolloutError(f"{text}: {what}; its splits are {', '.join(splits)}; name one, as in {example}")
+
+
+def _downloaded(datasets: Any, urls: Sequence[str]) -> Iterator[Path]:
+    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(disable_tqdm=True))
+    yield from map(Path, manager.download(list(urls)))
+
+
+def _snapshot(spec: SourceName) -> Path | None:
+    """The folder in the hub's cache that holds the files of a revision; None where it isn't there."""
+    import huggingface_hub
+
     try:
-        row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        return RowProblem("unreadable", "line", f"isn't JSON ({error}); JSON lines hold one object per line")
-    if not isinstance(row, dict):
-        return RowProblem("unreadable", "line", f"is a JSON {type(row).__name__}, expected an object per line")
-    return row
+        folder = huggingface_hub.snapshot_download(
+            spec.place, repo_type="dataset", revision=spec.revision, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(folder)
 
 
-def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | RowProblem]]:
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
-        wanted = [name for name in file.schema_arrow.names if name in columns]
-        number = 0
-        # An empty selection would lose the number of rows, and every row is then refused by name.
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=wanted or None, use_threads=False):
-            for row in batch.to_pylist():
-                yield f"{path}: row {number}", row
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise RolloutError(f"{path}: can't be read as Parquet ({error}); is it complete?") from error
+def _check_shards(files: Sequence[str], text: str) -> None:
+    """A cache may hold some files of a split only. Their names say how many there are."""
+    shards: dict[tuple[str, str, str], int] = {}
+    for path in files:
+        match = _SHARD.match(path)
+        if match:
+            key = (match[1], match[2], match[3])
+            shards[key] = shards.get(key, 0) + 1
+    for (stem, total, _), count in shards.items():
+        if count != int(total):
+            raise RolloutError(
+                f"{text}: the cache holds {count} of the {int(total)} files {Path(stem).name}-*; download the others"
+            )
+
+
+class _QuietDatasets:
+    """`datasets` without progress bars, imported when a source needs it (2 seconds); its errors name the source."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __enter__(self) -> Any:
+        import datasets
+
+        self.had_bars = datasets.are_progress_bars_disabled() is False
+        datasets.disable_progress_bars()
+        return datasets
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.had_bars:
+            import datasets
+
+            datasets.enable_progress_bars()
+        if isinstance(error, Exception) and not isinstance(error, RolloutError):
+            said = " ".join(str(error).split())[:400] or type(error).__name__
+            raise RolloutError(f"{self.text}: `datasets` can't open it ({said}); {HOW}") from error

@@ -33,7 +33,14 @@ from megatron_erpd.slices import add_slice_arguments, slice_folders
 if TYPE_CHECKING:
     from megatron_erpd.data.step_lines import StepLines
 
-_PROMPTS_HELP = "JSON lines with prompt and answer, or reasoning-gym:TASK?size=100&seed=1"
+_SOURCE_HELP = (
+    "a file or folder (JSON lines, JSON, CSV, Parquet, Arrow), or a data set of the hub, "
+    + "NAME[:CONFIGURATION]:SPLIT[@REVISION]"
+)
+_PROMPTS_HELP = (
+    f"rows with prompt and answer: {_SOURCE_HELP}, with ?prompt=NAME&answer=NAME where they are called otherwise; or "
+    "reasoning-gym:TASK?size=100&seed=1"
+)
 _VERIFIER_HELP = (
     "math-verify, reasoning-gym:TASK, python:FILE.py:FUNCTION or python:MODULE:FUNCTION; without one nothing is scored"
 )
@@ -64,6 +71,7 @@ def sample(argv: list[str]) -> None:
     from megatron_erpd.sampling.sample import sample_rollouts
 
     prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt, given.verifier)
+    _say_not_read(given.prompts)
     lines = StepLines(output / METRICS, "sample")
     report = sample_rollouts(
         given.model,
@@ -129,7 +137,7 @@ def import_rollouts(argv: list[str]) -> None:
         import_rollouts.__doc__,
         "--source dump.jsonl --format verl --field reward=score --tokenizer Qwen3-4B --output runs/mine/rollouts",
     )
-    parser.add_argument("--source", type=Path, required=True, help="JSON lines or Parquet: a file, or a folder of them")
+    parser.add_argument("--source", required=True, help=f"the rollouts: {_SOURCE_HELP}")
     parser.add_argument(
         "--field",
         action="append",
@@ -196,6 +204,7 @@ def select(argv: list[str]) -> None:
     from megatron_erpd.sampling.prompts import load_prompts
 
     _check_candidates(given.candidates, given.teacher)
+    _say_not_read(given.prompts)
     selection = select_checkpoint(
         given.model,
         candidate_folders(given.candidates),
@@ -254,6 +263,7 @@ def evaluate(argv: list[str]) -> None:
     from megatron_erpd.evaluation.evaluate import evaluate_policies
     from megatron_erpd.sampling.prompts import load_prompts
 
+    _say_not_read(given.prompts)
     evaluate_policies(
         models | _exported(given.exported, models),
         models["base"],
@@ -305,6 +315,16 @@ def _check_start(command: str, output: Path) -> None:
 
 def _begin(stage: str, output: Path, request: Request) -> None:
     begin_artifact(output, stage, request.settings, input_digests(stage, request.inputs))
+
+
+def _say_not_read(prompts: str) -> None:
+    """Names the files of a folder of prompts that hold none."""
+    from megatron_erpd.data.sources import open_source
+    from megatron_erpd.sampling.task import prompts_path
+
+    path = prompts_path(prompts)
+    for other in open_source(prompts).not_read if path is not None and path.is_dir() else ():
+        print(f"not read: {other}", flush=True)
 
 
 def _pairs(values: list[str], flag: str) -> dict[str, str]:

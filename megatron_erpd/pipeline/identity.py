@@ -39,11 +39,9 @@ def sample_request(
     return Request(settings_identity(values, num_prompts=num_prompts, **more), {"model": model, **inputs})
 
 
-def import_request(
-    settings: ImportSettings, source: Path, fields: Mapping[str, str], tokenizer: Path | None
-) -> Request:
-    """Rollouts from a file of another program."""
-    inputs = {"source": source} | ({"tokenizer": tokenizer} if tokenizer else {})
+def import_request(settings: ImportSettings, source: str, fields: Mapping[str, str], tokenizer: Path | None) -> Request:
+    """Rollouts of another program."""
+    inputs = {"source": Path(source)} | ({"tokenizer": tokenizer} if tokenizer else {})
     return Request(settings_identity(settings, fields=dict(fields)), inputs)
 
 

@@ -153,7 +153,8 @@ class _Planner:
         if isinstance(section, Imported):
             options = _as(ImportSettings, section)
             tokenizer = self._path(section.tokenizer) if section.tokenizer else hf
-            request = import_request(options, self._path(section.file), section.fields, tokenizer)
+            source = str(self._path(section.file))
+            request = import_request(options, source, section.fields, tokenizer)
             argv = settings_to_argv(options)
             for ours, theirs in section.fields.items():
                 argv += ["--field", f"{ours}={theirs}"]

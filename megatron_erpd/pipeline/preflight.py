@@ -13,7 +13,8 @@ from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage
-from megatron_erpd.sampling.task import verifier_file
+from megatron_erpd.sampling.task import prompts_path, verifier_file
+from megatron_erpd.source_names import local_path
 
 
 def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
@@ -50,8 +51,9 @@ def _output_problems(recipe: Recipe, stages: Sequence[Stage]) -> Iterator[str]:
 def _missing_paths(stages: Sequence[Stage]) -> Iterator[str]:
     pending = [s.output for s in stages if s.command != "prepare" or not (s.output / MANIFEST).is_file()]
     for stage in stages:
-        for name, path in stage.inputs.items():
-            if not path.exists() and not any(path.is_relative_to(output) for output in pending):
+        for name, given in stage.inputs.items():
+            path = local_path(given) if name in ("prompts", "source") else given
+            if path is not None and not path.exists() and not any(path.is_relative_to(output) for output in pending):
                 yield f"{stage.name}: {name} {path}: no such file or folder; check the path in the recipe"
 
 
@@ -95,13 +97,16 @@ def _task_problems(stages: Sequence[Stage]) -> Iterator[str]:
     from megatron_erpd.sampling.verifiers import Verifier
 
     verifiers = [str(s.settings["verifier"]) for s in stages if "verifier" in s.settings]
-    prompts = [(s.inputs["prompts"], s.settings.get("verifier")) for s in stages if "prompts" in s.inputs]
+    prompts = [(str(s.inputs["prompts"]), s.settings.get("verifier")) for s in stages if "prompts" in s.inputs]
     checks: list[tuple[Callable[[Any], object], Any, Path | None]] = [
         *((Verifier, verifier, verifier_file(verifier)) for verifier in dict.fromkeys(verifiers)),
-        *((partial(load_prompts, verifier=verifier), path, path) for path, verifier in dict.fromkeys(prompts)),
+        *(
+            (partial(load_prompts, verifier=verifier), source, prompts_path(source))
+            for source, verifier in dict.fromkeys(prompts)
+        ),
     ]
     for check, value, file in checks:
-        if file is not None and not file.is_file():
+        if file is not None and not file.exists():
             continue  # told as a missing path, or still to be prepared
         try:
             check(value)

@@ -32,6 +32,7 @@ from megatron_erpd.pipeline.recipe import Imported, Recipe
 from megatron_erpd.pipeline.stage_times import RolloutSize, StageTime, measured_speed, stage_times
 from megatron_erpd.pipeline.stages import RUNS_MODEL, TRAINS, Stage, dependencies
 from megatron_erpd.settings.learning_rates import describe_rates
+from megatron_erpd.source_names import is_there, local_path
 
 TERAFLOPS_PER_DEVICE = 400.0
 """What an H100 reaches in bf16 at 40% of its peak of 989."""
@@ -245,19 +246,24 @@ def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None
 def _data(recipe: Recipe, stages: Sequence[Stage], notes: list[str], context: int | None) -> DataSize | None:
     """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
     from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts, longest_rollout
+    from megatron_erpd.data.sources import source_files
 
     stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))
-    section, place, columns = recipe.rollouts, stage.output, {}
-    finished = (place / MANIFEST).is_file()
+    section, place, columns = recipe.rollouts, str(stage.output), {}
+    finished = (stage.output / MANIFEST).is_file()
+    files: Any = stage.output
     if isinstance(section, Imported) and not finished:
         names = {"prompt": PROMPT, "response": RESPONSE}
-        place, columns = stage.inputs["source"], {name: section.fields.get(ours, ours) for name, ours in names.items()}
+        place = str(stage.inputs["source"])
+        columns = {name: section.fields.get(ours, ours) for name, ours in names.items()}
+        path = local_path(place)
+        files = source_files(place) if path is None or path.exists() else []
     if finished or isinstance(section, Imported):
-        count = count_rollouts(place, **columns)
+        count = count_rollouts(files, **columns)
         if count:
-            sizes = (count.num_rollouts, count.prompt_tokens, count.response_tokens, longest_rollout(place, **columns))
-            return DataSize(*sizes, is_upper_bound=False, source=str(place))
-        why = "hold no columns of token ids to count" if place.exists() else "are not there yet"
+            sizes = (count.num_rollouts, count.prompt_tokens, count.response_tokens, longest_rollout(files, **columns))
+            return DataSize(*sizes, is_upper_bound=False, source=place)
+        why = "hold no columns of token ids to count" if files else "are not there yet"
         notes.append(f"the rollouts {place} {why}: the size of the whole data set can't be known")
         return None
     prompts, longest_prompt = _prompts(stage)
@@ -281,8 +287,7 @@ def _prompts(stage: Stage) -> tuple[int | None, int | None]:
     from megatron_erpd.sampling.prompts import load_prompts
 
     wanted: int | None = stage.settings["num_prompts"]
-    file = stage.inputs.get("prompts")
-    if file is not None and not file.is_file():
+    if not is_there(stage.inputs.get("prompts")):
         return wanted, None
     records = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], wanted)
     return len(records), max(len(json.dumps(record["prompt"], ensure_ascii=False).encode()) for record in records)

@@ -14,6 +14,7 @@ from megatron_erpd.manifest import settings_identity
 from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage, dependencies
 from megatron_erpd.settings import Layout
 from megatron_erpd.slices import Slice
+from megatron_erpd.source_names import is_there
 
 SLICED = ("precompute", "sample")
 """Commands whose work an array of jobs can share."""
@@ -169,8 +170,7 @@ def _check_parts(stage: Stage) -> None:
     from megatron_erpd.sampling.parts import refuse_empty_slices
     from megatron_erpd.sampling.prompts import load_prompts
 
-    file = stage.inputs.get("prompts")
-    if file is None or file.is_file():
+    if is_there(stage.inputs.get("prompts")):
         prompts = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], stage.settings["num_prompts"])
         refuse_empty_slices(f"{stage.name}: slurm.slices {stage.slurm.slices}", stage.slurm.slices, len(prompts))
 

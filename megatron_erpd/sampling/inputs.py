@@ -12,14 +12,14 @@ from typing import Literal
 
 from megatron_erpd.content import program_digest, without_weights
 from megatron_erpd.errors import StageError
-from megatron_erpd.manifest import input_digest
+from megatron_erpd.manifest import MANIFEST, input_digest
 
-Reading = Literal["content", "records", "verifier", "script", "tokenizer"]
+Reading = Literal["content", "records", "source", "verifier", "script", "tokenizer"]
 """How a stage reads an input.
 
 content: `manifest.input_digest`. records: prompts with their answers and metadata, in whatever way they are written
-down. verifier: a program with the modules beside it. script: one program's file. tokenizer: a Hugging Face folder
-without its weights.
+down. source: the files with rollouts of another program, by their names and content. verifier: a program with the
+modules beside it. script: one program's file. tokenizer: a Hugging Face folder without its weights.
 """
 
 
@@ -29,8 +29,8 @@ def reading(stage: str, name: str) -> Reading:
         return "records"
     if name == "verifier":
         return "verifier"
-    if stage == "import-rollouts" and name == "tokenizer":
-        return "tokenizer"
+    if stage == "import-rollouts" and name in ("tokenizer", "source"):
+        return "tokenizer" if name == "tokenizer" else "source"
     return "script" if stage == "prepare" and name.endswith(".py") else "content"
 
 
@@ -44,9 +44,13 @@ def read_digest(path: Path, how: Reading) -> str:
         from megatron_erpd.sampling.prompts import load_prompts, prompts_digest
 
         return prompts_digest(load_prompts(path))
+    if how == "source" and not path.is_file() and not (path / MANIFEST).is_file():
+        from megatron_erpd.data.sources import open_source, source_digest
+
+        return source_digest(open_source(str(path)))
     if how == "tokenizer":
         return input_digest(path, without_weights)
-    if how == "content":
+    if how in ("content", "source"):
         return input_digest(path)
     if not path.is_file():
         raise StageError(f"{path}: no such file; check the path")

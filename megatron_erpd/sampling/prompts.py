@@ -1,15 +1,15 @@
-"""Prompts: a JSON-lines file or a generated reasoning-gym task, as records and as token ids."""
+"""Prompts: rows of a file, folder or data set, or a generated reasoning-gym task, as records and as token ids."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 from urllib.parse import parse_qsl
 
-from megatron_erpd.errors import RecipeError
+from megatron_erpd.errors import RecipeError, RolloutError
 from megatron_erpd.sampling.math_answers import MATH_VERIFY, answer_text
 
 REASONING_GYM = "reasoning-gym:"
@@ -34,9 +34,10 @@ def load_prompts(
     """Reads prompts.
 
     Args:
-        source: a file of JSON lines with `prompt` and, where wanted, `answer` and `metadata`; or
-            `reasoning-gym:TASK?size=100&seed=1&...`, whose further options are those of the task. Its seed is 0 where
-            none is given, so the same text always means the same prompts.
+        source: a file, folder or data set of the hub (`data/sources.py`) whose rows have `prompt` and, where wanted,
+            `answer` and `metadata`; with `?prompt=question&answer=solution` behind it, rows that call them so, whose
+            other fields become metadata. Or `reasoning-gym:TASK?size=100&seed=1&...`, whose further options are those
+            of the task. Its seed is 0 where none is given, so the same text always means the same prompts.
         limit: keep so many.
         first: keep those from this one on (counted from 0), and after the last one the first again. Where `limit` keeps
             all of them anyway it changes nothing.
@@ -47,7 +48,7 @@ def load_prompts(
             the message names the line or the option.
     """
     text = str(source)
-    records = _generated(text) if text.startswith(REASONING_GYM) else _from_file(Path(source))
+    records = _generated(text) if text.startswith(REASONING_GYM) else _from_source(text)
     if not records:
         raise RecipeError(f"{source}: holds no prompts")
     if verifier == MATH_VERIFY:
@@ -101,7 +102,7 @@ def prompt_text(record: PromptRecord) -> str:
 
 
 def place_of(record: PromptRecord, number: int) -> str:
-    """Where a record was read, as `file: line 3`; `prompt {number}` for one that comes from no file."""
+    """Where a record was read, as `file:3`; `prompt {number}` for one that comes from no file."""
     return getattr(record, "place", f"prompt {number}")
 
 
@@ -127,34 +128,66 @@ def _messages(record: PromptRecord) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _from_file(path: Path) -> list[PromptRecord]:
-    if not path.is_file():
-        raise RecipeError(
-            f"{path}: no such file; give JSON lines with 'prompt' and 'answer', or {REASONING_GYM}TASK?size=100&seed=1"
-        )
+def _from_source(text: str) -> list[PromptRecord]:
+    from megatron_erpd.data.rows import read_rows
+    from megatron_erpd.data.schema import RowProblem
+    from megatron_erpd.data.sources import open_source
+
     records = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                records.append(_parse_line(line, f"{path}: line {number}"))
+    try:
+        source = open_source(text)
+        unknown = sorted(source.fields.keys() - set(_FIELDS))
+        if unknown:
+            raise RecipeError(f"{text}: ?{unknown[0]}=... isn't one of {', '.join(_FIELDS)}")
+        for path in source.files:
+            for place, row in read_rows(path):
+                if isinstance(row, RowProblem):
+                    raise RecipeError(f"{place}: {row.detail}")
+                records.append(_record(row, place, source.fields))
+    except RolloutError as error:
+        raise RecipeError(str(error)) from error
     return records
 
 
-def _parse_line(line: str, place: str) -> PromptRecord:
+def _record(row: Mapping[str, Any], place: str, fields: Mapping[str, str]) -> PromptRecord:
+    """A row as a record.
+
+    Args:
+        fields: our names to the row's; with any, the row's other fields become metadata.
+    """
+    from megatron_erpd.data.field_map import MISSING, lookup
+    from megatron_erpd.data.rows import TextRow, parsed
+    from megatron_erpd.data.schema import RowProblem, check_storable
+
+    values = {name: lookup(row, fields.get(name, name)) for name in _FIELDS}
+    if values["prompt"] is MISSING:
+        wanted = fields.get("prompt", "prompt")
+        hint = 'write {"prompt": ..., "answer": ...}, or say behind the source what it is called: ?prompt=question'
+        raise RecipeError(f"{place}: has no {wanted!r} (it has {', '.join(map(repr, row)) or 'nothing'}); {hint}")
+    missing = next((name for name in fields if values[name] is MISSING), None)
+    if missing is not None:
+        raise RecipeError(f"{place}: has no {fields[missing]!r}, which is to be the {missing}")
+    used = {fields.get(name, name) for name in _FIELDS}
+    others = {name: value for name, value in row.items() if name not in used}
+    if others and not fields:
+        hint = "put it under 'metadata', where ?prompt=NAME behind the source puts all that isn't named there"
+        raise RecipeError(f"{place}: {min(others)!r} isn't one of {', '.join(_FIELDS)}; {hint}")
+    answer, metadata = (None if values[name] is MISSING else values[name] for name in ("answer", "metadata"))
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{place}: isn't JSON ({error}); write one JSON object per line") from None
-    if not isinstance(value, dict) or "prompt" not in value:
-        raise RecipeError(f'{place}: has no \'prompt\'; write {{"prompt": ..., "answer": ...}}')
-    unknown = sorted(value.keys() - set(_FIELDS))
-    if unknown:
-        raise RecipeError(f"{place}: {unknown[0]!r} isn't one of {', '.join(_FIELDS)}; put it under 'metadata'")
-    metadata = value.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise RecipeError(f"{place}: metadata is a {type(metadata).__name__}, expected a JSON object")
-    prompt = _checked_prompt(value["prompt"], place)
-    return _placed(PromptRecord(prompt=prompt, answer=value.get("answer"), metadata=metadata), place)
+        if isinstance(row, TextRow):
+            answer, metadata = answer or None, parsed(metadata, "metadata")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise RecipeError(f"{place}: metadata is a {type(metadata).__name__}, expected a JSON object")
+        # As JSON has it: Parquet and Arrow know dates and decimals besides.
+        metadata = json.loads(json.dumps({**others, **(metadata or {})}, default=str))
+        for name, value in (("prompt", values["prompt"]), ("answer", answer), ("metadata", metadata)):
+            check_storable(value, name)
+    except RowProblem as problem:
+        raise RecipeError(f"{place}: {problem}") from problem
+    except RecursionError:
+        raise RecipeError(f"{place}: is nested too deeply") from None
+    prompt = _checked_prompt(values["prompt"], place)
+    return _placed(PromptRecord(prompt=prompt, answer=answer, metadata=metadata), place)
 
 
 def _checked_prompt(prompt: Any, place: str) -> str | list[dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_erpd.content import module_file
 from megatron_erpd.sampling.prompts import REASONING_GYM
+from megatron_erpd.source_names import local_path
 
 
 def verifier_file(verifier: str) -> Path | None:
@@ -24,8 +25,14 @@ def verifier_program(verifier: str) -> Path | None:
     return module_file(match[1]) if file is None and match else file
 
 
+def prompts_path(prompts: str) -> Path | None:
+    """The file or folder with the prompts, whether it exists or not; None for generated ones and those of a hub."""
+    return None if prompts.startswith(REASONING_GYM) else local_path(prompts)
+
+
 def task_identity(prompts: str, verifier: str | None) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Prompts and verifier as settings, where they are names, and as inputs, where they are files."""
+    """Prompts and verifier as settings, where they are names, and as inputs, where they are read (the prompts' path is
+    their source as it is written, which may be a data set of a hub)."""
     settings: dict[str, Any] = {"verifier": verifier}
     inputs: dict[str, Path] = {}
     if prompts.startswith(REASONING_GYM):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
 
 ORDER = [
     *("__init__", "errors", "settings", "settings_arguments", "files", "content", "manifest", "model_folder", "slices"),
-    *("launcher", "platform"),
+    *("launcher", "source_names", "platform"),
     *("objectives", "vocab_parallel", "data", "teacher_cache", "sampling", "checkpoint", "evaluation", "training"),
     *("report", "pipeline", "cli"),
 ]
@@ -27,7 +27,7 @@ ONLY_IN = {
 
 LIGHT = [
     *("errors", "settings", "settings_arguments", "files", "content", "manifest", "model_folder", "slices", "cli"),
-    "launcher",
+    *("launcher", "source_names"),
     *("pipeline/commands", "pipeline/program", "pipeline/recipe", "pipeline/recipe_file", "pipeline/slurm_job"),
 ]
 """Modules that a command line, or a job, loads before it knows what to do."""

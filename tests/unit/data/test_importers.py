@@ -255,7 +255,7 @@ def test_bad_rows(tmp_path: Path, bad: Any, reason: str, message: str) -> None:
 def test_bad_utf8_names_its_line(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD])
     source.write_bytes(source.read_bytes() + b'{"prompt": "\xff"}\n')
-    with pytest.raises(RolloutError, match=r"in.jsonl:2: line: isn't JSON"):
+    with pytest.raises(RolloutError, match=r"in.jsonl:2: line: isn't UTF-8 \(byte 0xff"):
         import_rollouts(source, tmp_path / "out.parquet")
 
 
@@ -342,7 +342,7 @@ def test_sources_that_can_not_be_read(tmp_path: Path) -> None:
         with pytest.raises(RolloutError, match=message):
             import_rollouts(tmp_path / name, output)
     source = jsonl(tmp_path / "bad.jsonl", [GOOD | {"reward": None}] * 2)
-    with pytest.raises(RolloutError, match=r"no rollout could be accepted \(2 no_reward\)"):
+    with pytest.raises(RolloutError, match=r"accepted \(2 no_reward; first .*bad.jsonl:1: reward"):
         import_rollouts(source, output, on_reject="skip")
     assert not output.exists()
 

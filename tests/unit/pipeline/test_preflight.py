@@ -111,7 +111,7 @@ def test_a_folder_that_holds_no_model(problems):
 
 def test_prompts_that_can_not_be_read(problems):
     Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n{"answer": "2"}\n')
-    assert "prompts.jsonl: line 2" in problems()
+    assert "prompts.jsonl:2: has no 'prompt'" in problems()
 
 
 def test_what_prepare_writes_is_checked_when_it_is_there(problems):

@@ -313,7 +313,7 @@ def test_errors(plan_of: Callable[..., Resources]) -> None:
     with pytest.raises(RecipeError, match="--teraflops-per-device 0"):
         plan_of(teraflops=0.0)
     Path("prompts.jsonl").write_text("{}\n")
-    with pytest.raises(RecipeError, match="prompts.jsonl: line 1"):
+    with pytest.raises(RecipeError, match="prompts.jsonl:1: has no .prompt"):
         plan_of()
 
 

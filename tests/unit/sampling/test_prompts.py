@@ -38,8 +38,8 @@ def test_prompts_from_a_place_on_and_around_the_end(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: isn't JSON"),
-        ('{"question": "1"}', "line 2: has no 'prompt'"),
+        ("{", "jsonl:2: isn't JSON"),
+        ('{"question": "1"}', "jsonl:2: has no 'prompt'"),
         ('{"prompt": "1", "gold": "2"}', "'gold' isn't one of"),
         ('{"prompt": ""}', "not empty"),
         ('{"prompt": []}', "not empty"),
