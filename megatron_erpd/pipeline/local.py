@@ -22,10 +22,12 @@ from rich.console import Console
 
 from megatron_erpd.errors import ErpdError, StageError
 from megatron_erpd.files import write_text
-from megatron_erpd.manifest import finish_artifact, read_manifest
+from megatron_erpd.manifest import read_manifest
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
 from megatron_erpd.pipeline.display import Display, summary_table
+from megatron_erpd.pipeline.failure import describe_code
 from megatron_erpd.pipeline.interim_report import InterimReport
+from megatron_erpd.pipeline.outcome import judge
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, stop
@@ -179,14 +181,11 @@ class Runner:
                 continue
             del self.running[name]
             self.slots.give_back(process.stage.num_gpus, process.gpus)
-            if code != 0:
-                self._fail(process, f"{process.error()}\n(exit code {code}, log in {process.log})")
-            try:
-                if not process.stage.is_tool:
-                    finish_artifact(process.stage.output)
-                self.artifacts.settle(process.stage)
-            except StageError as error:
-                self._fail(process, f"{error}\n(log in {process.log})")
+            outcome = judge(self.artifacts, process.stage, code, process.log, process.log_start)
+            if not outcome.done:
+                self._fail(process, f"{outcome.why}\n({describe_code(code)}, log in {process.log})")
+            if outcome.warning:
+                self.display.say(f"[{name}] {outcome.warning}")
             self.done.add(name)
             self.display.update(name, "done", process.elapsed)
             if self._after_stage and (note := self._after_stage(process.stage)):

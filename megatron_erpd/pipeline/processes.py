@@ -98,7 +98,7 @@ class StageProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             file.write(f"$ {stage.shown()}\n".encode())
-            self._start = file.tell()
+            self.log_start = file.tell()
             self.process = subprocess.Popen(
                 stage.argv(),
                 stdin=subprocess.DEVNULL,
@@ -120,11 +120,6 @@ class StageProcess:
         lines = [line for line in self._tail().splitlines() if line.strip()]
         return lines[-1].strip() if lines else ""
 
-    def error(self) -> str:
-        """Why it failed: the message of the tool's own error, or else a full disk, or the last lines of its log."""
-        lines = self._tail().splitlines()
-        return error_message(lines) or no_room_for_logs(self.log) or "\n".join(lines[-20:])
-
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -134,7 +129,7 @@ class StageProcess:
         try:
             with self.log.open("rb") as file:
                 end = file.seek(0, os.SEEK_END)
-                file.seek(max(self._start, end - _TAIL_BYTES))
+                file.seek(max(self.log_start, end - _TAIL_BYTES))
                 return file.read().decode(errors="replace").replace("\r", "\n")
         except OSError as error:
             return f"{self.log} can't be read: {error.strerror}"

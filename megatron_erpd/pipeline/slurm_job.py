@@ -1,8 +1,8 @@
 """What a job of SLURM runs around its stage: `python -m megatron_erpd.pipeline.slurm_job RUN JOB -- COMMAND`.
 
-The command's exit code does not decide. A stage is done when its artifact is complete; otherwise its job goes back into
-the queue, as often as `slurm.requeues` says, unless the stage has named a mistake of the user's, which would be there
-again. Then the jobs that wait for it are cancelled by SLURM.
+The command's exit code does not decide (`outcome.judge`). A stage is done when its artifact is complete; otherwise its
+job goes back into the queue, as often as `slurm.requeues` says, unless the stage has named a mistake of the user's,
+which would be there again. Then the jobs that wait for it are cancelled by SLURM.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from megatron_erpd.errors import StageError
-from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.pipeline.artifacts import Artifacts
+from megatron_erpd.pipeline.failure import describe_code
 from megatron_erpd.pipeline.interim_report import InterimReport
-from megatron_erpd.pipeline.processes import error_message, no_room_for_logs
+from megatron_erpd.pipeline.outcome import judge
 from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.pipeline.slurm_jobs import JobRecord, slurm_folder
 from megatron_erpd.pipeline.slurm_lock import JobLock
 from megatron_erpd.pipeline.slurm_queue import slurm, state_of, steps_of
 from megatron_erpd.pipeline.slurm_script import slurm_patience
 from megatron_erpd.pipeline.slurm_submit import record_file, shared_with_jobs
-from megatron_erpd.pipeline.slurm_watch import Watch, first_traceback, read_from
+from megatron_erpd.pipeline.slurm_watch import Watch, read_from
 from megatron_erpd.pipeline.stages import Stage
 
 _POLL_SECONDS = 0.1
@@ -97,10 +98,8 @@ class StageJob:
                 return 0
             self._check_shared()
             start = self.log.stat().st_size
-            page = self._draw_page()  # while the stage is at work, so that no stage waits for it
-            code = self._execute(command, start)
-            if page is not None:
-                page.kill()
+            with self._page_drawn():  # while the stage is at work, so that no stage waits for it
+                code = self._execute(command, start)
             return self._judge(code, start)
         finally:
             if not self.why_ended.startswith("requeued"):
@@ -194,36 +193,38 @@ class StageJob:
 
     def _judge(self, code: int, start: int) -> int:
         """What becomes of the job after its command has ended."""
-        output = read_from(self.log, start)
-        problem = ""
-        if code == 0 and not self.stage.is_tool:
-            finish_artifact(self.stage.output)
-        try:
-            self.artifacts.settle(self.stage)
-        except StageError as error:
-            problem = str(error)
-        if not problem:
-            self._say(f"{self.stage.name} is complete" + (f" (its command ended with {code})" if code else ""))
+        outcome = judge(self.artifacts, self.stage, code, self.log, start)
+        if outcome.done:
+            self._say(f"{self.stage.name} is complete" + (f"; {outcome.warning}" if outcome.warning else ""))
             self._write_figures()
             return 0
-        message = error_message(output.splitlines())
+        named = outcome.why if outcome.own_error else ""
         if signal.SIGUSR1 in self.signals or (self.signals and state_of(self.id) == "RUNNING"):
-            self._requeue("its time was over", message)
+            self._requeue("its time was over", named)
         if self.signals:
             self._say(f"{self.stage.name} was stopped; what is saved stays")
             return 1
-        if message and (code == 2 or _USERS_FAULT.search(output)):
-            raise StageError(f"{self.stage.name} failed: {message}\n(not queued again: it would fail again)")
-        if code:
-            problem = self.why_ended or f"its command ended with {code}"
-        why = message or no_room_for_logs(self.log) or first_traceback(output) or "\n".join(output.splitlines()[-20:])
-        self._requeue(problem, why)
+        if named and (code == 2 or _USERS_FAULT.search(read_from(self.log, start))):
+            raise StageError(f"{self.stage.name} failed: {named}\n(not queued again: it would fail again)")
+        ended = f"its command ended with {describe_code(code)}" if code else "its artifact is not complete"
+        self._requeue(self.why_ended or ended, outcome.why)
 
     def _write_figures(self) -> None:
         """Brings the figures of the run's report up to date; that is quick, and no error of it is this job's."""
         report = InterimReport(self.root)
         if not self.slice and report.shows(self.stage) and (note := report.write_figures()):
             self._say(note)
+
+    @contextmanager
+    def _page_drawn(self) -> Iterator[None]:
+        """Draws the page of the run's report in a process that does not outlive the context."""
+        page = self._draw_page()
+        try:
+            yield
+        finally:
+            if page is not None:
+                page.kill()
+                page.wait()
 
     def _draw_page(self) -> subprocess.Popen[bytes] | None:
         """Starts to draw the page of the run's report, of what is done already, where that is due."""

@@ -1,15 +1,13 @@
-"""What a running stage leaves behind: whether it still does something, and what its log says of its end."""
+"""What a running stage leaves behind: whether it still does something, and what it has printed."""
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_PREFIX = re.compile(r"^(\[(rank|default)\d+\]:)?\s?")
 _MOST_BYTES = 4 * 2**20
 
 
@@ -54,17 +52,3 @@ def read_from(log: Path, start: int) -> str:
             file.seek(end - _MOST_BYTES)
         text += file.read()
     return text.decode(errors="replace").replace("\r", "\n")
-
-
-def first_traceback(output: str) -> str:
-    """The first traceback in what processes printed: the others most often follow from it. Empty if there is none."""
-    lines = [_PREFIX.sub("", line, count=1) if line.startswith("[") else line for line in output.splitlines()]
-    for start, line in enumerate(lines):
-        if line.startswith("Fatal Python error"):
-            return "\n".join(lines[start : start + 40])
-        if line.startswith("Traceback (most recent call last)"):
-            for end in range(start + 1, len(lines)):
-                if lines[end] and not lines[end].startswith(" "):
-                    return "\n".join(lines[start : end + 1])
-            return "\n".join(lines[start:])
-    return ""

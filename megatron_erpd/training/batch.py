@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from megatron_erpd.data.collate import Batch, TokenSource, collate
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, validate_against_vocabulary
 from megatron_erpd.errors import RolloutError
-from megatron_erpd.training.prefetch import prefetch
+from megatron_erpd.training.prefetch import Prefetch
 
 TokenRow = Callable[[int], np.ndarray]
 """Given a row of the rollouts, its response-aligned array: `[R]`, or `[R, K]` for top-k targets."""
@@ -55,9 +54,7 @@ class BatchSource:
 
         The next ones are read and collated on a thread of their own while the model works on this one.
         """
-        with closing(
-            prefetch(map(self._collate, order.micro_batches(consumed, micro_batch_size, rank, size)))
-        ) as ahead:
+        with Prefetch(map(self._collate, order.micro_batches(consumed, micro_batch_size, rank, size))) as ahead:
             for batch in ahead:
                 yield _to_device(batch)
 
@@ -71,7 +68,7 @@ class BatchSource:
             groups: such as `length_groups` makes.
         """
         own = [min(at, len(groups) - 1) for at in range(rank, -(-len(groups) // size) * size, size)]
-        with closing(prefetch(self._collate(groups[at]) for at in own)) as ahead:
+        with Prefetch(self._collate(groups[at]) for at in own) as ahead:
             for number, batch in enumerate(ahead):
                 if rank + number * size >= len(groups):
                     batch.loss_mask.zero_()

@@ -209,11 +209,11 @@ class CachePasses:
             if self.settings.kind == "topk" and (self._given is not None or self._global):
                 stored = self._given or UnfinishedHidden(store_folder, store_meta)
                 self._run_projection(groups, stored)
+            self._flush()
         except BaseException:
             for writer in self._writers():
                 writer.abort()
             raise
-        self._flush()
         for writer in self._writers():
             writer.close()
         own = {} if self._writer is None else self._writer.checksums

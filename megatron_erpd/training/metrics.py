@@ -80,3 +80,10 @@ class JsonLinesWriter:
             self._file.close()
             self._file = None
         self._row = {}
+
+    def close(self) -> None:
+        """Ends the step's line, and TensorBoard's thread."""
+        try:
+            self.flush()
+        finally:
+            self._inner.close()

@@ -150,11 +150,13 @@ class TrainingRun(ABC):
             if rank() == 0:  # which has put the checkpoint in order; its error ends the others
                 check_optimizer_fits(self.output / "megatron", self.layout.expert_parallel)
             exited = self._train(args, store)
-            stop, done = self._early_stop(), latest_iteration(self.output / "megatron")
+            checkpoint = self.output / "megatron"
+            stop, done = self._early_stop(), latest_iteration(checkpoint) if (checkpoint / TRACKER).is_file() else 0
             if stop is None and (exited or done != self.num_iterations):
+                kept = "the checkpoint is kept" if done else "no checkpoint was saved yet"
                 raise StageInterrupted(
-                    f"{self.output}: stopped at iteration {done} of {self.num_iterations}; the checkpoint is kept, run "
-                    "the same command again to continue"
+                    f"{self.output}: stopped at iteration {done} of {self.num_iterations}; {kept}, run the same "
+                    "command again to continue"
                 )
             synchronize()
             if rank() == 0:

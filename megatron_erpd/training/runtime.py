@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import queue
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_erpd import platform
 from megatron_erpd.manifest import begin_artifact
 from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import Layout
+from megatron_erpd.training import prefetch
 from megatron_erpd.training.arguments import parse_megatron_arguments, process_store, rank
 from megatron_erpd.vocab_parallel import chunks
 from megatron_erpd.vocab_parallel.kernels import kernels_for, set_kernels
@@ -88,11 +90,15 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
 
     A process group that the caller made before the stage is used and stays, and so do Megatron's groups in it: further
     stages of the same layout take them over (gloo keeps the threads of a group that is dropped). Otherwise all groups
-    are left. After an error nothing is cleared: the process is about to end, and clearing could wait for ranks that are
-    gone.
+    are left. After an error no group is: the process is about to end, and leaving could wait for ranks that are gone.
+    Threads are ended however the stage ends.
     """
     inherited = torch.distributed.is_initialized()
-    yield process_store()
+    try:
+        yield process_store()
+    finally:
+        prefetch.close_all()
+        _close_tensorboard()
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
@@ -104,3 +110,12 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
     if not inherited:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def _close_tensorboard() -> None:
+    """Ends the thread that writes for TensorBoard, which Megatron leaves to itself."""
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    writer = global_vars and global_vars.get_tensorboard_writer()
+    if writer:
+        with suppress(OSError):  # a full disk, which has ended the thread; whoever writes what counts says so
+            writer.close()

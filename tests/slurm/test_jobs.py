@@ -184,14 +184,15 @@ def test_a_stage_that_stopped_by_itself_goes_on(run: Run) -> None:
 @of("late")
 def test_a_complete_artifact_counts_whatever_the_exit_code(run: Run) -> None:
     assert run.ends("b") == "COMPLETED"
-    assert "a is complete (its command ended with 3)" in run.log("a")
+    assert "a is complete; its command ended with exit code 3 after its artifact was complete" in run.log("a")
 
 
 @of("crash")
 def test_a_crash_is_shown_and_tried_again(run: Run) -> None:
     assert run.ends("a") == "COMPLETED"
     shown = run.log("a").partition("queued again (1 of 3)")[2]
-    assert "Traceback (most recent call last)" in shown and "RuntimeError: out of luck" in shown
+    assert "RuntimeError: out of luck\n  at " in shown and "fake_stage.py, line " in shown
+    assert "ChildFailedError" not in shown
     assert run.result("a") == "fresh in start 1"
 
 

@@ -110,9 +110,23 @@ def test_a_failing_stage_stops_the_run_with_its_message(make_stage, run_stages):
     assert "[beside] stopped" in caught.value.__notes__[0]
 
 
-def test_without_an_error_of_the_project_the_end_of_the_log_is_shown(make_stage, run_stages):
-    with pytest.raises(StageError, match=r"a failed: started\nTraceback(.|\n)*RuntimeError: boom"):
+def test_without_an_error_of_the_project_the_exception_is_shown_with_its_place(make_stage, run_stages):
+    with pytest.raises(
+        StageError, match=r"a failed: RuntimeError: boom\n  at .*fake_stage.py, line \d+, in <module>\n"
+    ):
         run_stages([make_stage("a", crash="boom")])
+
+
+def test_a_complete_artifact_counts_whatever_the_exit_code(make_stage, run_stages):
+    outcome = run_stages([make_stage("a", end=-6), make_stage("b", ["a"], end=3)])
+    assert outcome.states == {"a": "done", "b": "done"}
+    assert "[a] its command ended with exit code -6 (SIGABRT) after its artifact was complete" in outcome.text
+    assert "[b] its command ended with exit code 3" in outcome.text and str(outcome.root / "logs/b.log") in outcome.text
+
+
+def test_an_artifact_of_another_request_does_not_count(make_stage, run_stages):
+    with pytest.raises(StageError, match="seed: 2 -> 1"):
+        run_stages([make_stage("a", settings={"seed": 1}, own_settings={"seed": 2})])
 
 
 def test_exit_code_0_is_not_enough(make_stage, run_stages):

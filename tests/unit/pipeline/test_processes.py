@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -62,15 +61,6 @@ def test_the_last_error_of_a_log():
     lines = ["working", "error: first", "x", "[rank1]:error: no such row", "[rank1]:  in file a", "Traceback", "  more"]
     assert error_message(lines) == "no such row\n  in file a"
     assert error_message(["all is well", "ValueError: error: x"]) == ""
-
-
-def test_a_full_disk_is_told_where_the_log_could_not(tmp_path, monkeypatch):
-    stage = Stage("a", "prepare", ('python -c "import sys; print(1); sys.exit(2)"',), {}, tmp_path, {})
-    process = StageProcess(stage, tmp_path / "a.log", [], 1)
-    process.process.wait(30)
-    assert process.error() == "1"
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
-    assert process.error() == f"{tmp_path}: is on a full disk; make room and run it again"
 
 
 def test_a_stage_gets_its_gpus_and_none_of_its_parents_launcher(tmp_path, monkeypatch):

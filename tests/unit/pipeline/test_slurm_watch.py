@@ -4,30 +4,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_erpd.pipeline.slurm_watch import Watch, first_traceback, read_from
-
-OUTPUT = """step 1
-[rank1]:Traceback (most recent call last):
-[rank1]:  File "train.py", line 3, in <module>
-[rank1]:    fail()
-[rank1]:RuntimeError: first
-Traceback (most recent call last):
-  File "other.py", line 1
-ConnectionError: second
-"""
-
-
-def test_the_first_traceback_is_shown_whole_and_alone():
-    shown = first_traceback(OUTPUT)
-    assert shown.splitlines()[0] == "Traceback (most recent call last):"
-    assert shown.splitlines()[-1] == "RuntimeError: first"
-    assert first_traceback("step 1\nstep 2") == ""
-
-
-def test_the_stacks_of_a_hanging_process_count_as_one():
-    assert first_traceback("step\nFatal Python error: Aborted\n\nThread 0x1\n").startswith(
-        "Fatal Python error: Aborted"
-    )
+from megatron_erpd.pipeline.slurm_watch import Watch, read_from
 
 
 def test_growing_logs_and_files_are_signs_of_life(tmp_path):

@@ -1,0 +1,67 @@
+"""A training ends with all that it started: however it ends, no thread of its process is left."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+from megatron_erpd.errors import StageInterrupted
+from tests.distributed.harness import run_ranks
+from tests.integration.stages import make_round, run_stages
+
+ENDS = {
+    "last step": ([], ""),
+    "early stop": (["--max-kl", "1e-9"], ""),
+    "signal": ([], StageInterrupted.__name__),
+    "exit": ([], StageInterrupted.__name__),
+    "error": ([], "RuntimeError: now"),
+}
+"""How a training ends: its flags, and what it raises."""
+
+
+def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Trainings that end in each way; what they raised, and the threads that they left."""
+    from megatron_erpd import platform
+
+    platform.enable_cpu()
+    from megatron_erpd.training.replay_step import ReplayStep
+
+    loss = ReplayStep.loss_and_metrics
+    data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet"]
+    data += ["--base-log-probs", f"{folder}/base-log-probs", "--loss", "sapo", "--learning-rate", "1e-3"]
+    data += ["--global-batch-size", "8", "--micro-batch-size", "4"]
+    found = {}
+    for end in ends:
+        flags = ENDS[end][0]
+        calls = iter(range(100))
+
+        def ending(*args, end=end, calls=calls):
+            if next(calls) == 3:
+                if end == "signal":
+                    signal.raise_signal(signal.SIGTERM)
+                elif end == "exit":
+                    raise SystemExit
+                elif end == "error":
+                    raise RuntimeError("now")
+            return loss(*args)
+
+        ReplayStep.loss_and_metrics = ending
+        before, raised = set(threading.enumerate()), ""
+        try:
+            run_stages(rank, world_size, [("train", [*data, *flags, "--output", f"{folder}/{end}"])])
+        except BaseException as error:
+            raised = f"{type(error).__name__}: {error}"
+        found[end] = (raised, [thread.name for thread in set(threading.enumerate()) - before])
+    return found
+
+
+def test_no_thread_is_left(tmp_path: Path) -> None:
+    make_round(tmp_path)
+    # After an error a process is not fit for another stage.
+    for ends in (["last step", "early stop", "signal"], ["exit"], ["error"]):
+        (found,) = run_ranks(train, 1, str(tmp_path), ends, timeout=600.0)
+        for end in ends:
+            raised = ENDS[end][1]
+            assert found[end][0].startswith(raised) and bool(found[end][0]) == bool(raised), f"{end}: {found[end][0]}"
+            assert found[end][1] == [], end
