@@ -118,9 +118,8 @@ def refuse_adapter(folder: Path) -> None:
             "folder that this writes"
         )
     raise CheckpointError(
-        f"{folder}: holds an adapter ({_listed(found)}) beside the weights; transformers adds it where peft is "
-        f"installed, an import doesn't, so the policy that is sampled would not be the one that is trained: remove "
-        f"{_listed(found)}, or {merge} and give the folder that this writes"
+        f"{folder}: holds an adapter beside the weights, which transformers adds where peft is installed and no other "
+        f"program does; remove {_listed(found)}, or {merge} and give the folder that this writes"
     )
 
 

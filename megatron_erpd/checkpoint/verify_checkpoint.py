@@ -13,6 +13,7 @@ from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
 from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
 from megatron_erpd.checkpoint.iterations import BRIDGE_TRACKER, TRACKER, iteration_folder, latest_iteration
 from megatron_erpd.checkpoint.param_map import is_ignored, units
+from megatron_erpd.checkpoint.same_config import configuration_differences
 from megatron_erpd.checkpoint.shards import raise_problems
 from megatron_erpd.checkpoint.stream_export import unlike_table
 from megatron_erpd.checkpoint.torch_dist import METADATA, TorchDistReader
@@ -27,6 +28,12 @@ class Pair:
 
     iteration: Path
     hf_folder: Path
+
+    @property
+    def config_folder(self) -> Path | None:
+        """The configuration that the checkpoint's artifact holds; None for a checkpoint that is none's."""
+        folder = self.iteration.parents[1] / "hf"
+        return folder if self.iteration.parent.name == "megatron" and (folder / "config.json").is_file() else None
 
 
 def find_pair(a: Path, b: Path) -> Pair:
@@ -75,6 +82,8 @@ class Verified:
     """Tensors of the folder that carry nothing of their own."""
     rounded: bool
     """Whether the checkpoint is wider than the folder, so that its values were rounded before they were compared."""
+    notes: tuple[str, ...] = ()
+    """How the two configurations differ where that doesn't change what is computed, or why they weren't compared."""
 
     def describe(self) -> str:
         found = self.compared
@@ -88,15 +97,22 @@ class Verified:
 
 
 def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda done, total: None) -> Verified:
-    """Compares every element of every tensor, bit for bit.
+    """Compares the configurations, and every element of every tensor, bit for bit.
 
     Args:
         pair: from `find_pair`.
         progress: told the bytes that are compared, and of how many.
 
     Raises:
-        CheckpointError: one of the two lacks a tensor, has one that is unknown or of another shape, or is broken.
+        CheckpointError: the configuration that the checkpoint's artifact holds computes something else than the
+            folder's (names the keys); one of the two lacks a tensor, has one that is unknown or of another shape, or is
+            broken.
     """
+    if pair.config_folder is None:
+        notes = [f"no configuration lies beside {pair.iteration}; what it computes was taken from the folder's"]
+    else:
+        problems, notes = configuration_differences(pair.config_folder, pair.hf_folder)
+        raise_problems(f"{pair.iteration} and {pair.hf_folder} are not one model", problems)
     shape = read_model_shape(pair.hf_folder)
     weights, reader = HfWeights(pair.hf_folder), TorchDistReader(pair.iteration)
     raise_problems(pair.hf_folder, check_tensors(weights, shape))
@@ -118,7 +134,7 @@ def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda 
         for chunk in reader.chunks(unit)[:1]
     )
     left_out = tuple(sorted(name for name in weights.names - known if is_ignored(name) or shape.tied_embeddings))
-    return Verified(pair, compared, time.monotonic() - begin, left_out, wider)
+    return Verified(pair, compared, time.monotonic() - begin, left_out, wider, tuple(notes))
 
 
 def _num_bytes(weights: HfWeights, shape: ModelShape) -> int:

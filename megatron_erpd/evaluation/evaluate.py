@@ -20,6 +20,7 @@ from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
+from megatron_erpd.sampling.same_tokenizer import check_policies, check_rollouts
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import EvaluateSettings
 
@@ -67,6 +68,7 @@ def evaluate_policies(
 
     Raises:
         StageError: the verifier failed on every response.
+        RolloutError, CheckpointError: the rollouts or a policy are of another tokenizer than the base.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +85,7 @@ def evaluate_policies(
     base_policy: Policy | None = None
     origin_policy: Policy | None = None
     results: dict[str, PolicyMetrics] = {}
+    checked = False
     for name, path in policies.items():
         identity = {"policy": policy_fingerprint(path), **common}
         file = folder / f"{name}.json"
@@ -93,7 +96,15 @@ def evaluate_policies(
         started = time.monotonic()
         base_policy = base_policy or load_policy(base, device, dtype)
         judge = judge or (Verifier(verifier) if verifier is not None else None)
+        if fixed is not None and not checked:
+            note = check_rollouts(
+                fixed, fixed.location(0).partition(": row")[0], base_policy.path, base_policy.tokenizer
+            )
+            checked = True
+            if note:
+                print(f"note: {note}", flush=True)
         policy = base_policy if identity["policy"] == common["base"] else load_policy(path, device, dtype)
+        check_policies(name, policy.path, base_policy.path)
         if origin is not None and common["origin"] != common["base"]:
             origin_policy = origin_policy or load_policy(origin, device, dtype)
         told = None if status is None else partial(status, name)

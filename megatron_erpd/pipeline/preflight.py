@@ -12,7 +12,7 @@ from megatron_erpd.files import check_output
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Recipe
-from megatron_erpd.pipeline.stages import RUNS_MODEL, Stage
+from megatron_erpd.pipeline.stages import RUNS_MODEL, TRAINS, Stage
 from megatron_erpd.sampling.task import prompts_path, verifier_file
 from megatron_erpd.source_names import local_path
 
@@ -30,6 +30,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots) -> None:
         *_missing_paths(stages),
         *_model_problems(stages),
         *_batch_problems(stages),
+        *_precision_problems(stages),
         *_task_problems(stages),
         *_process_problems(stages, slots),
         *([f"monitoring.{recipe.monitoring.problem}"] if recipe.monitoring.problem else []),
@@ -89,6 +90,19 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
                 f"{stage.name}: {name} {batch} is not a multiple of micro_batch_size "
                 f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them"
             )
+
+
+def _precision_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    """Trainings that would read log-probs of another precision than their own."""
+    made = {stage.output: stage for stage in stages if stage.command == "precompute"}
+    for stage in stages:
+        for name in ("base-log-probs", "cache"):
+            source = made.get(stage.inputs[name]) if stage.command in TRAINS and name in stage.inputs else None
+            if source is not None and source.layout.precision != stage.layout.precision:
+                yield (
+                    f"{stage.name}: trains in {stage.layout.precision} on log-probs that {source.name} computes in "
+                    f"{source.layout.precision}; give both stages one precision"
+                )
 
 
 def _task_problems(stages: Sequence[Stage]) -> Iterator[str]:

@@ -14,8 +14,8 @@ from megatron_erpd.manifest import MANIFEST, verify_manifest
 
 def verify(argv: list[str]) -> None:
     """Checks that artifacts are whole: every file there, of the size and content that its manifest recorded; of a
-    teacher cache every row besides. With --source, every element of every tensor is compared with what a checkpoint was
-    imported from, or an export made of, bit for bit; with --prompts the logits too."""
+    teacher cache every row besides. With --source, the configuration and every element of every tensor are compared
+    with what a checkpoint was imported from, or an export made of, bit for bit; with --prompts the logits too."""
     parser = argparse.ArgumentParser(
         prog="megatron-erpd verify",
         description=verify.__doc__,
@@ -83,6 +83,8 @@ def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
     with _progress("comparing") as advance:
         found = verify_checkpoint(pair, advance)
     print(f"{pair.iteration} and {pair.hf_folder}: compared {found.describe()}", flush=True)
+    for note in found.notes:
+        print(f"note: {note}", flush=True)
     if found.compared.differences:
         raise_problems("they differ", found.compared.differences)
     print("equal, bit for bit", flush=True)

@@ -25,15 +25,17 @@ _SHUFFLE = 1
 """Keeps the noise of a permutation apart from other uses of the seed."""
 
 
-def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path]) -> CacheReader:
+def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path], precision: str) -> CacheReader:
     """A finished cache that has a matching row for every rollout and was made from these policies.
 
     Args:
         policies: name to artifact, `base` among them.
+        precision: of the training that reads it, `fp32` or `bf16`.
 
     Raises:
         StageError, CacheError: the cache is unfinished or damaged, lacks a rollout, holds other tokens for one, or was
-            made from another policy, with another chat template or at another temperature (names what differs).
+            made from another policy, with another chat template, at another temperature or in another precision (names
+            what differs).
     """
     manifest = read_manifest(folder)
     if file_digest(folder / CACHE_FILE) != manifest.files.get(CACHE_FILE, {}).get("sha256"):
@@ -47,6 +49,14 @@ def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path]) -
         )
     if cache.meta.temperature != 1.0:
         raise CacheError(f"{folder}: temperature is {cache.meta.temperature}, training compares at 1; precompute again")
+    # A cache of before precisions were part of its format has its own in the settings.
+    made_in = manifest.settings.get("precision", cache.meta.precision)
+    if made_in != precision:
+        raise CacheError(
+            f"{folder}: its log-probs were computed in {made_in}, this training computes in {precision}; the two "
+            "differ by rounding, which the training would take for a change of the policy: precompute with "
+            f"--precision {precision}, or train with --precision {made_in}"
+        )
     cache.require_policies({name: input_digest(path) for name, path in policies.items()})
     cache.check(rollouts)
     return cache

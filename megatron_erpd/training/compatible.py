@@ -1,4 +1,4 @@
-"""Whether policies can be compared token by token: one architecture, one vocabulary, one tokenizer."""
+"""Whether policies and rollouts can be compared token by token: one architecture, one vocabulary, one tokenizer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_erpd.checkpoint.hf_config import model_flags
+from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.manifest import read_manifest
+from megatron_erpd.sampling.same_tokenizer import check_policies, check_rollouts, has_tokenizer
 
 _MAY_DIFFER = ("max_position_embeddings",)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model")
+SOURCE_POLICY = "policy"
+"""In the summary of an import: `policy_fingerprint` of the model's folder, which rollouts sampled from it have too."""
 
 
 def check_compatible(policies: Mapping[str, Path]) -> None:
@@ -40,23 +44,37 @@ def check_compatible(policies: Mapping[str, Path]) -> None:
 
 def _check_tokenizer(name: str, folder: Path, base: Path) -> None:
     ours, theirs = folder / "hf", base / "hf"
-    if _tokenizer_bytes(ours) == _tokenizer_bytes(theirs):
-        return  # copies, as every stage passes them on: nothing to load
-    for path, other in ((ours, theirs), (theirs, ours)):
-        if not _tokenizer_bytes(path):
-            raise CheckpointError(
-                f"policy {name!r}: {path} holds no tokenizer and {other} does, so nothing tells whether their token "
-                "ids mean the same; import it from a folder with its tokenizer"
-            )
-    from megatron_erpd.data.tokenizers import tokenizer_digest
-    from megatron_erpd.sampling.policy import load_tokenizer
-
-    if tokenizer_digest(load_tokenizer(ours)) != tokenizer_digest(load_tokenizer(theirs)):
+    if has_tokenizer(ours) != has_tokenizer(theirs):
+        without, other = (theirs, ours) if has_tokenizer(ours) else (ours, theirs)
         raise CheckpointError(
-            f"policy {name!r} {folder} has another tokenizer than the base {base} (the vocabularies differ): their "
-            "token ids mean different things; give a policy that was trained from this base"
+            f"policy {name!r}: {without} holds no tokenizer and {other} does, so nothing tells whether their token "
+            "ids mean the same; import it from a folder with its tokenizer"
         )
+    if has_tokenizer(ours):
+        check_policies(name, ours, theirs)
 
 
-def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+def check_data(rollouts: Rollouts, path: Path, base: Path) -> list[str]:
+    """Whether rollouts are of a base policy's token ids.
+
+    Args:
+        rollouts: read from `path`.
+        base: artifact of the base policy.
+
+    Returns:
+        What people should know: where no tokenizer is recorded or the base has none, and where the rollouts were
+        sampled from another model than the base was imported from.
+
+    Raises:
+        RolloutError: they were made with another tokenizer than the base's.
+        CheckpointError: the base's tokenizer can't be loaded.
+    """
+    note = check_rollouts(rollouts, path, base / "hf")
+    notes = [] if note is None else [note]
+    sampled, imported = rollouts.file_metadata.get("policy"), read_manifest(base).summary.get(SOURCE_POLICY)
+    if sampled and imported and sampled != imported:
+        notes.append(
+            f"{path}: was sampled from another model than {base} was imported from, so the sampler's log-probs are not "
+            "those of the base; `megatron-erpd mismatch` says how far they are apart"
+        )
+    return notes

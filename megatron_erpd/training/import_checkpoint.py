@@ -34,8 +34,10 @@ from megatron_erpd.checkpoint.torch_dist import TorchDistReader
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.files import check_output, check_output_file, write_text
 from megatron_erpd.manifest import finish_artifact
+from megatron_erpd.sampling.policy import policy_fingerprint
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import settings_from_namespace
+from megatron_erpd.training.compatible import SOURCE_POLICY
 from megatron_erpd.training.runtime import prepare_output
 
 _ANY_LENGTH = 2
@@ -121,6 +123,8 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None) 
             if not via and checkpoint is None:
                 write_text(output / "megatron" / TRACKER, "0")
             copy_sidecar(hf_folder, output / "hf")
+            if not (output / _UNPACKED).exists() and not via and checkpoint is None:
+                figures[SOURCE_POLICY] = policy_fingerprint(hf_folder)
             shutil.rmtree(output / _UNPACKED, ignore_errors=True)
             finish_artifact(output, figures, checksums)
             size = f": {figures['tensors']} tensors, {figures['bytes'] / 1e9:.2f} GB" if "bytes" in figures else ""

@@ -38,6 +38,7 @@ from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.arguments import check_arguments, parse_megatron_arguments, rank
 from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
+from megatron_erpd.training.compatible import check_data
 from megatron_erpd.training.early_stop import Stop, read_stop
 from megatron_erpd.training.loss_guard import NonFiniteLoss
 from megatron_erpd.training.runtime import (
@@ -413,10 +414,14 @@ def load_data(path: Path, base: Path, scored: bool = True) -> Rollouts:
 
     Raises:
         StageError, RolloutError: the base isn't an artifact, or the rollouts can't be used with it.
+        CheckpointError: the base's tokenizer can't be loaded.
     """
     read_manifest(base)
     flags = model_flags(base / "hf")
     rollouts = open_rollouts(path, int(flags["vocab_size"]), int(flags["max_position_embeddings"]))  # type: ignore[call-overload]
+    if rank() == 0:  # its error ends the others
+        for note in check_data(rollouts, path, base):
+            print(f"note: {note}", flush=True)
     if not scored:
         return rollouts
     kept = np.flatnonzero(~np.isnan(rollouts.rewards))

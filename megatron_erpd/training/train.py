@@ -84,7 +84,7 @@ def train_teacher(argv: list[str]) -> None:
     rows: dict[str, TokenRow] = {}
     if namespace.base_log_probs is not None:
         inputs["base-log-probs"] = namespace.base_log_probs
-        cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
+        cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base}, layout.precision)
         rows["old_log_probs"] = token_row(cache, "base", rollouts)
         if settings.has_exact_kl:
             rows |= base_topk_rows(cache, rollouts, settings.kl_topk)
@@ -139,13 +139,13 @@ def distill(argv: list[str]) -> None:
     settings = with_rates(settings, namespace.base)
     advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
-    cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base})
+    cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base}, layout.precision)
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
     resolved = settings
     teacher_cache = None
     if settings.reads_cache:
         inputs["cache"] = namespace.cache
-        teacher_cache = open_cache(namespace.cache, rollouts, policies)
+        teacher_cache = open_cache(namespace.cache, rollouts, policies, layout.precision)
         resolved = _with_recorded_signal(settings, teacher_cache)
         rows |= _cached_rows(resolved, teacher_cache, rollouts)
     if settings.makes_target:

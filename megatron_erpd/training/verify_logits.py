@@ -16,7 +16,8 @@ def compare_on_prompts(pair: Pair, prompts: list[list[int]]) -> list[LogitCompar
     """Runs prompts through both models, in fp32, one after the other: one model is in memory at a time.
 
     Args:
-        pair: the checkpoint, and the folder for transformers.
+        pair: the checkpoint, built from the configuration that its artifact holds (where it holds one), and the folder
+            for transformers, built from the folder's own.
         prompts: token ids, each a sequence of its own.
 
     Returns:
@@ -34,7 +35,7 @@ def compare_on_prompts(pair: Pair, prompts: list[list[int]]) -> list[LogitCompar
     found = []
     with stage_process() as store:
         flags = {"no_load_optim": True, "train_iters": 0}
-        args = initialize(pair.hf_folder, Layout(), flags, [], length, store)
+        args = initialize(pair.config_folder or pair.hf_folder, Layout(), flags, [], length, store)
         from megatron_erpd.training.model import build_frozen_model, load_iteration, model_config
 
         model = build_frozen_model(model_config(args))
@@ -51,7 +52,7 @@ def _transformers_logits(folder: Path, prompts: list[list[int]], device: torch.d
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers can't load it: {error}") from None

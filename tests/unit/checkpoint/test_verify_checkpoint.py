@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_erpd.checkpoint import export_checkpoint, write_checkpoint
+from megatron_erpd.checkpoint import copy_sidecar, export_checkpoint, write_checkpoint
 from megatron_erpd.checkpoint.verify_checkpoint import Pair, find_pair, verify_checkpoint
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.pipeline.verify_command import verify
@@ -75,6 +76,61 @@ def test_a_folder_that_lacks_a_tensor(pair: Pair) -> None:
     change(pair.hf_folder, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         verify_checkpoint(pair)
+
+
+def configured(folder: Path, name: str, values: dict[str, object]) -> None:
+    path = folder / name
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-4}, r"rms_norm_eps is 1e-06 in .*/base/hf/config\.json, 0\.0001 in "),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_parameters.rope_theta is",
+        ),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act is 'silu'"),
+        ("config.json", {"attention_bias": True}, "attention_bias is False"),
+        ("config.json", {"tie_word_embeddings": False}, "tie_word_embeddings is True"),
+        ("config.json", {"head_dim": 32, "num_attention_heads": 2}, "head_dim is"),
+        ("config.json", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window is"),
+        ("config.json", {"eos_token_id": 7}, "eos_token_id is"),
+        ("config.json", {"a_key_of_tomorrow": 1}, "a_key_of_tomorrow is not set in .*, 1 in"),
+        (
+            "generation_config.json",
+            {"eos_token_id": [3, 4]},
+            r"eos_token_id is .*/hf/generation_config\.json, \[3, 4\] in",
+        ),
+    ],
+)
+def test_a_configuration_that_computes_something_else(
+    pair: Pair, name: str, values: dict[str, object], words: str
+) -> None:
+    copy_sidecar(pair.hf_folder, pair.iteration.parents[1] / "hf")
+    assert not verify_checkpoint(pair).compared.differences
+    configured(pair.hf_folder, name, values)
+    with pytest.raises(CheckpointError, match=f"are not one model.*{words}".replace("model.*", r"model[\s\S]*")):
+        verify_checkpoint(pair)
+
+
+def test_what_changes_no_logit_is_noted(pair: Pair) -> None:
+    assert "no configuration lies beside" in verify_checkpoint(pair).notes[0]
+    copy_sidecar(pair.hf_folder, pair.iteration.parents[1] / "hf")
+    assert verify_checkpoint(pair).notes == ()
+    configured(pair.hf_folder, "config.json", {"max_position_embeddings": 99, "dtype": "float16", "_name_or_path": "x"})
+    found = verify_checkpoint(pair).notes
+    assert [note.split()[0] for note in found] == ["dtype", "max_position_embeddings"]
+
+
+def test_stop_ids_in_another_order_are_the_same(pair: Pair) -> None:
+    configured(pair.hf_folder, "generation_config.json", {"eos_token_id": [4, 3]})
+    copy_sidecar(pair.hf_folder, pair.iteration.parents[1] / "hf")
+    configured(pair.hf_folder, "generation_config.json", {"eos_token_id": [3, 4]})
+    assert verify_checkpoint(pair).notes == ()
 
 
 def test_the_command_says_what_it_compared(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

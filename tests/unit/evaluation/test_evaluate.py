@@ -1,11 +1,12 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from megatron_erpd.data.rollouts import read_rollouts
-from megatron_erpd.errors import StageError
+from megatron_erpd.errors import CheckpointError, RolloutError, StageError
 from megatron_erpd.evaluation.divergence import compare_policies
 from megatron_erpd.evaluation.evaluate import evaluate_policies, evaluate_policy, read_metrics
 from megatron_erpd.sampling.engine import TransformersEngine
@@ -156,6 +157,19 @@ def test_several_policies_are_saved_and_resumed(folders, verifier, rollouts, eva
     (tmp_path / "student.json").write_text("{")
     run({"student": folders[0]})
     assert told
+
+
+def test_rollouts_and_policies_of_another_tokenizer(folders, rollouts, tmp_path):
+    """The other one has the same model and tokens, two of them exchanged."""
+    other = shutil.copytree(folders[1], tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(RolloutError, match="made with another tokenizer.*was recorded, this tokenizer reads"):
+        evaluate_policies({"student": other}, other, PROMPTS, tmp_path, SETTINGS, rollouts=rollouts)
+    with pytest.raises(CheckpointError, match="policy 'student' .*other has another tokenizer than the base"):
+        evaluate_policies({"student": other}, folders[1], PROMPTS, tmp_path, SETTINGS, rollouts=rollouts)
 
 
 def test_a_verifier_that_always_fails_is_an_error(policies, verifier):

@@ -130,3 +130,13 @@ def test_monitoring_that_is_not_installed(problems, monkeypatch):
         text = problems(monitoring={"wandb_project": "erpd"})
         assert ("monitoring.wandb_project: wandb isn't installed; pip install wandb" in text) == expected
     assert problems() == ""
+
+
+def test_one_precision_for_a_training_and_the_log_probs_that_it_reads(problems):
+    text = problems(stages={"teacher": {"layout": {"precision": "bf16"}}})
+    assert "teacher: trains in bf16 on log-probs that base-log-probs computes in fp32" in text
+    stages = ("base-log-probs", "teacher", "cache", "student")
+    assert problems(stages={stage: {"layout": {"precision": "bf16"}} for stage in stages}) == ""
+    assert "student: trains in fp32 on log-probs that cache computes in bf16" in problems(
+        stages={"cache": {"layout": {"precision": "bf16"}}}
+    )
