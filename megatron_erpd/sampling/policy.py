@@ -12,7 +12,7 @@ import torch
 from megatron_erpd.content import is_junk
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.model_folder import read_tensors, refuse_adapter, weight_files
-from megatron_erpd.sampling.tokenizer import load_tokenizer
+from megatron_erpd.sampling.tokenizer import load_tokenizer, without_end
 
 __all__ = ["Policy", "load_policy", "load_tokenizer", "policy_fingerprint", "reload_weights"]
 
@@ -97,7 +97,7 @@ def reload_weights(policy: Policy, hf_path: str | Path) -> None:
         CheckpointError: the folder lacks a weight of the model, or holds one that the model hasn't or of another shape.
     """
     folder = _checked_folder(hf_path)
-    read_tensors(folder)
+    weight_files(folder)
     found = _experts_joined(policy, folder) if policy.holds_experts else _as_stored(policy, folder)
     own = policy.model.state_dict()
     written = {own[name].data_ptr() for name in found if name in own}
@@ -184,8 +184,5 @@ def _stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
             if token is not None and token not in ids:
                 ids.append(int(token))
     if not ids:
-        raise CheckpointError(
-            f"{model.config.name_or_path}: no eos_token_id in generation_config.json, config.json or the tokenizer; "
-            "responses would never end: add one to generation_config.json"
-        )
+        raise without_end(model.config.name_or_path)
     return tuple(ids)

@@ -42,6 +42,25 @@ def load_tokenizer(hf_path: str | Path) -> Any:
     return tokenizer
 
 
+def check_end(hf_path: str | Path) -> None:
+    """Raises `CheckpointError` where nothing in a Hugging Face folder says which token ends a response."""
+    folder = Path(hf_path)
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file() and read_object(path).get("eos_token_id") not in (None, []):
+            return
+    if load_tokenizer(folder).eos_token_id is None:
+        raise without_end(folder)
+
+
+def without_end(folder: Path | str) -> CheckpointError:
+    """The error for a model whose responses would never end."""
+    return CheckpointError(
+        f"{folder}: no eos_token_id in generation_config.json, config.json or the tokenizer; responses would never "
+        "end: add one to generation_config.json"
+    )
+
+
 def embedding_rows(folder: Path) -> int:
     """The rows of a model's embedding by its `config.json`.
 

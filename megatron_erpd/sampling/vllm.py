@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.model_folder import read_tensors
+from megatron_erpd.sampling.tokenizer import check_end
 from megatron_erpd.sampling.types import Progress, Sample
 
 
@@ -49,6 +50,7 @@ class VllmEngine:
                 "or use engine 'transformers'"
             ) from error
         read_tensors(hf_path)
+        check_end(hf_path)
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(hf_path),

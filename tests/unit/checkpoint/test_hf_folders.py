@@ -128,6 +128,16 @@ def test_a_sidecar_is_all_but_the_weights(tmp_path: Path) -> None:
     assert read_tensor_list(tmp_path / "again") == read_tensor_list(source)
 
 
+def test_adapters_and_foreign_indices_are_never_copied(tmp_path: Path) -> None:
+    """Also out of a sidecar that an earlier version made with them, which holds no weights."""
+    sidecar = tmp_path / "hf"
+    sidecar.mkdir()
+    for name in ("adapter_config.json", "model.safetensors.index.fp16.json", "config.json", "tokenizer.json"):
+        (sidecar / name).write_text("{}")
+    copy_sidecar(sidecar, tmp_path / "copy")
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"config.json", "tokenizer.json"}
+
+
 def test_a_sidecar_needs_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         copy_sidecar(sharded(tmp_path / "source"), tmp_path / "copy")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_erpd.errors import CheckpointError
-from megatron_erpd.sampling.tokenizer import load_tokenizer
+from megatron_erpd.sampling.tokenizer import check_end, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n"
 Change = Callable[[Path], Any]
@@ -53,6 +53,19 @@ def empty(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text("{}")
     (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer_config.json"])
+def test_something_must_end_a_response(name: str, qwen: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen, tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    with pytest.raises(
+        CheckpointError, match="no eos_token_id in generation_config.json, config.json or the tokenizer"
+    ):
+        check_end(folder)
+    configured(name, **({"eos_token": "a"} if name.startswith("tok") else {"eos_token_id": 5}))(folder)
+    check_end(folder)
 
 
 ALL = ("tokenizer.json", "vocab.json", "merges.txt")

@@ -36,6 +36,7 @@ def completion(tokens, reason="stop", log_probs=True):
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
     save_file({"a": np.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2, "vocab_size": 9}')
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = FakeLLM, lambda **options: SimpleNamespace(**options)
     monkeypatch.setitem(sys.modules, "vllm", module)
