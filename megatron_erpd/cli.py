@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from megatron_erpd.launcher import forget_launcher, launch, set_threads
 from megatron_erpd.pipeline.program import run_command
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.recipe_file import load_recipe
-from megatron_erpd.pipeline.stages import launcher_flags
+from megatron_erpd.pipeline.stages import Stage, launcher_flags
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 
@@ -188,7 +188,11 @@ def run(argv: list[str]) -> None:
         "that depends on it.",
         "run recipe.yaml --tensor-parallel 2 --set student.epochs=4 --dry-run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of all stages and run nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would become of each stage, and why, and the commands of all; run nothing",
+    )
     parser.add_argument("--jobs", type=int, help="most stages side by side (default: as there are GPUs or cores)")
     parser.add_argument(
         "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
@@ -201,7 +205,9 @@ def run(argv: list[str]) -> None:
 
         if recipe.directory and recipe.directory != started_in:
             print(f"# in {recipe.directory}:\n")
-        for stage in planner.plan(recipe):
+        stages = planner.plan(recipe)
+        _print_verdicts(recipe, stages, checksums=not given.quick_check)
+        for stage in stages:
             print(f"# {stage.name}\n{stage.shown()}\n")
         return
     from megatron_erpd.pipeline.local import run_recipe
@@ -224,7 +230,9 @@ def submit(argv: list[str]) -> None:
         "submit recipe.yaml --set slurm.partition=h100 --set slurm.gpus_per_node=8 --dry-run",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the scripts of all jobs; submit and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what would become of each stage, and why, and the scripts of all jobs; submit and write nothing",
     )
     parser.add_argument(
         "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
@@ -234,6 +242,7 @@ def submit(argv: list[str]) -> None:
     from megatron_erpd.pipeline import slurm_submit
 
     if given.dry_run:
+        _print_verdicts(recipe, slurm_submit.plan(recipe), checksums=not given.quick_check)
         for name, script in slurm_submit.scripts(recipe).items():
             print(f"# ---- {recipe.folder / 'slurm' / name}.sbatch\n{script}")
         return
@@ -279,8 +288,8 @@ def plan(argv: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(argv)
-    given.json = given.json and given.json.absolute()
-    if given.json:
+    json_file = given.json and given.json.absolute()
+    if json_file:
         check_output_file(given.json)
     recipe = _recipe(given)
     from megatron_erpd.pipeline.gpu_fit import parse_gpus
@@ -296,9 +305,9 @@ def plan(argv: list[str]) -> None:
         gpus = parse_gpus(given.gpu, count)
     resources = estimate(recipe, given.teraflops_per_device, gpus, given.sequence_length)
     show(resources)
-    if given.json:
+    if json_file:
         try:
-            given.json.write_text(json.dumps(resources.to_json(), indent=1) + "\n")
+            json_file.write_text(json.dumps(resources.to_json(), indent=1) + "\n")
         except OSError as error:
             raise RecipeError(f"--json {given.json}: can't be written ({error.strerror}); give another file") from None
 
@@ -343,6 +352,16 @@ def _recipe(given: argparse.Namespace) -> Recipe:
     layout = settings_from_namespace(given, Layout)
     fields = {name: getattr(layout, name) for name in layout.model_fields_set}
     return _entered(load_recipe(given.recipe, given.set, fields, given.output))
+
+
+def _print_verdicts(recipe: Recipe, stages: Sequence[Stage], *, checksums: bool) -> None:
+    """What `run` and `submit` would do with each stage, as comments above the commands."""
+    from megatron_erpd.pipeline.artifacts import Artifacts
+    from megatron_erpd.pipeline.verdicts import judge_all
+
+    for name, verdict in judge_all(stages, Artifacts(recipe.folder, checksums)).items():
+        print(f"# {name}: {verdict.describe()}")
+    print()
 
 
 def _entered(recipe: Recipe) -> Recipe:

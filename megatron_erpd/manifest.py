@@ -34,6 +34,8 @@ REQUEST = "request.json"
 METRICS = "metrics.jsonl"
 """How the stage went, step by step. No part of what it made, as it holds times."""
 SCHEMA_VERSION = 1
+_COPIED_SECONDS = 60.0
+"""A request whose file was written so long after its stage began is a copy."""
 _VERSIONED = ("megatron-erpd", "megatron-core", "torch", "transformers")
 
 
@@ -99,13 +101,12 @@ def begin_artifact(folder: Path, stage: str, settings: Mapping[str, Any], inputs
                 f"{folder}: was begun with other settings or inputs and can't be continued with these; give another "
                 "--output or delete it:\n  " + "\n  ".join(lines)
             )
-        os.utime(folder / REQUEST)
+        _write_request(folder, request, _seconds_worked(folder))
         return True
     if folder.is_dir() and any(_is_content(path.relative_to(folder)) for path in folder.iterdir()):
         raise StageError(f"{folder}: holds files that no stage left there; give an empty or new folder as --output")
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {"stage": stage, "settings": dict(settings), "inputs": dict(inputs)}
-    write_json(folder / REQUEST, wanted)
+    _write_request(folder, Manifest(stage, dict(settings), dict(inputs), files={}), seconds=0.0)
     return False
 
 
@@ -114,7 +115,8 @@ def finish_artifact(
 ) -> Manifest:
     """Publishes the manifest of what `begin_artifact` was asked for. Call once, when all else is written.
 
-    The summary gets `seconds`, the time since the stage began (since it was last taken up, after an interruption).
+    The summary gets `seconds`, the time that the stage has worked in all its starts, and with several their number as
+    `starts`. Of a start that was killed, the time until its last file counts.
 
     Args:
         checksums: SHA-256 of files that are known, by their path in the folder; the others are read.
@@ -122,11 +124,33 @@ def finish_artifact(
     request = read_request(folder)
     if request is None:
         raise StageError(f"{folder}: has no {REQUEST}, so no stage has begun it")
-    seconds = round(time.time() - (folder / REQUEST).stat().st_mtime, 1)
-    summary = {"seconds": seconds, **(summary or {})}
+    record = json.loads((folder / REQUEST).read_text())
+    started = record.get("started", (folder / REQUEST).stat().st_mtime)
+    times = {"seconds": round(record.get("seconds", 0.0) + time.time() - started, 1)}
+    times |= {"starts": record["starts"]} if record.get("starts", 1) > 1 else {}
+    summary = {**times, **(summary or {})}
     manifest = write_manifest(folder, request.stage, request.settings, request.inputs, summary, checksums)
     (folder / REQUEST).unlink()
     return manifest
+
+
+def _write_request(folder: Path, request: Manifest, seconds: float) -> None:
+    """Notes what is wanted, that a start begins now, and how long those before have worked."""
+    path = folder / REQUEST
+    starts = json.loads(path.read_text()).get("starts", 1) + 1 if path.is_file() else 1
+    wanted = {"stage": request.stage, "settings": request.settings, "inputs": request.inputs}
+    write_json(path, wanted | {"started": time.time(), "starts": starts, "seconds": seconds})
+
+
+def _seconds_worked(folder: Path) -> float:
+    """How long the starts of an unfinished stage have worked; of the last one, until its last file."""
+    path = folder / REQUEST
+    record, written = json.loads(path.read_text()), path.stat().st_mtime
+    started = record.get("started", written)
+    if abs(written - started) > _COPIED_SECONDS:  # the times of a copy's files are those of the copying
+        return record.get("seconds", 0.0)
+    files = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
+    return record.get("seconds", 0.0) + max(0.0, min(max(files), time.time()) - started)
 
 
 def read_request(folder: Path) -> Manifest | None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_erpd.checkpoint.shards import gather_objects, raise_together
 from megatron_erpd.errors import ErpdError, StageError, first_line, full_disk
 from megatron_erpd.launcher import Launch, check_meeting, launch, work_alone
+from megatron_erpd.progress import say_progress
 
 _SECONDS = 5.0
 _MEETING = timedelta(minutes=2)
@@ -134,10 +135,11 @@ class Progress:
             self._last = now
             rate = self._done / (now - self._begin)
             left = (self._total - self._done) / rate
-            of = "" if num_processes() == 1 else f" of its share, {num_processes()} processes"
-            print(
-                f"{self._verb} {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB{of}, {rate / 1e9:.2f} GB/s, "
-                f"{left:.0f} s left",
+            share = "" if num_processes() == 1 else f"the share of one of {num_processes()} processes, "
+            say_progress(
+                self._verb,
+                f"{self._done / 1e9:.1f}",
+                f"{self._total / 1e9:.1f} GB",
+                f"{share}{rate / 1e9:.2f} GB/s, {left:.0f} s left",
                 file=sys.stderr,
-                flush=True,
             )

@@ -25,6 +25,7 @@ from megatron_erpd.manifest import (
     read_manifest,
 )
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
+from megatron_erpd.progress import say_progress
 from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
@@ -385,7 +386,7 @@ def _progress(word: str, lines: StepLines | None = None) -> Callable[[int, int],
         nonlocal said
         if done >= total or time.monotonic() - said >= _PROGRESS_SECONDS:
             said = time.monotonic()
-            print(f"{word} {done} of {total}", flush=True)
+            say_progress(word, str(done), str(total))
             if lines:
                 lines.add({"responses": done, "responses_wanted": total})
 

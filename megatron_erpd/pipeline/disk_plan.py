@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_erpd.checkpoint.families import ModelShape
 from megatron_erpd.checkpoint.parameter_count import count_parameters
-from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.pipeline.memory_plan import DISTRIBUTED_OPTIMIZER, OPTIMIZER_BYTES, WEIGHT_BYTES
 from megatron_erpd.pipeline.stages import TRAINS, Stage
 from megatron_erpd.teacher_cache.sizes import cache_size
@@ -52,12 +51,18 @@ class DiskPlan:
 
 
 def disk_plan(
-    folder: Path, stages: Sequence[Stage], shape: ModelShape | None, hf_dtype: int, counts: tuple[int, int] | None
+    folder: Path,
+    stages: Sequence[Stage],
+    done: Collection[str],
+    shape: ModelShape | None,
+    hf_dtype: int,
+    counts: tuple[int, int] | None,
 ) -> DiskPlan:
     """What the stages write.
 
     Args:
         folder: of the run.
+        done: names of the stages that are. What is made anew takes its space beside the former artifact.
         shape: the model's, where it is known.
         hf_dtype: bytes per parameter in the Hugging Face folder, and so in its import and in exports.
         counts: rollouts and response tokens of a round, where they are known.
@@ -81,7 +86,7 @@ def disk_plan(
             size = saved * _checkpoint(stage, shape) if shape else None
             if stage.command == "train-on-policy" and size is not None and shape:
                 size, what = size + count_parameters(shape) * WEIGHT_BYTES[stage.layout.precision], what + ", sampler"
-        items.append(DiskItem(stage.name, what, size, (stage.output / MANIFEST).is_file()))
+        items.append(DiskItem(stage.name, what, size, stage.name in done))
     return DiskPlan(str(folder), items, shutil.disk_usage(_existing(folder)).free)
 
 

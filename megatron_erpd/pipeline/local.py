@@ -9,9 +9,7 @@ side by side as far as GPUs (or, without any, cores) allow.
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,20 +18,22 @@ from typing import IO, NoReturn
 
 from rich.console import Console
 
-from megatron_erpd.errors import ErpdError, StageError
+from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_text
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
-from megatron_erpd.pipeline.display import Display, summary_table
+from megatron_erpd.pipeline.attempts import LOCK, last_attempt, this_process
+from megatron_erpd.pipeline.display import Display, Row, State, summary_table
 from megatron_erpd.pipeline.failure import describe_code
 from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.outcome import judge
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
-from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, stop
+from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, progress_of, stop, tail_of
 from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.slurm_jobs import slurm_folder
 from megatron_erpd.pipeline.stages import Stage, dependencies
+from megatron_erpd.pipeline.verdicts import Verdict, judge_all
 
 _POLL_SECONDS = 0.1
 _SHOW_SECONDS = 1.0
@@ -165,7 +165,7 @@ class Runner:
     def _start(self, stage: Stage, gpus: Sequence[str]) -> None:
         if not stage.is_tool:
             self.artifacts.begin(stage)
-        log = self.root / "logs" / (stage.name.replace("/", "-") + ".log")
+        log = log_file(self.root, stage)
         self.running[stage.name] = StageProcess(stage, log, gpus, self.slots.threads, self.keep_open)
         again = "goes on with what is there, " if self.assessed[stage.name].found == "interrupted" else ""
         self.display.update(stage.name, "running", note=f"{again}log in {log}")
@@ -186,12 +186,14 @@ class Runner:
                 self._fail(process, f"{outcome.why}\n({describe_code(code)}, log in {process.log})")
             if outcome.warning:
                 self.display.say(f"[{name}] {outcome.warning}")
+            process.note_end("done")
             self.done.add(name)
             self.display.update(name, "done", process.elapsed)
             if self._after_stage and (note := self._after_stage(process.stage)):
                 self.display.say(f"[{name}] {note}")
 
     def _fail(self, process: StageProcess, why: str) -> NoReturn:
+        process.note_end("failed", why)
         self.display.update(process.stage.name, "failed", process.elapsed)
         raise StageError(f"{process.stage.name} failed: {why}")
 
@@ -202,6 +204,7 @@ class Runner:
             self.display.say(f"stopping {names} (what is saved can go on; Ctrl-C again kills)")
             stop(list(self.running.values()), self.grace)
         for name, process in self.running.items():
+            process.note_end("stopped")
             self.display.update(name, "stopped", process.elapsed)
         self.running.clear()
 
@@ -218,9 +221,9 @@ def locked(root: Path) -> Iterator[IO[str]]:
     """
     root.mkdir(parents=True, exist_ok=True)
     _refuse_jobs(root)
-    with (root / ".lock").open("a+") as file:
+    with (root / LOCK).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -229,13 +232,22 @@ def locked(root: Path) -> Iterator[IO[str]]:
                 "it, or give another --output"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(this_process())
         file.flush()
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield file
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _take(file: IO[str]) -> None:
+    """Takes the lock; `megatron-erpd status` may have it for a moment, to see whether anybody has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        time.sleep(0.2)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _refuse_jobs(root: Path) -> None:
@@ -250,32 +262,46 @@ def _refuse_jobs(root: Path) -> None:
         )
 
 
+def log_file(root: Path, stage: Stage) -> Path:
+    """What a stage prints when it runs on this machine."""
+    return root / "logs" / (stage.name.replace("/", "-") + ".log")
+
+
 def status_table(recipe: Recipe) -> Display:
-    """Where a run stands, without running anything; files are compared by size alone."""
+    """Where a run stands and what `run` would do, without running anything; files are compared by size alone."""
     stages = plan(recipe)
-    artifacts = Artifacts(recipe.folder, checksums=False)
+    verdicts = judge_all(stages, Artifacts(recipe.folder, checksums=False))
     display = Display(f"{recipe.name} in {recipe.folder}", [stage.name for stage in stages])
-    done: set[str] = set()
     for stage in stages:
-        row = display.rows[stage.name]
-        missing = [name for name in dependencies(stage, stages) if name not in done]
-        if missing:
-            row.note = f"waits for {', '.join(missing)}"
-            continue
-        try:
-            assessment = artifacts.assess(stage)
-        except ErpdError as error:  # an input of the user's own is gone or can't be read
-            row.note = str(error)
-            continue
-        if assessment.found == "complete":
-            done.add(stage.name)
-            row.state, row.seconds = "done", read_manifest(stage.output).summary.get("seconds")
-        elif assessment.found == "interrupted":
-            row.state, row.note = "stopped", "goes on with what is there"
-        else:
-            row.note = "; ".join(assessment.reasons)
+        pending = [name for name in dependencies(stage, stages) if not verdicts[name].is_done]
+        display.rows[stage.name] = _row(stage, verdicts[stage.name], pending, log_file(recipe.folder, stage))
     if slurm_folder(recipe.folder).is_dir():
         from megatron_erpd.pipeline.slurm_status import show_or_say
 
         show_or_say(display, stages, recipe.folder)
     return display
+
+
+_STATES: dict[str, State] = {"done": "done", "again": "again", "resumed": "stopped"}
+_ERROR_LINES = 3
+
+
+def _row(stage: Stage, verdict: Verdict, pending: Sequence[str], log: Path) -> Row:
+    """What is shown of a stage: that it is at work, or else the verdict on it, with how the last attempt ended."""
+    last = last_attempt(log)
+    if last and last.state == "running":
+        progress = progress_of(stage.output, tail_of(log, last.log_start), last.started)
+        note = f"{progress}, log in {log}" if progress else f"log in {log}"
+        return Row("running", time.time() - last.started, note)
+    if verdict.is_done:
+        return Row("done", read_manifest(stage.output).summary.get("seconds"), "; ".join(verdict.because))
+    if verdict.word == "again":
+        return Row("again", note=f"because {'; '.join(verdict.because)}")
+    if last and last.state == "failed":
+        lines = last.error.splitlines()
+        more = ["..."] * (len(lines) > _ERROR_LINES)
+        return Row("failed", last.seconds, "\n".join([*lines[:_ERROR_LINES], *more, f"log in {log}"]))
+    waits = f"waits for {', '.join(pending)}" if pending else ""
+    if verdict.word == "new" and last and last.state == "stopped":
+        return Row("stopped", note=waits or f"starts over, log in {log}")
+    return Row(_STATES.get(verdict.word, "waiting"), note=waits or "; ".join(verdict.because))

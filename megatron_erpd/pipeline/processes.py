@@ -11,10 +11,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from megatron_erpd.errors import has_no_room
 from megatron_erpd.launcher import set_threads, without_launcher
+from megatron_erpd.manifest import METRICS
+from megatron_erpd.pipeline.attempts import note_end, note_start
 from megatron_erpd.pipeline.stages import PACKAGE_ROOT, Stage
+from megatron_erpd.progress import is_progress
 
 ERROR_PREFIX = "error: "
 """How the tools begin the message of an `ErpdError`; its further lines are indented."""
@@ -108,31 +112,43 @@ class StageProcess:
                 start_new_session=True,
                 pass_fds=tuple(keep_open),
             )
+        self._attempt = note_start(log, self.process.pid, self.log_start)
 
     def poll(self) -> int | None:
         return self.process.poll()
 
+    def note_end(self, state: Literal["done", "failed", "stopped"], error: str = "") -> None:
+        """Keeps how it ended for `megatron-erpd status`."""
+        note_end(self.log, self._attempt, state, error)
+
     def progress(self) -> str:
-        """A few words on where the stage is: its last training step, or the last line of its log."""
-        step = last_step(self.stage.output / "metrics.jsonl", newer_than=time.time() - self.elapsed)
-        if step:
-            return step
-        lines = [line for line in self._tail().splitlines() if line.strip()]
-        return lines[-1].strip() if lines else ""
+        """A few words on where the stage is: its last training step, or the last progress in its log."""
+        return progress_of(self.stage.output, self._tail(), time.time() - self.elapsed)
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.started
 
     def _tail(self) -> str:
-        """The end of what this attempt wrote; a progress bar's carriage returns count as line ends."""
-        try:
-            with self.log.open("rb") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(self.log_start, end - _TAIL_BYTES))
-                return file.read().decode(errors="replace").replace("\r", "\n")
-        except OSError as error:
-            return f"{self.log} can't be read: {error.strerror}"
+        return tail_of(self.log, self.log_start)
+
+
+def tail_of(log: Path, start: int) -> str:
+    """The end of what an attempt wrote, from byte `start` of the log on; carriage returns count as line ends."""
+    try:
+        with log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(start, end - _TAIL_BYTES))
+            return file.read().decode(errors="replace").replace("\r", "\n")
+    except OSError as error:
+        return f"{log} can't be read: {error.strerror}"
+
+
+def progress_of(output: Path, log: str, started: float = 0.0) -> str:
+    """A few words on where a stage is: its last training step since it was `started`, or the last progress in its log;
+    empty when there is neither."""
+    step = last_step(output / METRICS, newer_than=started)
+    return step or next((line for line in map(_unranked, reversed(log.splitlines())) if is_progress(line)), "")
 
 
 def stop(processes: Sequence[StageProcess], grace: float = GRACE_SECONDS) -> None:

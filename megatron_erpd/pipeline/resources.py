@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
 from megatron_erpd.checkpoint.parameter_count import active_parameters, count_parameters
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.cache_plan import (
     CacheOption,
     Speed,
@@ -31,6 +32,7 @@ from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Imported, Recipe
 from megatron_erpd.pipeline.stage_times import RolloutSize, StageTime, measured_speed, stage_times
 from megatron_erpd.pipeline.stages import RUNS_MODEL, TRAINS, Stage, dependencies
+from megatron_erpd.pipeline.verdicts import Verdict, judge_all
 from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.source_names import is_there, local_path
 
@@ -49,6 +51,8 @@ class StageRow:
     layout: str
     reads: list[str]
     is_done: bool
+    verdict: str
+    """What `run` would do with it, and why: `again, because epochs: 1.0 -> 2.0`."""
 
 
 @dataclass(frozen=True)
@@ -143,25 +147,27 @@ def estimate(
     if sequence_length is not None and sequence_length < 1:
         raise RecipeError(f"--sequence-length {sequence_length}: give 1 or more")
     stages, notes = plan(recipe), list[str]()
+    verdicts = judge_all(stages, Artifacts(recipe.folder, checksums=False))
+    done = {name for name, verdict in verdicts.items() if verdict.is_done}
     shape, hf_dtype, context = _model(stages, notes)
-    data = _data(recipe, stages, notes, context)
+    data = _data(recipe, stages, verdicts, notes, context)
     longest = sequence_length or (data.longest if data else None)
     counts = (data.num_rollouts, data.response_tokens) if data else None
-    disk = disk_plan(recipe.folder, stages, shape, hf_dtype, counts)
+    disk = disk_plan(recipe.folder, stages, done, shape, hf_dtype, counts)
     rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
-    speed, source = _speed(teraflops_per_device, stages, shape, rollouts)
+    speed, source = _speed(teraflops_per_device, [stage for stage in stages if stage.name in done], shape, rollouts)
     cache, advice = _cache(recipe, stages, shape, data, disk, speed)
     if ignored := uncounted_flags(stages):
         notes.append(f"{', '.join(ignored)} of Megatron's change the memory in ways that are not counted")
     return Resources(
         name=recipe.name,
-        stages=[_row(stage, stages) for stage in stages],
+        stages=[_row(stage, stages, verdicts[stage.name]) for stage in stages],
         model=ModelSize(shape.family.name, count_parameters(shape), shape.hidden_size, shape.vocab_size)
         if shape
         else None,
         data=data,
         memory=[stage_memory(s, shape, longest) for s in stages if s.command in RUNS_MODEL] if shape else [],
-        times=stage_times(stages, shape, rollouts, speed) if shape else [],
+        times=stage_times(stages, done, shape, rollouts, speed) if shape else [],
         gpus=_gpus(stages, shape, longest, gpus, notes),
         teraflops_per_device=speed,
         speed_source=source,
@@ -185,12 +191,12 @@ def _learning_rates(stages: Sequence[Stage], shape: ModelShape | None) -> dict[s
 
 
 def _speed(
-    given: float | None, stages: Sequence[Stage], shape: ModelShape | None, rollouts: RolloutSize | None
+    given: float | None, done: Sequence[Stage], shape: ModelShape | None, rollouts: RolloutSize | None
 ) -> tuple[float, str]:
-    """What a device reaches, in teraflop/s, and where that is from."""
+    """What a device reaches, in teraflop/s, and where that is from. `done`: the stages that are."""
     if given is not None:
         return given, "given"
-    measured = measured_speed(stages, shape, rollouts) if shape else None
+    measured = measured_speed(done, shape, rollouts) if shape else None
     if measured:
         return measured.teraflops, f"measured by {measured.stage}, which is done"
     return TERAFLOPS_PER_DEVICE, "assumed: bf16 on an H100 at 40% of its peak"
@@ -208,7 +214,7 @@ def _gpus(
     return gpu_fit([stage for stage in stages if stage.command in RUNS_MODEL], shape, longest, gpus)
 
 
-def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
+def _row(stage: Stage, stages: Sequence[Stage], verdict: Verdict) -> StageRow:
     before = dependencies(stage, list(stages))
     outputs = [s.output for s in stages]
     own = [str(path) for path in stage.inputs.values() if not any(path.is_relative_to(o) for o in outputs)]
@@ -219,8 +225,8 @@ def _row(stage: Stage, stages: Sequence[Stage]) -> StageRow:
     layout = ", ".join(words) if stage.command in RUNS_MODEL else ""
     if stage.gpus_per_process > 1:  # a sampler's, in one process
         layout = f"TP {stage.gpus_per_process}"
-    done = (stage.output / MANIFEST).is_file()
-    return StageRow(stage.name, stage.command, stage.num_processes, layout, [*before, *own], done)
+    reads = [*before, *own]
+    return StageRow(stage.name, stage.command, stage.num_processes, layout, reads, verdict.is_done, verdict.describe())
 
 
 def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None, int, int | None]:
@@ -243,14 +249,21 @@ def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None
     return shape, _HF_TYPES.get(dtype, 4), config.get("max_position_embeddings")
 
 
-def _data(recipe: Recipe, stages: Sequence[Stage], notes: list[str], context: int | None) -> DataSize | None:
+def _data(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    verdicts: Mapping[str, Verdict],
+    notes: list[str],
+    context: int | None,
+) -> DataSize | None:
     """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
     from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts, longest_rollout
     from megatron_erpd.data.sources import source_files
 
     stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))
     section, place, columns = recipe.rollouts, str(stage.output), {}
-    finished = (stage.output / MANIFEST).is_file()
+    # Imported rollouts count without the file that they came from.
+    finished = (stage.output / MANIFEST).is_file() and verdicts[stage.name].word in ("done", "blocked")
     files: Any = stage.output
     if isinstance(section, Imported) and not finished:
         names = {"prompt": PROMPT, "response": RESPONSE}

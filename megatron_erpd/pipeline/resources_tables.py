@@ -31,12 +31,13 @@ def show(found: Resources, console: Console | None = None) -> None:
     (console or Console()).print(tables(found))
 
 
-def _stages(found: Resources) -> Table:
+def _stages(found: Resources) -> Group:
     table = _table(f"{found.name}: stages", "stage", "command", "processes", "layout", "reads")
     for row in found.stages:
         name = Text(row.name, "dim" if row.is_done else "") + Text(" (done)" if row.is_done else "")
         table.add_row(name, row.command, str(row.num_processes), row.layout, _reads(row))
-    return table
+    verdicts = [Text(f"{row.name}: {row.verdict}") for row in found.stages if row.verdict != "new"]
+    return Group(table, *verdicts)
 
 
 def _reads(row: StageRow) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.manifest import read_manifest
 from megatron_erpd.pipeline.display import Display, State
-from megatron_erpd.pipeline.processes import error_message, last_step
+from megatron_erpd.pipeline.processes import error_message, progress_of
 from megatron_erpd.pipeline.slurm_jobs import job_name
 from megatron_erpd.pipeline.slurm_queue import Queued, how_ended, queued
 from megatron_erpd.pipeline.slurm_submit import read_submitted
@@ -36,11 +37,21 @@ def show_jobs(display: Display, stages: Sequence[Stage], root: Path) -> None:
             if number in known:
                 row.state, row.note = _alive(known[number]), _note(name, number, known[number], stage, root)
                 break  # what waits for the slices says nothing new
+            if _made_later(stage, str(submitted[name].get("submitted", "9999"))):
+                continue  # the job did its work; that it is to be done again is not its failure
             how = how_ended(number)
             if how.startswith("COMPLETED"):
                 continue
             row.state, row.note = _dead(how), f"job {number} {how}{_why(root, name, number)}"
             break
+
+
+def _made_later(stage: Stage, submitted: str) -> bool:
+    """Whether the artifact that is there is of the job that was submitted then, or later."""
+    try:
+        return read_manifest(stage.output).created >= submitted
+    except StageError:
+        return False
 
 
 def _alive(jobs: Sequence[Queued]) -> State:
@@ -61,9 +72,10 @@ def _note(name: str, number: str, jobs: Sequence[Queued], stage: Stage, root: Pa
     if not running:
         return f"{words[0]} ({', '.join(dict.fromkeys(job.reason for job in jobs))})"
     words += [f"{running[0].time_left} left"] if running[0].time_left not in ("UNLIMITED", "INVALID") else []
-    starts = len(_logs(root, name, number))
+    logs = _logs(root, name, number)
+    starts = len(logs)
     words += [f"start {starts}"] if starts > 1 and len(jobs) == 1 else []
-    step = last_step(stage.output / "metrics.jsonl") or _last_line(root, name, number)
+    step = progress_of(stage.output, "\n".join(_tail(logs[-1])) if logs else "")
     return ", ".join([*words, *([step] if step else [])])
 
 
@@ -73,13 +85,9 @@ def _why(root: Path, name: str, number: str) -> str:
     if not logs:
         return ""
     message = error_message(_tail(logs[-1]))
-    return (f": {message.splitlines()[0]}" if message else "") + f" (log in {logs[-1]})"
-
-
-def _last_line(root: Path, name: str, number: str) -> str:
-    logs = _logs(root, name, number)
-    lines = [line.strip() for line in (_tail(logs[-1]) if logs else []) if not line.startswith("[job]")]
-    return next((line for line in reversed(lines) if line), "")
+    return (f": {'; '.join(line.strip() for line in message.splitlines()[:3])}" if message else "") + (
+        f" (log in {logs[-1]})"
+    )
 
 
 def _tail(log: Path) -> list[str]:

@@ -23,7 +23,8 @@ from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder
 from megatron_erpd.pipeline.slurm_queue import queued, slurm
 from megatron_erpd.pipeline.slurm_script import render
-from megatron_erpd.pipeline.stages import Stage, dependencies
+from megatron_erpd.pipeline.stages import Stage
+from megatron_erpd.pipeline.verdicts import judge_all
 
 Say = Callable[[str], None]
 
@@ -56,11 +57,11 @@ def submit_stages(
     """As `submit`, with the stages given. `recipe` is kept in the run's folder."""
     jobs = jobs_of(stages)
     with submitting(root):
-        done = _done(root, stages, checksums)
-        jobs = [job for job in jobs if job.stage.name not in done]
-        for stage in stages:
-            if stage.name in done:
-                say(f"{stage.name}: done")
+        verdicts = judge_all(stages, Artifacts(root, checksums))
+        jobs = [job for job in jobs if not verdicts[job.stage.name].is_done]
+        for stage_name, verdict in verdicts.items():
+            if verdict.word in ("done", "again"):
+                say(f"{stage_name}: {verdict.describe()}")
         submitted = read_submitted(root)
         if not submitted:  # of a copied run, locks are those of the original's jobs
             shutil.rmtree(slurm_folder(root) / "locks", ignore_errors=True)
@@ -206,16 +207,6 @@ def _take(lock: Path, own: Path, host: str) -> None:
                 lock.rename(own.with_name(own.name + ".left-behind"))
                 own.with_name(own.name + ".left-behind").unlink()
     raise StageError(f"{lock}: another process took it just now; try again")
-
-
-def _done(root: Path, stages: Sequence[Stage], checksums: bool) -> set[str]:
-    """Stages whose artifacts are complete, like all that they were made from."""
-    artifacts, done = Artifacts(root, checksums), set[str]()
-    for stage in stages:
-        ready = set(dependencies(stage, list(stages))) <= done and all(p.exists() for p in stage.inputs.values())
-        if ready and artifacts.assess(stage).found == "complete":
-            done.add(stage.name)
-    return done
 
 
 def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> None:

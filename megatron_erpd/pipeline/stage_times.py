@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_erpd.checkpoint.families import ModelShape
 from megatron_erpd.checkpoint.parameter_count import active_parameters
-from megatron_erpd.manifest import MANIFEST, read_manifest
+from megatron_erpd.manifest import read_manifest
 from megatron_erpd.pipeline.activations import recompute_of
 from megatron_erpd.pipeline.cache_plan import forward_flop, training_flop
 from megatron_erpd.pipeline.memory_plan import frozen_policies, global_batch_size, micro_batches
@@ -80,16 +80,21 @@ def bubble(stage: Stage, rollouts: RolloutSize) -> float:
 
 
 def stage_times(
-    stages: Sequence[Stage], shape: ModelShape, rollouts: RolloutSize | None, teraflops: float
+    stages: Sequence[Stage],
+    done: Collection[str],
+    shape: ModelShape,
+    rollouts: RolloutSize | None,
+    teraflops: float,
 ) -> list[StageTime]:
     """Times of all stages; done ones as their manifests have them.
 
     Args:
+        done: names of those.
         teraflops: that a device reaches.
     """
     found = []
     for stage in stages:
-        took = _took(stage.output)
+        took = _took(stage.output) if stage.name in done else None
         flop, estimated = stage_flop(stage, shape, rollouts) if rollouts else None, None
         if rollouts and flop is not None:
             estimated = flop * bubble(stage, rollouts) / (teraflops * 1e12 * stage.num_processes)
@@ -97,14 +102,14 @@ def stage_times(
     return found
 
 
-def measured_speed(stages: Sequence[Stage], shape: ModelShape, rollouts: RolloutSize | None) -> MeasuredSpeed | None:
+def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSize | None) -> MeasuredSpeed | None:
     """The speed of the last finished training on fixed rollouts that has logged its steps; None where none has.
 
     The median step counts: the first ones are slow, and a save now and then is.
     """
-    for stage in reversed(stages):
+    for stage in reversed(done):
         batch, metrics = stage.settings.get("global_batch_size"), stage.output / "metrics.jsonl"
-        if rollouts is None or batch is None or not (stage.output / MANIFEST).is_file() or not metrics.is_file():
+        if rollouts is None or batch is None or not metrics.is_file():
             continue
         rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if ITERATION_TIME in row]
         flop = stage_flop(stage, shape, rollouts)
@@ -132,7 +137,5 @@ def _iterations(stage: Stage, rollouts: RolloutSize) -> int:
 
 
 def _took(output: Path) -> float | None:
-    if not (output / MANIFEST).is_file():
-        return None
     seconds = read_manifest(output).summary.get("seconds")
     return float(seconds) if isinstance(seconds, int | float) else None

@@ -16,6 +16,7 @@ from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.errors import CacheError
+from megatron_erpd.progress import say_progress
 from megatron_erpd.settings import Layout
 from megatron_erpd.teacher_cache.format import hidden_table
 from megatron_erpd.teacher_cache.reader import CacheReader
@@ -160,7 +161,7 @@ class Progress:
         now = time.monotonic()
         if self._speaks and now - self._latest > _REPORT_SECONDS:
             self._latest = now
-            print(f"{self._what}: {self._rows} of {self._total} rollouts, {self._rate():,.0f} tokens/s", flush=True)
+            say_progress(f"{self._what}:", str(self._rows), f"{self._total} rollouts", f"{self._rate():,.0f} tokens/s")
             self._keep()
 
     def close(self) -> None:

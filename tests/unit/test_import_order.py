@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
 
 ORDER = [
-    *("__init__", "errors", "settings", "settings_arguments", "files", "content", "manifest", "model_folder", "slices"),
-    *("launcher", "source_names", "platform"),
+    *("__init__", "errors", "settings", "settings_arguments", "files", "progress", "content", "manifest"),
+    *("model_folder", "slices", "launcher", "source_names", "platform"),
     *("objectives", "vocab_parallel", "data", "teacher_cache", "sampling", "checkpoint", "evaluation", "training"),
     *("report", "pipeline", "cli"),
 ]
@@ -26,8 +26,8 @@ ONLY_IN = {
 """Packages that may import a heavy library at all, at the top of a module or inside a function."""
 
 LIGHT = [
-    *("errors", "settings", "settings_arguments", "files", "content", "manifest", "model_folder", "slices", "cli"),
-    *("launcher", "source_names"),
+    *("errors", "settings", "settings_arguments", "files", "progress", "content", "manifest", "model_folder"),
+    *("slices", "launcher", "source_names", "cli"),
     *("pipeline/commands", "pipeline/program", "pipeline/recipe", "pipeline/recipe_file", "pipeline/slurm_job"),
 ]
 """Modules that a command line, or a job, loads before it knows what to do."""

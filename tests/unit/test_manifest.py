@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -167,3 +168,41 @@ def test_settings_identity():
     identity = settings_identity(settings, ["--lr-decay-style", "cosine"], verifier=None)
     assert identity["megatron"] == ["--lr-decay-style", "cosine"] and identity["verifier"] is None
     assert settings_identity({"a": (1, 2)}) == {"a": [1, 2]} == json.loads(json.dumps({"a": [1, 2]}))
+
+
+def test_the_time_of_all_starts_counts(tmp_path, monkeypatch):
+    now = [1_000_000.0]
+    monkeypatch.setattr("megatron_erpd.manifest.time.time", lambda: now[0])
+
+    def start(at: float) -> None:
+        now[0] = at
+        begin_artifact(tmp_path / "a", "stage", {}, {})
+        os.utime(tmp_path / "a" / REQUEST, (at, at))
+
+    def leave(name: str, at: float) -> None:
+        (tmp_path / "a" / name).write_text("")
+        os.utime(tmp_path / "a" / name, (at, at))
+
+    start(1_000_000)
+    leave("first", 1_000_100)  # killed after 100 s, taken up a day later
+    start(1_086_400)
+    leave("metrics.jsonl", 1_086_430)  # 30 s
+    start(1_100_000)  # killed before it wrote anything
+    start(1_200_000)
+    now[0] = 1_200_007
+    summary = finish_artifact(tmp_path / "a").summary
+    assert summary["seconds"] == 137 and summary["starts"] == 4
+    # In a copy, the files' times say nothing of the start that was killed.
+    start_of_copy = json.dumps({"stage": "stage", "settings": {}, "inputs": {}, "started": 1_300_000, "seconds": 5.0})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / REQUEST).write_text(start_of_copy)
+    now[0] = time_of_copy = 1_400_000.0
+    os.utime(tmp_path / "b" / REQUEST, (time_of_copy, time_of_copy))
+    begin_artifact(tmp_path / "b", "stage", {}, {})
+    now[0] += 3
+    assert finish_artifact(tmp_path / "b").summary["seconds"] == 8
+    # An earlier version kept no times.
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / REQUEST).write_text(json.dumps({"stage": "stage", "settings": {}, "inputs": {}}))
+    os.utime(tmp_path / "c" / REQUEST, (now[0] - 2, now[0] - 2))
+    assert finish_artifact(tmp_path / "c").summary["seconds"] == 2

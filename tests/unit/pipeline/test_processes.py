@@ -72,21 +72,22 @@ def test_a_stage_gets_its_gpus_and_none_of_its_parents_launcher(tmp_path, monkey
     stage = Stage("a", "prepare", (f'python -c "{code}"',), {}, tmp_path, {})
     process = StageProcess(stage, tmp_path / "a.log", gpus=["2", "5"], threads=3)
     assert process.process.wait(30) == 0
-    environment = json.loads(process.progress())
+    environment = json.loads(process.log.read_text().splitlines()[-1])
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,5"
     assert not set(launchers) & environment.keys()
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
 def test_progress_is_the_last_whole_step(tmp_path):
-    stage = Stage("a", "prepare", ('python -c "print(1)"',), {}, tmp_path, {})
+    said = "sampled 1 of 2\\n/x.py:3: UserWarning: 1 of 2 was 3 of 4\\n  warnings.warn()\\nwarning: skipped 1 of 2"
+    stage = Stage("a", "prepare", (f"python -c \"print('{said}')\"",), {}, tmp_path, {})
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"iteration": 3, "stage1/loss": 0.5}\n')
     os.utime(metrics, (time.time() - 60, time.time() - 60))
     process = StageProcess(stage, tmp_path / "a.log", [], 1)
     process.process.wait(30)
-    assert process.progress() == "1"  # the step is an earlier attempt's
+    assert process.progress() == "sampled 1 of 2"  # the step is an earlier attempt's
     metrics.write_text('{"iteration": 4, "stage1/loss": 0.25, "stage1/kl_k3": 0.0125, "learning-rate": 1e-4}\n{"iter')
     assert process.progress() == "iteration 4, loss 0.25, kl_k3 0.0125"
     metrics.write_text('{"iteration": 1, "seconds": 3.0, "sample/responses": 16}\n')
-    assert process.progress() == "1"  # what doesn't train tells in its log how far it is
+    assert process.progress() == "sampled 1 of 2"  # what doesn't train tells in its log how far it is

@@ -19,6 +19,7 @@ from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.pipeline import disk_plan
+from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.cache_plan import Speed, cache_options
 from megatron_erpd.pipeline.gpu_fit import Gpus, parse_gpus
 from megatron_erpd.pipeline.memory_plan import stage_memory
@@ -26,6 +27,7 @@ from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.resources import Resources, estimate
 from megatron_erpd.pipeline.resources_tables import tables
+from megatron_erpd.pipeline.stages import Stage, settings_of
 from megatron_erpd.settings import PrecomputeSettings
 
 ROOT = Path(__file__).parents[3]
@@ -72,21 +74,34 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     Path("model/config.json").write_text(json.dumps(LLAMA_70B))
     Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n' * 1000)
 
-    def plan(
+    def plan_it(
         teraflops: float | None = 400.0, gpus: Gpus | None = None, sequence_length: int | None = None, **sections: Any
     ) -> Resources:
-        recipe = {
-            "name": "mine",
-            "model": "model",
-            "rollouts": {"prompts": "prompts.jsonl", "verifier": "math-verify", "max_new_tokens": 2048},
-            "teacher": {"checkpoints": 2},
-            "student": {"save_interval": 10},
-            "layout": {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16"},
-            "megatron": {"use-distributed-optimizer": True},
-        }
-        return estimate(Recipe(**{**recipe, **sections}), teraflops, gpus, sequence_length)
+        return estimate(recipe_of(**sections), teraflops, gpus, sequence_length)
 
-    return plan
+    return plan_it
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    recipe = {
+        "name": "mine",
+        "model": "model",
+        "rollouts": {"prompts": "prompts.jsonl", "verifier": "math-verify", "max_new_tokens": 2048},
+        "teacher": {"checkpoints": 2},
+        "student": {"save_interval": 10},
+        "layout": {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16"},
+        "megatron": {"use-distributed-optimizer": True},
+    }
+    return Recipe(**{**recipe, **sections})
+
+
+def finish(stage: Stage, summary: dict[str, Any] | None = None) -> None:
+    """Leaves the artifact that a stage would, as far as a plan looks at it."""
+    stage.output.mkdir(parents=True, exist_ok=True)
+    if stage.command == "import":
+        shutil.copytree(stage.inputs["hf"], stage.output / "hf")
+    inputs = Artifacts(stage.output.parent).digests(stage)
+    write_manifest(stage.output, stage.command, settings_of(stage), inputs, summary)
 
 
 def shown(found: Resources, width: int = 200) -> str:
@@ -250,16 +265,19 @@ def test_kept_checkpoints_are_exported(plan_of: Callable[..., Resources]) -> Non
 
 def test_what_is_done_takes_no_more_space(plan_of: Callable[..., Resources]) -> None:
     before = plan_of().disk.needed
-    Path("runs/mine/round-01/base").mkdir(parents=True)
-    write_manifest(Path("runs/mine/round-01/base"), "import", {}, {})
+    finish(plan(recipe_of())[0])
     found = plan_of()
     assert before - found.disk.needed == 2 * PARAMETERS
     assert [row.name for row in found.stages if row.is_done] == ["base"]
+    # What is made anew needs the space that it took.
+    Path("model/config.json").write_text(json.dumps({**LLAMA_70B, "rope_theta": 1.0}))
+    found = plan_of()
+    assert found.disk.needed == before and "base: again, because input hf changed" in shown(found)
 
 
-def rollouts(path: Path) -> None:
+def rollouts(path: Path, count: int = 2) -> None:
     row = {"prompt_token_ids": [1, 2], "response_token_ids": [3, 4, 5, 6, 7, 8], "group_id": 1, "reward": 1.0}
-    write_rollouts(path, [row, row])
+    write_rollouts(path, [row] * count)
 
 
 def test_imported_rollouts_are_counted(plan_of: Callable[..., Resources]) -> None:
@@ -339,16 +357,20 @@ def test_time_at_a_given_speed(plan_of: Callable[..., Resources]) -> None:
 
 def test_time_at_a_measured_speed(plan_of: Callable[..., Resources]) -> None:
     folder = Path("runs/mine/round-01/teacher")
+    stages = {stage.name: stage for stage in plan(recipe_of())}
+    rollouts(stages["rollouts"].output / "rollouts.parquet", 512)
+    for name in ("base", "rollouts", "base-log-probs"):
+        finish(stages[name])
     folder.mkdir(parents=True)
     rows = [{"iteration": i, "iteration-time": seconds, "world-size": 64} for i, seconds in ((2, 40.0), (3, 10.0))]
     lines = "".join(json.dumps(row) + "\n" for row in [{"iteration": 1}, *rows, {**rows[1], "iteration": 4}])
     (folder / "metrics.jsonl").write_text(lines)
-    write_manifest(folder, "train-teacher", {}, {}, {"seconds": 123.0})
+    finish(stages["teacher"], {"seconds": 123.0})
     found = plan_of(teraflops=None)
     times = {row.stage: row for row in found.times}
     assert times["teacher"].is_done and times["teacher"].seconds == 123.0
     # The student has as many steps of the same kind as the teacher, whose median step took 10 s.
-    assert times["student"].seconds == pytest.approx(10.0 * 8 * 16_000 // 256)
+    assert times["student"].seconds == pytest.approx(10.0 * 8 * 512 // 256)
     assert found.speed_source.startswith("measured by teacher") and "measured by teacher" in shown(found)
     assert plan_of(teraflops=300.0).teraflops_per_device == 300.0
     (folder / "metrics.jsonl").write_text('{"iteration": 1}\n')
@@ -394,4 +416,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         cli.main(["plan", *argv, "--json", "nowhere/plan.json"])
-    assert caught.value.code == 2 and "--json nowhere/plan.json" in capsys.readouterr().err
+    assert caught.value.code == 2 and "nowhere/plan.json: can't be written" in capsys.readouterr().err

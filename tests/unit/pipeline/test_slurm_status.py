@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_erpd.manifest import write_manifest
 from megatron_erpd.pipeline import slurm_status
-from megatron_erpd.pipeline.display import Display
+from megatron_erpd.pipeline.display import Display, Row
 from megatron_erpd.pipeline.slurm_queue import Queued
 from megatron_erpd.pipeline.slurm_status import show_jobs
 from megatron_erpd.pipeline.stages import Stage
@@ -65,3 +66,24 @@ def test_no_limit_and_no_start_yet(show: Show) -> None:
 def test_an_array_is_counted(show: Show) -> None:
     waiting = Queued("PENDING", "Resources", "4:00:00")
     assert show(RUNNING, RUNNING, waiting) == "running: job 17 2 RUNNING, 1 PENDING, 3:10:00 left"
+
+
+@pytest.mark.parametrize(
+    ("created", "expected"),
+    [
+        ("2026-01-02T00:00:00Z", "again: because input verifier changed"),  # the job made it; what changed came later
+        ("2026-01-01T00:00:00Z", "failed: job 17 FAILED"),  # of an earlier job
+    ],
+)
+def test_a_job_that_did_its_work_has_not_failed(show: Show, tmp_path: Path, monkeypatch, created, expected) -> None:
+    jobs = {"jobs": {"a": {"id": "17", "submitted": "2026-01-01T12:00:00Z"}}}
+    (tmp_path / "slurm/jobs.json").write_text(json.dumps(jobs))
+    monkeypatch.setattr("megatron_erpd.manifest.time.strftime", lambda *_: created)
+    (tmp_path / "a").mkdir()
+    write_manifest(tmp_path / "a", "train-teacher", {}, {})
+    monkeypatch.setattr(slurm_status, "queued", lambda: {})
+    monkeypatch.setattr(slurm_status, "how_ended", lambda _: "FAILED")
+    display = Display("test", ["a"])
+    display.rows["a"] = Row("again", note="because input verifier changed")
+    show_jobs(display, [Stage("a", "train-teacher", (), {}, tmp_path / "a", {})], tmp_path)
+    assert f"{display.rows['a'].state}: {display.rows['a'].note}" == expected

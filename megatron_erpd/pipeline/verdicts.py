@@ -1,0 +1,105 @@
+"""What a run does with each of its stages, and why: the one answer of `run`, `submit`, `status` and `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_erpd.errors import ErpdError
+from megatron_erpd.manifest import MANIFEST, differences, read_manifest, read_request
+from megatron_erpd.pipeline.artifacts import Artifacts
+from megatron_erpd.pipeline.stages import Stage, dependencies, settings_of
+from megatron_erpd.source_names import is_there
+
+Word = Literal["done", "again", "resumed", "new", "blocked"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a stage.
+
+    done: its artifact is the one asked for. again: there is one of other settings or inputs, or a damaged one, or the
+    beginning of one; it is put aside. resumed: an interrupted one goes on. new: there is none. blocked: an input of
+    the user's is missing.
+    """
+
+    word: Word
+    because: list[str] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return self.word == "done"
+
+    def describe(self) -> str:
+        """`again, because epochs: 1.0 -> 2.0`."""
+        return self.word + (f", because {'; '.join(self.because)}" if self.because else "")
+
+
+def judge_all(stages: Sequence[Stage], artifacts: Artifacts) -> dict[str, Verdict]:
+    """The verdicts on all stages by their names, each after those that it depends on."""
+    found: dict[str, Verdict] = {}
+    for stage in stages:
+        before = {name: found[name] for name in dependencies(stage, list(stages))}
+        found[stage.name] = judge(stage, artifacts, before)
+    return found
+
+
+def judge(stage: Stage, artifacts: Artifacts, before: Mapping[str, Verdict]) -> Verdict:
+    """The verdict on a stage.
+
+    A stage of which an input will be made anew is `again`. When that input then comes out the same, to the bit, a run
+    keeps the stage after all.
+
+    Args:
+        before: the verdicts on the stages that it depends on.
+    """
+    pending = [name for name, verdict in before.items() if not verdict.is_done]
+    if not _has_begun(stage.output):
+        missing = [path for path in stage.inputs.values() if not is_there(path)]
+        if missing and not pending:
+            return Verdict("blocked", [f"{path}: no such file or folder; check the path" for path in missing])
+        return Verdict("new")
+    if pending:
+        inputs = [f"its input {name} {_WILL[before[name].word]}" for name in pending]
+        return Verdict("again", [*_other_settings(stage), *inputs])
+    try:
+        found = artifacts.assess(stage)
+    except ErpdError as error:  # an input of the user's own is gone
+        return Verdict("blocked", [str(error)])
+    if found.found == "complete":
+        return Verdict("done", ["settings, inputs and files are those that its manifest records"])
+    if found.found in ("other", "damaged"):
+        return Verdict("again", found.reasons)
+    if not stage.is_tool:
+        return Verdict("again", ["it did not end, and starts over"])
+    return Verdict("resumed", ["it did not end, and goes on with what is there"])
+
+
+_WILL: Mapping[Word, str] = {
+    "again": "will be made anew",
+    "resumed": "is not finished",
+    "new": "will be made",
+    "blocked": "can't be made",
+}
+
+
+def _has_begun(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _other_settings(stage: Stage) -> list[str]:
+    """What differs from the settings that a folder's artifact was made or begun with, whatever its inputs."""
+    try:
+        has_ended = (stage.output / MANIFEST).is_file()
+        made = read_manifest(stage.output) if has_ended else read_request(stage.output)
+    except ErpdError as error:
+        return [str(error)]
+    if made is None:
+        return []
+    try:
+        settings = settings_of(stage)
+    except ErpdError:  # what follows the size of a base that is to be made is not known yet
+        settings = {key: made.settings.get(key) if value is None else value for key, value in stage.settings.items()}
+    return differences(made, stage.command, settings, made.inputs)
