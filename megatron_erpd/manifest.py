@@ -36,6 +36,8 @@ METRICS = "metrics.jsonl"
 SCHEMA_VERSION = 1
 _COPIED_SECONDS = 60.0
 """A request whose file was written so long after its stage began is a copy."""
+WARNINGS = "warnings"
+"""In a manifest's summary: sentences for people."""
 _VERSIONED = ("megatron-erpd", "megatron-core", "torch", "transformers")
 
 
@@ -111,7 +113,10 @@ def begin_artifact(folder: Path, stage: str, settings: Mapping[str, Any], inputs
 
 
 def finish_artifact(
-    folder: Path, summary: dict[str, Any] | None = None, checksums: Mapping[str, str] | None = None
+    folder: Path,
+    summary: dict[str, Any] | None = None,
+    checksums: Mapping[str, str] | None = None,
+    warnings: Sequence[str] = (),
 ) -> Manifest:
     """Publishes the manifest of what `begin_artifact` was asked for. Call once, when all else is written.
 
@@ -120,6 +125,8 @@ def finish_artifact(
 
     Args:
         checksums: SHA-256 of files that are known, by their path in the folder; the others are read.
+        warnings: what people should know of the artifact. Printed, and kept in the summary, from where a run and its
+            report show them.
     """
     request = read_request(folder)
     if request is None:
@@ -129,6 +136,9 @@ def finish_artifact(
     times = {"seconds": round(record.get("seconds", 0.0) + time.time() - started, 1)}
     times |= {"starts": record["starts"]} if record.get("starts", 1) > 1 else {}
     summary = {**times, **(summary or {})}
+    for warning in warnings:
+        print(f"warning: {warning}", flush=True)
+    summary |= {WARNINGS: list(warnings)} if warnings else {}
     manifest = write_manifest(folder, request.stage, request.settings, request.inputs, summary, checksums)
     (folder / REQUEST).unlink()
     return manifest

@@ -156,6 +156,11 @@ class Rollouts:
         """'stop', 'length', the source's own word, or None."""
         return self._scalar("finish_reason", i)
 
+    @cached_property
+    def finish_reasons(self) -> list[str | None]:
+        """`finish_reason` of every rollout."""
+        return self._take("finish_reason").to_pylist()
+
     def prompt_text(self, i: int) -> str | None:
         """The prompt for people to read, where recorded."""
         return self._scalar("prompt", i)

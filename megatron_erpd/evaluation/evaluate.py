@@ -15,7 +15,7 @@ from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.evaluation.divergence import compare_policies
 from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_metrics, saved_metrics
-from megatron_erpd.evaluation.responses import accuracies, decode, respond, score, standard_error
+from megatron_erpd.evaluation.responses import accuracies, decode, prompt_means, respond, score, standard_error
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
@@ -173,7 +173,7 @@ def evaluate_policy(
         _example(records[i], greedy_texts[i], greedy_rewards[i, 0], texts[i], rewards[i])
         for i in range(min(num_examples, len(records)))
     ]
-    return Evaluation(metrics, examples)
+    return Evaluation(metrics, examples, prompt_means(rewards))
 
 
 def _data_divergence(

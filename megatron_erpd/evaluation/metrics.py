@@ -67,10 +67,15 @@ class PolicyMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics`, and a few prompts with their responses for people to read."""
+    """`metrics`, a few prompts with their responses for people to read, and what policies are compared by.
+
+    Attributes:
+        prompt_rewards: mean reward of each prompt's samples, as in `accuracy_sampled`; None where none was verified.
+    """
 
     metrics: PolicyMetrics
     examples: list[dict[str, Any]]
+    prompt_rewards: list[float | None]
 
 
 def read_metrics(file: str | Path) -> PolicyMetrics:

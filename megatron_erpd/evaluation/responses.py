@@ -71,6 +71,11 @@ def accuracies(rewards: np.ndarray, greedy: np.ndarray) -> dict[str, Any]:
     }
 
 
+def prompt_means(rewards: np.ndarray) -> list[float | None]:
+    """Of each prompt, the mean of its verified samples; None where there are none."""
+    return [None if np.isnan(row).all() else float(np.nanmean(row)) for row in rewards]
+
+
 def mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,13 @@ from megatron_erpd.manifest import (
 from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
 from megatron_erpd.progress import say_progress
 from megatron_erpd.sampling.inputs import input_digests
-from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
+from megatron_erpd.settings import EvaluateSettings, HeldOutSettings, ImportSettings, SampleSettings, SelectSettings
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments, slice_folders
 
 if TYPE_CHECKING:
     from megatron_erpd.data.step_lines import StepLines
+    from megatron_erpd.sampling.prompts import PromptRecord
 
 _SOURCE_HELP = (
     "a file or folder (JSON lines, JSON, CSV, Parquet, Arrow), or a data set of the hub, "
@@ -66,7 +67,10 @@ def sample(argv: list[str]) -> None:
         return
     output, summary = begun
 
+    from megatron_erpd.data.rollout_warnings import rollout_warnings
+    from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.data.step_lines import StepLines
+    from megatron_erpd.evaluation.held_out import too_few
     from megatron_erpd.sampling.parts import remove_slices
     from megatron_erpd.sampling.prompts import load_prompts
     from megatron_erpd.sampling.sample import sample_rollouts
@@ -85,7 +89,11 @@ def sample(argv: list[str]) -> None:
         progress=_progress("sampled", lines),
     )
     lines.add(_figures(report))
-    finish_artifact(output, {**_figures(report), **summary})
+    warnings = [
+        *too_few(given.num_prompts, len(prompts), "rollouts.num_prompts"),
+        *rollout_warnings(read_rollouts(output)),
+    ]
+    finish_artifact(output, {**_figures(report), **summary}, warnings=warnings)
     if given.slice is None:
         remove_slices(output)
 
@@ -158,6 +166,8 @@ def import_rollouts(argv: list[str]) -> None:
     from rich.console import Console
 
     from megatron_erpd.data import import_report, importers
+    from megatron_erpd.data.rollout_warnings import rollout_warnings
+    from megatron_erpd.data.rollouts import read_rollouts
 
     options = settings.model_dump(exclude={"format"})
     report = importers.import_rollouts(
@@ -170,7 +180,8 @@ def import_rollouts(argv: list[str]) -> None:
     )
     write_json(given.output / "report.json", report.as_dict())
     Console().print(import_report.render(report))
-    finish_artifact(given.output, _figures(report.as_dict()))
+    warnings = rollout_warnings(read_rollouts(given.output))
+    finish_artifact(given.output, _figures(report.as_dict()), warnings=warnings)
 
 
 def select(argv: list[str]) -> None:
@@ -186,6 +197,9 @@ def select(argv: list[str]) -> None:
     parser.add_argument("--candidates", type=Path, required=True, help="their export (`export --checkpoint ...@all`)")
     parser.add_argument("--prompts", required=True, help=f"validation prompts: {_PROMPTS_HELP}")
     parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
+    parser.add_argument(
+        "--rollouts", type=Path, help="what the teacher was trained on: warns of prompts that are there"
+    )
     parser.add_argument(
         "--unlearned", action="store_true", help="there will be an unlearned policy: signals with it may be recommended"
     )
@@ -206,10 +220,11 @@ def select(argv: list[str]) -> None:
 
     _check_candidates(given.candidates, given.teacher)
     _say_not_read(given.prompts)
+    prompts = load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier)
     selection = select_checkpoint(
         given.model,
         candidate_folders(given.candidates),
-        load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier),
+        prompts,
         given.output,
         settings,
         verifier=given.verifier,
@@ -220,7 +235,8 @@ def select(argv: list[str]) -> None:
     take_iteration(given.teacher / "megatron", selection.iteration, given.output / "megatron")
     shutil.copytree(given.teacher / "hf", given.output / "hf", dirs_exist_ok=True)
     write_json(given.output / SELECTION, asdict(selection))
-    finish_artifact(given.output, selection.figures())
+    warnings = _prompt_warnings("selection", prompts, settings, given.model, given.rollouts)
+    finish_artifact(given.output, selection.figures(), warnings=warnings)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -262,13 +278,15 @@ def evaluate(argv: list[str]) -> None:
     _begin("evaluate", given.output, request)
 
     from megatron_erpd.evaluation.evaluate import evaluate_policies
+    from megatron_erpd.evaluation.held_out import metrics_warnings
     from megatron_erpd.sampling.prompts import load_prompts
 
     _say_not_read(given.prompts)
-    evaluate_policies(
+    prompts = load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier)
+    metrics = evaluate_policies(
         models | _exported(given.exported, models),
         models["base"],
-        load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier),
+        prompts,
         given.output,
         settings,
         origin=given.origin,
@@ -276,7 +294,8 @@ def evaluate(argv: list[str]) -> None:
         rollouts=given.rollouts,
         status=_status(),
     )
-    finish_artifact(given.output)
+    warnings = _prompt_warnings("evaluation", prompts, settings, models["base"], given.rollouts)
+    finish_artifact(given.output, warnings=[*warnings, *metrics_warnings(metrics)])
 
 
 def report(argv: list[str]) -> None:
@@ -326,6 +345,20 @@ def _say_not_read(prompts: str) -> None:
     path = prompts_path(prompts)
     for other in open_source(prompts).not_read if path is not None and path.is_dir() else ():
         print(f"not read: {other}", flush=True)
+
+
+def _prompt_warnings(
+    section: str, prompts: Sequence[PromptRecord], settings: HeldOutSettings, model: Path, rollouts: Path | None
+) -> list[str]:
+    """Of held-out prompts, as the base policy in the folder `model` sees them."""
+    from megatron_erpd.data.rollouts import read_rollouts
+    from megatron_erpd.evaluation.held_out import prompt_warnings
+    from megatron_erpd.sampling.prompts import encode_prompts
+
+    # A number that nobody gave is the most that is wanted.
+    asked = settings.num_prompts if "num_prompts" in settings.model_fields_set else None
+    ids = encode_prompts(_load_tokenizer(model), prompts, settings.chat_template)
+    return prompt_warnings(prompts, ids, rollouts and read_rollouts(rollouts), asked, section)
 
 
 def _pairs(values: list[str], flag: str) -> dict[str, str]:

@@ -48,6 +48,8 @@ class Display:
         self.console = console or Console()
         self._live = Live(get_renderable=self.table, console=self.console, refresh_per_second=4)
         self._said: dict[str, float] = {}
+        self.notes: list[str] = []
+        """Lines under the table."""
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -95,6 +97,8 @@ class Display:
         """Prints the stages as they stand, with all that is to be said of them."""
         self.console.print(Text(self.title, "bold"), soft_wrap=True)
         self.console.print(self.table(whole_notes=True))
+        for line in self.notes:
+            self.say(line)
 
 
 def duration(seconds: float) -> str:
@@ -124,6 +128,16 @@ _ROUNDS_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("KL token,\n1st base", "kl_from_origin_per_token", ".4f"),
     *_COLUMNS[6:],
 )
+
+
+def findings_lines(summary: Path) -> list[str]:
+    """Whether student and teacher are better than the base, and the warnings of all stages, from a run's
+    `report/summary.json`; empty where there is none yet."""
+    if not summary.is_file():
+        return []
+    found = json.loads(summary.read_text())
+    lines = [finding["text"] for finding in found.get("findings", [])]
+    return lines + [f"warning from {', '.join(w['stages'])}: {w['text']}" for w in found.get("warnings", [])]
 
 
 def summary_table(summary: Path) -> Table:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from rich.console import Console
+from rich.text import Text
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_text
-from megatron_erpd.manifest import read_manifest
+from megatron_erpd.manifest import WARNINGS, read_manifest
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
 from megatron_erpd.pipeline.attempts import LOCK, last_attempt, this_process
-from megatron_erpd.pipeline.display import Display, Row, State, summary_table
+from megatron_erpd.pipeline.display import Display, Row, State, findings_lines, summary_table
 from megatron_erpd.pipeline.failure import describe_code
 from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.outcome import judge
@@ -74,6 +75,8 @@ def run_recipe(
     summary = root / "report" / "summary.json"
     if summary.is_file():
         console.print(summary_table(summary))
+        for line in findings_lines(summary):
+            console.print(Text(line), soft_wrap=True)
     console.print(f"report: {root / 'report' / 'index.html'}", highlight=False)
 
 
@@ -189,6 +192,8 @@ class Runner:
             process.note_end("done")
             self.done.add(name)
             self.display.update(name, "done", process.elapsed)
+            for warning in read_manifest(process.stage.output).summary.get(WARNINGS, []):
+                self.display.say(f"[{name}] warning: {warning}")
             if self._after_stage and (note := self._after_stage(process.stage)):
                 self.display.say(f"[{name}] {note}")
 
@@ -279,6 +284,8 @@ def status_table(recipe: Recipe) -> Display:
         from megatron_erpd.pipeline.slurm_status import show_or_say
 
         show_or_say(display, stages, recipe.folder)
+    if all(display.rows[stage.name].state == "done" for stage in stages if stage.command == "evaluate"):
+        display.notes = findings_lines(recipe.folder / "report" / "summary.json")
     return display
 
 

@@ -116,7 +116,7 @@ class _Planner:
             policies[name] = self._replay(prefix + stage, section, data, folder / stage)
         kept, selection = dict(policies), None
         if recipe.selection:
-            policies["teacher"] = selection = self._selection(prefix, hf, policies["teacher"], folder)
+            policies["teacher"] = selection = self._selection(prefix, hf, policies["teacher"], rollouts, folder)
         cache = self._cache(f"{prefix}cache", policies, data, selection, folder / "cache")
         if recipe.student:
             policies["student"] = self._distill(
@@ -175,7 +175,7 @@ class _Planner:
         settings = _as(ReplaySettings, section)
         return self._add(name, "train-teacher", settings_to_argv(settings), data, output, settings)
 
-    def _selection(self, prefix: str, hf: Path, teacher: Path, folder: Path) -> Path:
+    def _selection(self, prefix: str, hf: Path, teacher: Path, rollouts: Path, folder: Path) -> Path:
         """The teacher's checkpoints as Hugging Face folders, and the one of them that becomes the teacher."""
         section = self.recipe.selection
         assert section is not None
@@ -186,7 +186,8 @@ class _Planner:
         unlearned, chosen = self.recipe.unlearned is not None, _as(SelectSettings, section)
         request = select_request(chosen, hf, teacher, candidates, prompts, verifier, unlearned)
         argv = ["--model", str(hf), "--teacher", str(teacher), "--candidates", str(candidates)]
-        argv += ["--prompts", prompts, "--verifier", verifier, *(["--unlearned"] if unlearned else [])]
+        argv += ["--prompts", prompts, "--verifier", verifier, "--rollouts", str(rollouts)]
+        argv += ["--unlearned"] if unlearned else []
         argv += settings_to_argv(chosen)
         return self._add(f"{prefix}selection", "select", argv, request.inputs, folder / "selection", request.settings)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.mismatch import MISMATCH, Mismatch, read_mismatch
 from megatron_erpd.evaluation.strength import Selection, read_selection
 from megatron_erpd.files import write_json
-from megatron_erpd.manifest import MANIFEST, METRICS, REQUEST, Manifest, read_manifest
+from megatron_erpd.manifest import MANIFEST, METRICS, REQUEST, WARNINGS, Manifest, read_manifest
+from megatron_erpd.report.findings import findings
 
 ROLES = ("base", "teacher", "unlearned", "student", "control")
 """What a policy is in a round. A name that is none of the first four is a further teacher's or a control's."""
@@ -33,6 +35,8 @@ class Policy:
     """The numbers of its evaluation, with `reward_gained` and `kl_efficiency` where they are defined."""
     examples: list[dict[str, Any]] = field(default_factory=list)
     """Prompts with `greedy` and `samples`: a response and its reward each."""
+    prompt_rewards: list[float | None] = field(default_factory=list)
+    """Mean reward of each held-out prompt; empty in evaluations of the version before."""
     is_further_teacher: bool = False
     """Whether it is one of the recipe's `teachers`, under a name of the user's own."""
 
@@ -104,6 +108,11 @@ class StageRecord:
         """The scalars of the manifest's summary and of its `figures` in turn, but for the time."""
         return {k: v for k, v in self.manifest.summary.items() if k != "seconds" and isinstance(v, int | float | str)}
 
+    @property
+    def warnings(self) -> list[str]:
+        """What people should know of it."""
+        return list(self.manifest.summary.get(WARNINGS, []))
+
 
 @dataclass(frozen=True)
 class Round:
@@ -154,6 +163,15 @@ class Run:
         return sorted(records, key=lambda s: s.manifest.created)
 
     @property
+    def warnings(self) -> list[tuple[str, list[str]]]:
+        """What people should know of the artifacts: each warning once, with the stages that gave it."""
+        found: dict[str, list[str]] = {}
+        for stage in self.stages:
+            for warning in stage.warnings:
+                found.setdefault(warning, []).append(stage.name)
+        return list(found.items())
+
+    @property
     def versions(self) -> dict[str, str]:
         """Versions of the packages, as the last artifact recorded them."""
         return self.stages[-1].manifest.versions if self.stages else {}
@@ -179,7 +197,8 @@ def collect_run(run_dir: str | Path) -> Run:
 
 def summarise(run: Run) -> dict[str, Any]:
     """The run's figures as JSON: `policies` (of later rounds as `round-02/NAME`), the same in `rounds` (a name and the
-    policies of each evaluated round), `targets`, `selections`, `mismatches` and `stages`.
+    policies of each evaluated round), `targets`, `selections`, `mismatches`, `findings` (is the student better than the
+    base, and the teacher?), `warnings` and `stages`.
 
     Standard errors are the keys that end in `_se`; rewards are means over held-out prompts, divergences are in nats.
     """
@@ -203,6 +222,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "targets": targets,
         "selections": selections,
         "mismatches": mismatches,
+        "findings": [asdict(finding) | {"text": str(finding)} for finding in findings(run)],
+        "warnings": [{"text": text, "stages": names} for text, names in run.warnings],
         "stages": stages,
         "versions": run.versions,
     }
@@ -253,11 +274,11 @@ def _read_policy(path: Path, teachers: set[str]) -> Policy:
         record = json.loads(path.read_text())
         # What wasn't measured (accuracy without a verifier, say) is null.
         numbers = {name: float(value) for name, value in record["metrics"].items() if value is not None}
-        examples = list(record["examples"])
+        examples, rewards = list(record["examples"]), list(record.get("prompt_rewards", []))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StageError(f"{path}: not an evaluation ({error}); delete the folder and run 'evaluate' again") from None
     metrics = {k: v for k, v in numbers.items() if math.isfinite(v)}
-    return Policy(path.stem, metrics, examples, is_further_teacher=path.stem.split("@")[0] in teachers)
+    return Policy(path.stem, metrics, examples, rewards, is_further_teacher=path.stem.split("@")[0] in teachers)
 
 
 def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
@@ -265,12 +286,27 @@ def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
     if base is None or policy is base or not {"accuracy_sampled"} <= base.metrics.keys() & policy.metrics.keys():
         return policy
     gained = policy.metrics["accuracy_sampled"] - base.metrics["accuracy_sampled"]
-    derived = {"reward_gained": gained}
+    error = _error_of_gain(policy, base)
+    derived = {"reward_gained": gained} | ({} if error is None else {"reward_gained_se": error})
     nats = policy.metrics.get("kl_per_sequence", 0.0)
     # A KL that the estimate can't tell from 0 gives no ratio worth printing.
     if nats > 2 * policy.metrics.get("kl_per_sequence_se", 0.0) and nats > 1e-3:
         derived["kl_efficiency"] = gained / nats
     return replace(policy, metrics=policy.metrics | derived)
+
+
+def _error_of_gain(policy: Policy, base: Policy) -> float | None:
+    """The standard error of the reward gained over the base: of the differences prompt by prompt, where both have them,
+    else of two independent means (which is larger, as both policies find the same prompts hard)."""
+    both = [
+        ours - theirs
+        for ours, theirs in zip(policy.prompt_rewards, base.prompt_rewards, strict=False)
+        if ours is not None and theirs is not None
+    ]
+    if len(policy.prompt_rewards) == len(base.prompt_rewards) and len(both) > 1:
+        return statistics.stdev(both) / math.sqrt(len(both))
+    errors = [p.metrics.get("accuracy_sampled_se") for p in (policy, base)]
+    return None if None in errors else math.hypot(*errors)
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_erpd.checkpoint.hf_config import model_flags
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.evaluation.held_out import too_few
 from megatron_erpd.files import check_output
 from megatron_erpd.manifest import read_manifest, settings_identity
 from megatron_erpd.objectives.reduction import aggregate
@@ -130,6 +131,10 @@ class OnPolicyRun(TrainingRun):
     def identity(self) -> dict[str, Any]:
         """The settings as the manifest keeps them."""
         return settings_identity(self.settings, self.pass_through, precision=self.layout.precision, **self.task)
+
+    def warnings(self) -> list[str]:
+        """Where there are fewer prompts than were asked for."""
+        return too_few(self.task["num_prompts"], len(self.sampler.records), "rollouts.num_prompts")
 
     def check_lengths(self) -> None:
         """Raises `RecipeError` where a prompt with the longest response has more tokens than the model positions."""

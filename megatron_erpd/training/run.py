@@ -30,6 +30,7 @@ from megatron_erpd.checkpoint.parameter_count import parameters_of
 from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
+from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity
@@ -111,6 +112,10 @@ class TrainingRun(ABC):
         """What the manifest's summary says of the data."""
         return {}
 
+    def warnings(self) -> list[str]:
+        """What people should know of the artifact."""
+        return []
+
     def name_of(self, row: int) -> str:
         """What a rollout is called, by its number in a batch's `row_indices`."""
         return f"rollout number {row}"
@@ -164,7 +169,8 @@ class TrainingRun(ABC):
                 prune(self.output / "megatron", self.save_intervals.retain)
                 copy_sidecar(self.base / "hf", self.output / "hf")
                 stopped = {"stopped": str(stop)} if stop else {}
-                finish_artifact(self.output, {"iterations": done, **stopped, **self.figures()})
+                summary = {"iterations": done, **stopped, **self.figures()}
+                finish_artifact(self.output, summary, warnings=self.warnings())
             synchronize()
 
     def _early_stop(self) -> Stop | None:
@@ -373,6 +379,17 @@ class ReplayRun(TrainingRun):
         if self.imitated is not None:
             return {"imitated": int(self.imitated.sum()), "batches_left_out": self._num_batches - self.num_iterations}
         return self.advantages.figures() if self.compares_within_groups else {}
+
+    def warnings(self) -> list[str]:
+        left_out, groups = self._num_batches - self.num_iterations, self.advantages
+        if self.imitated is not None and left_out:
+            return [
+                f"{left_out} of {self._num_batches} batches hold no rollout to imitate, and no step was made of them: "
+                f"only {self.imitated.sum()} of {len(self.rollouts)} rollouts are chosen (sft_threshold)"
+            ]
+        if self.compares_within_groups:
+            return groups_warning(groups.groups, groups.without_signal, groups.single)
+        return []
 
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
