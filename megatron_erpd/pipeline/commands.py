@@ -358,7 +358,8 @@ def _prompt_warnings(
     # A number that nobody gave is the most that is wanted.
     asked = settings.num_prompts if "num_prompts" in settings.model_fields_set else None
     ids = encode_prompts(_load_tokenizer(model), prompts, settings.chat_template)
-    return prompt_warnings(prompts, ids, rollouts and read_rollouts(rollouts), asked, section)
+    trained_on = None if rollouts is None else read_rollouts(rollouts)
+    return prompt_warnings(prompts, ids, trained_on, asked, section)
 
 
 def _pairs(values: list[str], flag: str) -> dict[str, str]:

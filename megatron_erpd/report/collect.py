@@ -305,8 +305,8 @@ def _error_of_gain(policy: Policy, base: Policy) -> float | None:
     ]
     if len(policy.prompt_rewards) == len(base.prompt_rewards) and len(both) > 1:
         return statistics.stdev(both) / math.sqrt(len(both))
-    errors = [p.metrics.get("accuracy_sampled_se") for p in (policy, base)]
-    return None if None in errors else math.hypot(*errors)
+    errors = [e for p in (policy, base) if (e := p.metrics.get("accuracy_sampled_se")) is not None]
+    return math.hypot(*errors) if len(errors) == 2 else None
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:

@@ -36,7 +36,7 @@ if "fail" in job and not resumed:
     sys.exit(job["fail"])
 if not job.get("forgets_manifest"):
     (output / "result").write_text("resumed" if resumed else "fresh")
-    finish_artifact(output)
+    finish_artifact(output, warnings=job.get("warnings", []))
 if job.get("end", 0) < 0:
     os.kill(os.getpid(), -job["end"])
 sys.exit(job.get("end", 0))

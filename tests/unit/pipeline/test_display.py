@@ -7,7 +7,7 @@ import json
 
 from rich.console import Console
 
-from megatron_erpd.pipeline.display import Display, Row, duration, summary_table
+from megatron_erpd.pipeline.display import Display, Row, duration, findings_lines, summary_table
 
 
 def test_durations():
@@ -78,3 +78,19 @@ def test_long_notes_leave_the_other_columns_their_room():
     console.print(display.table(whole_notes=True))
     shown = console.file.getvalue()
     assert "a stage" in shown and "running" in shown and "3 min 20 s" in shown and shown.count("note") == 40
+
+
+def test_verdicts_and_warnings_are_lines(tmp_path):
+    summary = tmp_path / "summary.json"
+    assert findings_lines(summary) == []
+    summary.write_text(json.dumps({"rounds": []}))  # of the version before
+    assert findings_lines(summary) == []
+    warnings = [{"text": "18 of 24 [groups]", "stages": ["round-01/rollouts", "round-01/teacher"]}]
+    summary.write_text(json.dumps({"findings": [{"text": "student better"}], "warnings": warnings}))
+    lines = findings_lines(summary)
+    assert lines == ["student better", "warning from round-01/rollouts, round-01/teacher: 18 of 24 [groups]"]
+    out = io.StringIO()
+    display = Display("title", ["a"], Console(file=out, width=40))
+    display.notes = lines
+    display.show()
+    assert out.getvalue().splitlines()[-2:] == lines  # whole, however narrow the terminal

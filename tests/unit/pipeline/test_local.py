@@ -253,3 +253,12 @@ def test_something_is_done_after_every_stage(make_stage, run_stages):
     assert seen == ["a", "b"] and "[a] saw a" in outcome.text
     assert run_stages(stages, after_stage=lambda stage: seen.append(stage.name)).states == {"a": "kept", "b": "kept"}
     assert seen == ["a", "b"]
+
+
+def test_what_a_stage_warns_of_is_shown_when_it_is_done(make_stage, run_stages):
+    warning = "18 of 24 groups teach nothing [sic]"
+    outcome = run_stages([make_stage("teacher", warnings=[warning]), make_stage("student")])
+    assert f"[teacher] warning: {warning}" in outcome.text
+    assert "[student] warning" not in outcome.text
+    assert f"warning: {warning}" in (outcome.root / "logs" / "teacher.log").read_text()
+    assert read_manifest(outcome.root / "teacher").summary["warnings"] == [warning]

@@ -172,7 +172,7 @@ def test_a_selection_puts_one_checkpoint_in_the_teachers_place(monkeypatch):
     assert stages["selection"].shown() == (
         "python tools/select_teacher.py --model out/round-01/base-hf/base --teacher out/round-01/teacher "
         "--candidates out/round-01/candidates --prompts out/prepare/validation.jsonl --verifier python:task.py:score "
-        "--unlearned --num-samples 2 --output out/round-01/selection"
+        "--rollouts out/round-01/rollouts --unlearned --num-samples 2 --output out/round-01/selection"
     )
     assert (
         stages["candidates"]
