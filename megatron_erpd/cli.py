@@ -19,7 +19,7 @@ from megatron_erpd import __version__
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.files import check_output_file
 from megatron_erpd.launcher import forget_launcher, launch, set_threads
-from megatron_erpd.pipeline.program import run_command
+from megatron_erpd.pipeline.program import LAUNCHED, run_command
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.recipe_file import load_recipe
 from megatron_erpd.pipeline.stages import Stage, launcher_flags
@@ -295,7 +295,7 @@ def plan(argv: list[str]) -> None:
     from megatron_erpd.pipeline.gpu_fit import parse_gpus
     from megatron_erpd.pipeline.planner import plan as stages_of
     from megatron_erpd.pipeline.resources import estimate
-    from megatron_erpd.pipeline.resources_tables import show
+    from megatron_erpd.pipeline.resources_tables import describe, show
 
     if given.gpus is not None and given.gpu is None:
         raise RecipeError("--gpus: says how many, --gpu of which kind; give --gpu h100, say")
@@ -305,11 +305,13 @@ def plan(argv: list[str]) -> None:
         gpus = parse_gpus(given.gpu, count)
     resources = estimate(recipe, given.teraflops_per_device, gpus, given.sequence_length)
     show(resources)
+    print(describe(resources))
     if json_file:
         try:
             json_file.write_text(json.dumps(resources.to_json(), indent=1) + "\n")
         except OSError as error:
             raise RecipeError(f"--json {given.json}: can't be written ({error.strerror}); give another file") from None
+        print(f"wrote {given.json}")
 
 
 def status(argv: list[str]) -> None:
@@ -371,8 +373,8 @@ def _entered(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _dispatch(name: str, argv: list[str]) -> None:
-    """Runs a command here, or in as many processes as its flags ask for."""
+def _dispatch(name: str, argv: list[str]) -> str | None:
+    """Runs a command here, or in as many processes as its flags ask for: `LAUNCHED` then."""
     command = COMMANDS[name]
     asks_for_help = "-h" in argv or "--help" in argv
     if command.launches and not asks_for_help and launch().world_size == 1:
@@ -381,8 +383,9 @@ def _dispatch(name: str, argv: list[str]) -> None:
             forget_launcher(os.environ)
             set_threads(os.environ, max(1, (os.cpu_count() or 1) // processes))
             _launch(launcher_flags(processes, ["-m", "megatron_erpd.cli", name, *argv]))
-            return
+            return LAUNCHED
     command.load()(argv)
+    return None
 
 
 def _launch(flags: list[str]) -> None:

@@ -283,7 +283,7 @@ def evaluate(argv: list[str]) -> None:
 
     _say_not_read(given.prompts)
     prompts = load_prompts(given.prompts, settings.num_prompts, verifier=given.verifier)
-    metrics = evaluate_policies(
+    found = evaluate_policies(
         models | _exported(given.exported, models),
         models["base"],
         prompts,
@@ -295,7 +295,9 @@ def evaluate(argv: list[str]) -> None:
         status=_status(),
     )
     warnings = _prompt_warnings("evaluation", prompts, settings, models["base"], given.rollouts)
-    finish_artifact(given.output, warnings=[*warnings, *metrics_warnings(metrics)])
+    accuracy = {name: metrics.accuracy_sampled for name, metrics in found.items()}
+    summary = {"accuracy": accuracy} if given.verifier else None
+    finish_artifact(given.output, summary, warnings=[*warnings, *metrics_warnings(found)])
 
 
 def report(argv: list[str]) -> None:
@@ -305,11 +307,13 @@ def report(argv: list[str]) -> None:
         "run", type=Path, help="the run's folder; a run that is not finished is reported as far as it is"
     )
     given = parser.parse_args(argv)
+    from megatron_erpd.pipeline.display import describe_summary
     from megatron_erpd.report.render import render_report
 
     if given.run.is_dir():
         check_output(given.run / "report")
-    print(render_report(given.run))
+    print(f"wrote {render_report(given.run)}")
+    print(f"{given.run}: {describe_summary(given.run / 'report' / 'summary.json')}")
 
 
 def _parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:

@@ -140,6 +140,15 @@ def findings_lines(summary: Path) -> list[str]:
     return lines + [f"warning from {', '.join(w['stages'])}: {w['text']}" for w in found.get("warnings", [])]
 
 
+def describe_summary(summary: Path) -> str:
+    """`1 round; sampled accuracy of the last: base 0.459, student 0.817`, from a run's `report/summary.json`."""
+    rounds: list[dict[str, Any]] = json.loads(summary.read_text())["rounds"]
+    measured = {name: row.get("accuracy_sampled") for name, row in (rounds[-1]["policies"] if rounds else {}).items()}
+    known = [f"{name} {value:.3f}" for name, value in measured.items() if value is not None]
+    figures = f"sampled accuracy of the last: {', '.join(known)}" if known else "no policy is evaluated yet"
+    return f"{len(rounds)} round{'s' * (len(rounds) != 1)}; {figures}"
+
+
 def summary_table(summary: Path) -> Table:
     """Policies and what was measured of them, from a run's `report/summary.json`. Divergences are in nats.
 

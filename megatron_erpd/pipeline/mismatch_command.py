@@ -50,3 +50,4 @@ def mismatch(argv: list[str]) -> None:
             given.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
         except OSError as error:
             raise RecipeError(f"--json {given.json}: can't be written ({error.strerror}); give another file") from None
+        print(f"wrote {given.json}")

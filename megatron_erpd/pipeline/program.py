@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_erpd.errors import ErpdError, NoRoom, StageError, StageInterrupted, full_disk
 from megatron_erpd.launcher import said_rank
+from megatron_erpd.pipeline.results import output_folders, say_written, stamps
 
 _INTERRUPTED = 75
 """Exit code for "try again", as sysexits.h has it."""
@@ -24,9 +25,14 @@ _OTHER_RANKS_WAIT = 3.0
 """Seconds; after them an error of another rank than the first must be one of its own, and is shown."""
 
 
-def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+LAUNCHED = "launched"
+"""What a command returns that has started others to do its work; these say what came of it."""
+
+
+def run_command(command: Callable[[list[str]], object], argv: list[str] | None = None) -> None:
     """Runs a command as a program: an `ErpdError` becomes one message on stderr and exit code 2, or 75 when the same
-    command would go on. So does a full disk, wherever it was met.
+    command would go on. So does a full disk, wherever it was met. A command that leaves an artifact in its `--output`
+    ends with a line on it.
 
     `--debug` among the arguments shows the traceback instead.
     """
@@ -35,8 +41,12 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     debug = "--debug" in own
     if not debug:
         threading.excepthook = _end_of_thread
+    folders = output_folders(own)
+    before = stamps(folders)
     try:
-        command([word for word in own if word != "--debug"] + argv[len(own) :])
+        done = command([word for word in own if word != "--debug"] + argv[len(own) :])
+        if done is not LAUNCHED and said_rank() == 0:
+            say_written(before, folders)
     except Exception as error:
         shown = error if isinstance(error, ErpdError) else _no_room(error, own) or _refused(error)
         if debug or shown is None:

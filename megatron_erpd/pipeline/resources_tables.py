@@ -14,6 +14,7 @@ from rich.text import Text
 from megatron_erpd.pipeline.display import duration
 from megatron_erpd.pipeline.gpu_fit import GpuFit
 from megatron_erpd.pipeline.resources import Resources, StageRow
+from megatron_erpd.pipeline.results import counted, size
 
 _MANY = 4
 """So many inputs are named, then counted."""
@@ -29,6 +30,18 @@ def tables(found: Resources) -> RenderableType:
 
 def show(found: Resources, console: Console | None = None) -> None:
     (console or Console()).print(tables(found))
+
+
+def describe(found: Resources) -> str:
+    """The main figures in a line."""
+    done = sum(row.is_done for row in found.stages)
+    again = sum(row.verdict.startswith("again") for row in found.stages)
+    words = [f"{found.name}: {counted(len(found.stages), 'stage')}, {done} done" + f", {again} again" * (again > 0)]
+    if found.memory:
+        worst = max(found.memory, key=lambda row: row.total)
+        words.append(f"largest process {_gib(worst.total)} GiB ({worst.stage})")
+    words.append(f"{'' if found.disk.is_complete else 'at least '}{_size(found.disk.needed)} still to be written")
+    return "; ".join(words)
 
 
 def _stages(found: Resources) -> Group:
@@ -211,16 +224,8 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f}" if size == 0 or size >= 0.01 * 2**30 else "<0.01"
 
 
-def _size(size: int | None) -> str:
-    """Bytes in decimal units."""
-    if size is None:
-        return "unknown"
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} PB"
+def _size(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else size(num_bytes)
 
 
 def _rate(per_second: float | None) -> str:

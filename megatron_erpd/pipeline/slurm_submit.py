@@ -20,6 +20,7 @@ from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import RECIPE, Recipe
+from megatron_erpd.pipeline.results import counted
 from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder
 from megatron_erpd.pipeline.slurm_queue import queued, slurm
 from megatron_erpd.pipeline.slurm_script import render
@@ -58,7 +59,8 @@ def submit_stages(
     jobs = jobs_of(stages)
     with submitting(root):
         verdicts = judge_all(stages, Artifacts(root, checksums))
-        jobs = [job for job in jobs if not verdicts[job.stage.name].is_done]
+        left = {name for name, verdict in verdicts.items() if not verdict.is_done}
+        jobs = [job for job in jobs if job.stage.name in left]
         for stage_name, verdict in verdicts.items():
             if verdict.word in ("done", "again"):
                 say(f"{stage_name}: {verdict.describe()}")
@@ -88,6 +90,10 @@ def submit_stages(
             write_json(_submitted_file(root), {"run": _place(root), "jobs": submitted})
             after = f" after {', '.join(needs)}" if needs else ""
             say(f"{job.name}: job {numbers[job.name]}{after}")
+        say(
+            f"{counted(len(new), 'job')} submitted, {len(live)} in the queue already, {len(stages) - len(left)} of "
+            f"{counted(len(stages), 'stage')} done"
+        )
     return {job.name: numbers[job.name] for job in new}
 
 
@@ -131,6 +137,9 @@ def cancel(root: Path, say: Say = print) -> None:
     slurm("scancel", *live.values())
     for name, number in live.items():
         say(f"{name}: job {number} cancelled")
+    say(
+        f"{counted(len(live), 'job')} cancelled; what is saved stays, and `megatron-erpd submit {root}` goes on with it"
+    )
 
 
 def _of_another(root: Path) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import CheckpointError, RecipeError, StageError
-from megatron_erpd.manifest import MANIFEST, verify_manifest
+from megatron_erpd.manifest import MANIFEST, Manifest, verify_manifest
+from megatron_erpd.pipeline.results import counted, size
 
 
 def verify(argv: list[str]) -> None:
@@ -54,6 +55,7 @@ def verify(argv: list[str]) -> None:
 
         rollouts = read_rollouts(given.rollouts)
     problems: list[str] = []
+    whole: list[Manifest] = []
     for folder in given.folder:
         artifacts = sorted(path.parent for path in folder.rglob(MANIFEST))
         if not artifacts:
@@ -69,9 +71,13 @@ def verify(argv: list[str]) -> None:
             found = _verify_cache(artifact, rollouts) if is_cache else []
             problems += found
             if not found:
+                whole.append(manifest)
                 print(f"{artifact}: {manifest.stage}, {len(manifest.files)} files, whole")
     if problems:
         raise StageError("\n".join(problems))
+    files = [file for manifest in whole for file in manifest.files.values()]
+    held = f"{counted(len(files), 'file')}, {size(sum(file['size'] for file in files))}"
+    print(f"{counted(len(whole), 'artifact')}, all whole: {held}")
 
 
 def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
