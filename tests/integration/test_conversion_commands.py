@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_erpd.checkpoint import compare_weights, write_checkpoint
 from megatron_erpd.manifest import verify_manifest
 from tests.distributed.checkpoint.published import PUBLISHED
-from tests.distributed.harness import REPOSITORY
+from tests.distributed.harness import REPOSITORY, run_ranks
 from tests.integration.test_bad_input import write_tokenizer
 from tests.integration.tiny import write_model, write_random_rollouts
 
@@ -47,6 +48,29 @@ def test_an_import_is_verified_with_its_logits(folder: Path, tmp_path: Path) -> 
     prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in ("w1 w2 w3 w30", "w5")))
     said = erpd("verify", folder / "base", "--source", folder / "hf", "--prompts", prompts)
     assert "equal, bit for bit" in said and "logits of 2 prompts, 2 tokens" in said and "100.0% of them" in said
+
+
+def _agree(rank: int, world_size: int, iteration: Path, sources: list[Path]) -> list[bool]:
+    """Whether a checkpoint's logits are those of each folder; for `run_ranks`."""
+    from megatron_erpd import platform
+
+    platform.enable_cpu()
+    from megatron_erpd.checkpoint.verify_checkpoint import Pair
+    from megatron_erpd.training.verify_logits import compare_on_prompts
+
+    return [compare_on_prompts(Pair(iteration, source), [[1, 2, 3, 4]])[0].agrees() for source in sources]
+
+
+def test_each_side_is_built_from_its_own_configuration(folder: Path, tmp_path: Path) -> None:
+    """The weights alone are equal bit for bit."""
+    source = shutil.copytree(folder / "hf", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 100 * config["rms_norm_eps"]}))
+    said = erpd("verify", folder / "base", "--source", source, code=2)
+    assert "rms_norm_eps is 1e-06 in" in said and "equal, bit for bit" not in said
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    iteration = folder / "base" / "megatron" / "iter_0000000"
+    assert run_ranks(_agree, 1, iteration, [folder / "hf", source]) == [[True, False]]
 
 
 def test_an_export_is_whole_and_verified(folder: Path, tmp_path: Path) -> None:
