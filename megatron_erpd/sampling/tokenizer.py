@@ -23,7 +23,7 @@ def load_tokenizer(hf_path: str | Path) -> Any:
 
     Raises:
         CheckpointError: there is none (for some families `transformers` would make an empty one), it can't be loaded,
-            needs code of its own, or doesn't fit the rows of the embedding that `config.json` says.
+            needs code of its own, or doesn't fit the rows of the embedding where `config.json` says how many there are.
     """
     folder = Path(hf_path)
     _check_files(folder)
@@ -67,14 +67,11 @@ def embedding_rows(folder: Path) -> int:
     Raises:
         CheckpointError: the file can't be read or doesn't say.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: isn't a Hugging Face model folder (no config.json); give a local folder")
-    config = read_object(path)
-    text = config.get("text_config")
-    rows = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    rows = _vocab_size(folder)
     if not isinstance(rows, int) or rows < 1:
-        raise CheckpointError(f"{path}: has no vocab_size, so nobody knows the rows of the embedding; fetch it again")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: has no vocab_size, so nobody knows the rows of the embedding; fetch it again"
+        )
     return rows
 
 
@@ -90,8 +87,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def _vocab_size(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: isn't a Hugging Face model folder (no config.json); give a local folder")
+    config = read_object(path)
+    text = config.get("text_config")
+    return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+
+
 def _check_files(folder: Path) -> None:
-    embedding_rows(folder)
+    _vocab_size(folder)  # a folder of a model, not of a tokenizer alone
     found = vocabulary_files(folder)
     for path in (*found, folder / "merges.txt"):
         refuse_lfs_pointer(path)
@@ -116,13 +122,15 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
-    rows = embedding_rows(folder)
     vocabulary = tokenizer.get_vocab()
     if not vocabulary.keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens):
         raise CheckpointError(
             f"{folder}: its tokenizer has no tokens but {len(vocabulary)} special ones, so it encodes every text as "
             f"nothing; its files are incomplete: {_WHERE}"
         )
+    if _vocab_size(folder) is None:
+        return
+    rows = embedding_rows(folder)
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
     if largest >= rows:
         raise CheckpointError(
