@@ -39,7 +39,7 @@ from megatron_erpd.settings import (
     error_lines,
 )
 
-_OF_A_RUN = (".lock", "slurm", "round-00", "round-01")
+_OF_A_RUN = (".lock", "slurm/jobs.json", "round-00", "round-01")
 """What lies beside the recipe in the folder of a run that has begun."""
 
 
