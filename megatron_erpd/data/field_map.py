@@ -163,7 +163,7 @@ class FieldMap:
             value = None if value is MISSING else value
             if is_text and (bracket or name not in TEXTS):
                 value = value if name.startswith("metadata.") else parsed(value, name)
-            elif is_text and value == "" and name not in ("prompt", "response"):
+            elif is_text and value == "":
                 value = None
             if not bracket or value is None:
                 single[name] = value

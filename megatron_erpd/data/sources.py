@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ _DESCRIPTIONS = {
     *("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json"),
     *("manifest.json", "request.json", "report.json", "metrics.jsonl"),
 }
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SHARD = re.compile(r"^(.*)-\d{5}-of-(\d{5})(\..*)$")
 
 
@@ -59,7 +62,7 @@ def open_source(source: str | Path | Sequence[str | Path]) -> Source:
         return Source(", ".join(one.text for one in opened), files, tuple(p for one in opened for p in one.not_read))
     text, path = str(source), local_path(source)
     if path is None:
-        return _of_hub(parse_source(text), text)
+        return _of_hub(text)
     if not path_exists(str(path)):
         raise RolloutError(f"{text}: no such file or folder; {HOW}")
     spec = parse_source(text)
@@ -152,34 +155,44 @@ def _saved_files(folder: Path) -> list[str]:
         return [Path(file["filename"]).name for file in datasets.load_from_disk(str(folder)).cache_files]
 
 
-def _of_hub(spec: SourceName, text: str) -> Source:
-    """Files of a data set of the hub: from the hub, or offline from the cache of its files, or from the one of
-    `datasets`."""
+@functools.cache
+def _of_hub(text: str) -> Source:
+    """Files of a data set of the hub: from the hub, or where it can't be reached from the cache of its files, or from
+    the one of `datasets`. The same for as long as the process lives, whatever becomes of a branch."""
+    spec = parse_source(text)
     assert spec.split is not None
     with _QuietDatasets(text) as datasets:
-        if not datasets.config.HF_HUB_OFFLINE:
+        is_commit = spec.revision is not None and _COMMIT.fullmatch(spec.revision) is not None
+        snapshot = _snapshot(spec) if is_commit or datasets.config.HF_HUB_OFFLINE else None
+        builder = None
+        if snapshot is None:
             try:
                 builder = _builder(spec.place, spec, text)
-                if builder.name != "cache":
-                    urls = _builder_files(builder, spec.split, text)
-                    return Source(text, tuple(_downloaded(datasets, urls)), fields=spec.fields)
             except RolloutError as error:
-                if not isinstance(error.__cause__, ConnectionError):
+                snapshot = _snapshot(spec) if isinstance(error.__cause__, ConnectionError) else None
+                if snapshot is None:
                     raise
-        snapshot = _snapshot(spec)
+                warnings.warn(f"{text}: the hub can't be reached; what its cache holds is read", stacklevel=2)
         if snapshot is not None:
-            files = _builder_files(_builder(str(snapshot), spec, text), spec.split, text)
-            _check_shards(files, text)
-            return Source(text, tuple(map(Path, files)), fields=spec.fields)
-        builder = _builder(spec.place, spec, text)
-        if spec.revision is not None and spec.revision != builder.hash:
-            raise RolloutError(
-                f"{text}: revision {spec.revision} is not in the cache (which has {builder.hash}), and the hub can't "
-                "be reached; leave @REVISION out or download it"
-            )
-        _chosen(spec.split, list(builder.info.splits or {}), text)
-        files = [file["filename"] for file in builder.as_dataset(spec.split).cache_files]
-        return Source(text, tuple(map(Path, files)), fields=spec.fields)
+            urls = _builder_files(_builder(str(snapshot), spec, text), spec.split, text)
+            _check_shards(urls, text)
+            files = map(Path, urls)
+        elif builder.name != "cache":
+            files = _downloaded(datasets, _builder_files(builder, spec.split, text))
+        else:
+            files = _prepared(builder, spec, text)
+        return Source(text, tuple(files), fields=spec.fields)
+
+
+def _prepared(builder: datasets.DatasetBuilder, spec: SourceName, text: str) -> Iterator[Path]:
+    """Files of the cache of `datasets`, which gives the revision that was used last."""
+    if spec.revision is not None and spec.revision != builder.hash:
+        raise RolloutError(
+            f"{text}: revision {spec.revision} is not in the cache (which has {builder.hash}), and the hub can't be "
+            "reached; leave @REVISION out or download it"
+        )
+    split = _chosen(spec.split, list(builder.info.splits or {}), text)
+    yield from (Path(file["filename"]) for file in builder.as_dataset(split).cache_files)
 
 
 def _builder(place: str, spec: SourceName, text: str) -> datasets.DatasetBuilder:

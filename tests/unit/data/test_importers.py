@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 from collections import Counter
@@ -231,6 +232,46 @@ BAD_ROWS = [
     (GOOD | {"loss_mask": [1, 0]}, "masked_tokens", "loss_mask: masks response tokens out"),
     (GOOD | {"loss_mask": [1]}, "malformed", "loss_mask: 1 values for 2"),
     (GOOD | {"response_token_ids": None, "response": 5}, "malformed", "response: is a int"),
+    (GOOD | {"reward": 10**400}, "bad_reward", "reward: inf isn't a finite number"),
+    (GOOD | {"reward": [1.0]}, "bad_reward", "got list"),
+    (GOOD | {"response_token_ids": [[1, 2]]}, "non_integer_token", "[1, 2] at position 0"),
+    (GOOD | {"response_token_ids": [True]}, "non_integer_token", "True at position 0"),
+    (GOOD | {"response_token_ids": "[1 2]"}, "non_integer_token", "got str"),
+    (GOOD | {"response_token_ids": [10**30]}, "token_beyond_vocabulary", "doesn't fit 64 bits"),
+    (GOOD | {"token_ids": [1, 2], "response_length": 1.0}, "malformed", "response_length: 1.0"),
+    (GOOD | {"behavior_log_probs": ["-1", "-2"]}, "bad_behavior_log_probs", "expected a list of numbers"),
+    (GOOD | {"behavior_log_probs": [False, False]}, "bad_behavior_log_probs", "expected a list of numbers"),
+    (GOOD | {"behavior_log_probs": [-1.0, None]}, "bad_behavior_log_probs", "nan at position 1"),
+    (GOOD | {"behavior_log_probs": [-(10**400), -1]}, "bad_behavior_log_probs", "expected a list of numbers"),
+    (GOOD | {"behavior_log_probs": [-1e39, -1]}, "bad_behavior_log_probs", "-inf at position 0"),
+    (GOOD | {"behavior_log_probs": {"0": -1.0}}, "bad_behavior_log_probs", "expected a list of numbers"),
+    (GOOD | {"sample_id": {"a": 1}}, "malformed", "sample_id: is a dict"),
+    (GOOD | {"sample_id": True}, "malformed", "sample_id: is a bool"),
+    (GOOD | {"group_id": ["g"]}, "malformed", "group_id: ['g'] is neither"),
+    (
+        GOOD | {"finish_reason": {"type": "length"}},
+        "malformed",
+        "map the field that has it, as in 'finish_reason.type'",
+    ),
+    (GOOD | {"finished": "no"}, "malformed", "finished: 'no' isn't true or false"),
+    (GOOD | {"remove_sample": "yes"}, "malformed", "excluded (from 'remove_sample'): 'yes' isn't true or false"),
+    (GOOD | {"loss_multiplier": 0.5}, "malformed", "included (from 'loss_multiplier'): 0.5 isn't true"),
+    (GOOD | {"loss_mask": "11"}, "malformed", "loss_mask: str values"),
+    (GOOD | {"prompt": "\ud83d"}, "unencodable_text", "prompt: has half of a surrogate pair (\\ud83d at 0)"),
+    (GOOD | {"response": "a\udc00"}, "unencodable_text", "response: has half of a surrogate pair (\\udc00 at 1)"),
+    (GOOD | {"group_id": "\ud83d"}, "unencodable_text", "group_id: has half"),
+    (GOOD | {"sample_id": "\ud83d"}, "unencodable_text", "sample_id: has half"),
+    (GOOD | {"finish_reason": "\ud83d"}, "unencodable_text", "finish_reason: has half"),
+    (GOOD | {"metadata": {"a": [{"b": "\ud83d"}]}}, "unencodable_text", "metadata.a.b: has half"),
+    (GOOD | {"metadata": {"\ud83d": 1}}, "unencodable_text", "metadata: has half"),
+    (GOOD | {"prompt": [{"role": "user", "content": "\ud83d"}]}, "unencodable_text", "prompt.content: has half"),
+    (
+        '{"metadata": ' + "[" * 990 + "]" * 990 + json.dumps(GOOD).replace("{", ", ", 1),
+        "malformed",
+        "nested too deeply",
+    ),
+    ('{"metadata": {"a": 1e999}' + json.dumps(GOOD).replace("{", ", ", 1), "malformed", "beyond the range of float64"),
+    ('{"reward": 1, "reward": 0}', "unreadable", "line: has the key 'reward' twice"),
     ('{"reward": 1', "unreadable", "line: isn't JSON"),
     ("[1, 2]", "unreadable", "line: is a JSON list"),
 ]
@@ -250,6 +291,111 @@ def test_bad_rows(tmp_path: Path, bad: Any, reason: str, message: str) -> None:
     assert report.rejected == Counter({reason: 1}) and report.accepted == 3
     assert message in report.first_rejected[reason]
     assert read_rollouts(output).rewards.tolist() == [1, 1, 0]
+
+
+SLIME = {"tokens": [1, 6, 8, 2], "response_length": 2, "reward": 1.0, "status": "completed", "group_index": 0}
+MARKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("slime", SLIME, {"remove_sample": True}, "excluded True"),
+    (
+        "slime",
+        SLIME,
+        {"status": "aborted", "reward": None, "tokens": [], "response_length": 0},
+        "finish_reason aborted",
+    ),
+    ("slime", SLIME, {"status": "failed"}, "finish_reason failed"),
+    ("slime", SLIME, {"status": "pending", "reward": None}, "finish_reason pending"),
+    ("slime", SLIME, {"loss_mask": [0, 0]}, "loss_mask all zero"),
+    ("plain", GOOD, {"loss_mask": [False, False]}, "loss_mask all zero"),
+    ("plain", GOOD, {"loss_multiplier": 0.0}, "included 0.0"),
+    ("plain", GOOD, {"remove_sample": 1}, "excluded 1"),
+    ("plain", GOOD, {"finish_reason": "abort"}, "finish_reason abort"),
+]
+
+
+@pytest.mark.parametrize(("preset", "row", "mark", "reason"), MARKS, ids=[reason for *_, reason in MARKS])
+def test_samples_that_another_framework_excludes(
+    tmp_path: Path, preset: str, row: dict[str, Any], mark: dict[str, Any], reason: str
+) -> None:
+    kept = row | {"remove_sample": False, "loss_multiplier": 1, "loss_mask": [1, 1]}
+    source = jsonl(tmp_path / "in.jsonl", [row, row | mark, kept])
+    # They are no rows that can't be used: nothing ends here.
+    report = import_rollouts(source, tmp_path / "out.parquet", preset=preset)
+    assert report.excluded == Counter({reason: 1}) and report.accepted == 2 and not report.rejected
+    assert report.first_excluded == {reason: f"{source}:2"}
+    with pytest.raises(RolloutError, match=f"no rollout could be accepted .1 excluded by {reason}"):
+        import_rollouts(jsonl(source, [row | mark]), tmp_path / "none.parquet", preset=preset)
+
+
+def test_marks_under_other_names(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", [GOOD | {"sample_mask": 0}, GOOD | {"sample_mask": 1}])
+    report = import_rollouts(source, tmp_path / "out.parquet", field_map={"included": "sample_mask"})
+    assert report.accepted == 1 and report.excluded == {"included 0": 1}
+
+
+def test_what_was_assumed_about_a_response_s_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "what is", "reward": 1}
+    rows = [
+        row | {"response": " ".join(["two"] * n), "finish_reason": r} for n, r in ((1, None), (50, None), (50, None))
+    ]
+    rows += [row | {"response": "two", "finish_reason": "stop"}, row | {"response": "two", "finish_reason": "length"}]
+    source = jsonl(tmp_path / "in.jsonl", rows)
+    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
+    (note,) = (note for note in report.notes if "no finish reason" in note)
+    assert report.assumed_ended == 3 and note.startswith(
+        "3 responses have no finish reason: they were taken as complete"
+    )
+    assert "2 of them are within 2% of the longest (51 tokens)" in note
+    ends = [read_rollouts(tmp_path / "out.parquet").response_tokens(i)[-1] for i in range(5)]
+    assert ends == [IDS["</s>"]] * 4 + [IDS["two"]]
+    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer, append_eos=False)
+    assert report.assumed_ended == 0
+
+
+def test_openr1_generations_without_an_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {
+        "problem": "two",
+        "generations": ["four", "five", "plus"],
+        "correctness_math_verify": [True, False, True],
+        "is_reasoning_complete": [True, False, False],
+        "finish_reasons": [None, None, "stop"],
+    }
+    source = jsonl(tmp_path / "in.jsonl", [row])
+    import_rollouts(source, tmp_path / "out.parquet", preset="openr1", tokenizer=tokenizer)
+    rollouts = read_rollouts(tmp_path / "out.parquet")
+    assert [rollouts.finish_reason(i) for i in range(3)] == [None, "length", "stop"]
+    assert [rollouts.response_tokens(i).tolist() for i in range(3)] == [ids("four </s>"), ids("five"), ids("plus </s>")]
+
+
+def test_csv_gives_what_json_lines_give(tmp_path: Path) -> None:
+    rows = [GOOD | {"group_id": "007", "behavior_log_probs": [-0.5, -1e-05], "finish_reason": "length"}, dict(GOOD)]
+    rows[1] |= {"reward": True, "metadata": {"a": [1, "x"]}, "response": "007", "prompt": "p,\n", "sample_id": "1"}
+    import_rollouts(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "a.parquet")
+    columns = ["group_id", "prompt_token_ids", "response_token_ids", "reward", "behavior_log_probs", "finish_reason"]
+    columns += ["metadata", "response", "prompt", "sample_id"]
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in rows:
+            values = (row.get(name, "") for name in columns)
+            writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
+    import_rollouts(tmp_path / "in.csv", tmp_path / "b.parquet")
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == pq.read_table(tmp_path / "b.parquet").to_pylist()
+    (tmp_path / "in.csv").write_text("prompt_token_ids,response_token_ids,reward\n[1],[2],high\n")
+    with pytest.raises(RolloutError, match="in.csv:2: reward: 'high' is neither a number nor JSON"):
+        import_rollouts(tmp_path / "in.csv", tmp_path / "c.parquet")
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    jsonl(tmp_path / "in" / "1.jsonl", [GOOD])
+    (tmp_path / "in" / "2.jsonl.lz4").write_text("x")
+    report = import_rollouts(tmp_path / "in", tmp_path / "out.parquet")
+    assert report.as_dict()["not_read"] == [str(tmp_path / "in" / "2.jsonl.lz4")]
+    console = Console(file=io.StringIO(), record=True, width=1000)
+    console.print(render(report))
+    assert "2.jsonl.lz4" in console.export_text()
+    with pytest.raises(RolloutError, match="of rollouts, fields are mapped by themselves"):
+        import_rollouts(f"{tmp_path}/in/1.jsonl?reward=score", tmp_path / "out.parquet")
 
 
 def test_bad_utf8_names_its_line(tmp_path: Path) -> None:

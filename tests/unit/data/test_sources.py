@@ -219,6 +219,21 @@ def test_names_are_read_from_the_hubs_cache(tmp_path: Path) -> None:
         path.write_text(digest)
     sources = ("some/set:main:train", f"some/set:socratic:test@{commit}", "some/set:main:train@refs/pr/1")
     sources += (f"some/set:main:train@{'c' * 40}", "some/set:train", "some/set", "other/set:train")
+    # What `datasets` prepared, of two configurations.
+    for config in ("main", "other"):
+        prepared = home / "datasets" / "third___set" / config / "0.0.0" / ("d" * 40)
+        prepared.mkdir(parents=True)
+        table = pa.table({"question": [f"prepared {config}"]})
+        with pa.ipc.new_stream(prepared / "set-train.arrow", table.schema) as writer:
+            writer.write_table(table)
+        info = {
+            "features": {"question": {"dtype": "string", "_type": "Value"}},
+            "splits": {"train": {"name": "train", "num_bytes": 9, "num_examples": 1, "dataset_name": "set"}},
+            **{"builder_name": "parquet", "dataset_name": "set", "config_name": config},
+            "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
+        }
+        (prepared / "dataset_info.json").write_text(json.dumps(info))
+    sources += ("third/set:main:train", "third/set:train", "third/set:main:test", "third/set:main:train@v1")
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", HUB_TEST, *sources], capture_output=True, text=True, env=environment, cwd=tmp_path
@@ -232,7 +247,11 @@ def test_names_are_read_from_the_hubs_cache(tmp_path: Path) -> None:
     assert lines[5].startswith(
         "some/set: no such file or folder; give a file or a folder, or a data set of the hub with"
     )
-    assert "can't open it" in lines[6] and len(lines) == 7
+    assert "can't open it" in lines[6]
+    assert lines[7] == "['prepared main']"
+    assert "There are multiple 'third/set' configurations in the cache" in lines[8]
+    assert "has no split 'test'; its splits are train" in lines[9]
+    assert "revision v1 is not in the cache (which has dddd" in lines[10] and len(lines) == 11
 
 
 @pytest.mark.parametrize(

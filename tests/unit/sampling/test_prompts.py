@@ -1,5 +1,10 @@
+import csv
+import datetime
+import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_erpd.errors import RecipeError
@@ -70,6 +75,63 @@ def test_reasoning_gym_spec():
     assert records != load_prompts(spec.replace("seed=3", "seed=4"))
     # No seed means the same seed every time.
     assert load_prompts("reasoning-gym:chain_sum?size=2") == load_prompts("reasoning-gym:chain_sum?size=2")
+
+
+def test_every_format_gives_the_same_prompts(tmp_path):
+    """And so the same digest, whatever it is written in."""
+    rows = [{"prompt": "1+1=", "answer": "007", "metadata": {"level": "1"}}, {"prompt": "é\u2028", "answer": "1e-05"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("prompt", "answer", "metadata"))
+        writer.writeheader()
+        writer.writerows(row | {"metadata": json.dumps(row["metadata"]) if "metadata" in row else ""} for row in rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    for name, row in (("0.json", rows[0]), ("sub/1.JSONL", rows[1])):
+        (tmp_path / "folder" / name).write_text(json.dumps(row))
+    names = ("a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "folder")
+    digests = {name: prompts_digest(load_prompts(tmp_path / name)) for name in names}
+    assert len(set(digests.values())) == 1, digests
+    assert load_prompts(tmp_path / "a.csv")[0]["answer"] == "007"
+
+
+def test_fields_that_are_called_otherwise(tmp_path):
+    row = {"question": "1+1=", "solution": {"final": "2"}, "level": 3, "when": datetime.date(2024, 1, 2)}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    path = f"{tmp_path}/a.parquet"
+    others = {"solution": {"final": "2"}, "level": 3, "when": "2024-01-02"}
+    assert load_prompts(f"{path}?prompt=question&answer=solution.final") == [
+        {"prompt": "1+1=", "answer": "2", "metadata": others}
+    ]
+    for query, message in (
+        ("", r"a.parquet: row 0: has no 'prompt' \(it has 'question', 'solution', .*\?prompt=question"),
+        ("?prompt=q", "has no 'q'"),
+        ("?prompt=question&answer=gold", "has no 'gold', which is to be the answer"),
+        ("?prompt=question&gold=solution", r"\?gold=... isn't one of prompt, answer, metadata"),
+        ("?prompt=question&metadata=level", "metadata is a int"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_prompts(path + query)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a \\ud83d"}',
+        '{"prompt": [{"role": "user", "content": "\\udc00"}]}',
+        '{"prompt": "a", "answer": "\\ud83d"}',
+        '{"prompt": "a", "metadata": {"b": ["\\ud83d"]}}',
+        '{"prompt": "a", "metadata": {"\\ud83d": 1}}',
+        '{"prompt": "a", "metadata": {"b": 1e999}}',
+        '{"prompt": "a", "metadata": ' + '{"b": ' * 990 + "1" + "}" * 990 + "}",
+    ],
+)
+def test_what_no_file_could_give_back_is_refused(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1"}\n' + line + "\n")
+    with pytest.raises(RecipeError, match="a.jsonl:2: .*(surrogate|float64|nested)"):
+        load_prompts(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("options", ["sizes=4", "size=0", "min_terms=9&max_terms=2"])
