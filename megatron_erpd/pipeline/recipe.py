@@ -55,7 +55,7 @@ class WarmUp(ReplaySettings):
 class Sampled(SampleSettings):
     """Rollouts sampled from the base policy and scored."""
 
-    prompts: str = Field(description="JSON lines with prompt and answer, or reasoning-gym:TASK?size=100")
+    prompts: str = Field(description="rows with prompt and answer (see Sources), or reasoning-gym:TASK?size=100")
     verifier: str = Field(description="math-verify, reasoning-gym:TASK or python:FILE_OR_MODULE:FUNCTION")
     num_prompts: int | None = Field(
         default=None, ge=1, description="prompts of a round, which takes the next ones of the file; default: all"
@@ -65,7 +65,7 @@ class Sampled(SampleSettings):
 class Imported(ImportSettings):
     """Rollouts from a file of another program."""
 
-    file: str = Field(description="JSON lines or Parquet: a file, or a folder of them")
+    file: str = Field(description="the rollouts: a file, a folder, or a data set of the hub (see Sources)")
     fields: dict[str, str] = Field(default={}, description="our field to the file's field, over the format's")
     tokenizer: str | None = Field(default=None, description="Hugging Face folder; default: the model's own")
 
