@@ -82,6 +82,12 @@ COMMANDS: dict[str, Command] = {
         "sample and score rollouts",
         "sample --model Qwen3-4B --prompts train.jsonl --verifier math-verify --output rollouts",
     ),
+    "score": Command(
+        _COMMANDS,
+        "score",
+        "score sampled rollouts again, with a verifier that changed",
+        "score --rollouts rollouts --prompts train.jsonl --verifier math-verify --output rewards",
+    ),
     "train-teacher": Command(
         f"{_TRAINING}.train",
         "train_teacher",

@@ -31,6 +31,9 @@ from megatron_erpd.files import write_json
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
+CONTENT = "content.json"
+"""In an artifact that is an input by what it holds and not by how it was made: `digest` of that, or null where it adds
+nothing to the other inputs."""
 METRICS = "metrics.jsonl"
 """How the stage went, step by step. No part of what it made, as it holds times."""
 SCHEMA_VERSION = 1

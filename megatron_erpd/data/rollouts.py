@@ -25,6 +25,7 @@ from megatron_erpd.data.schema import (
     ROLLOUT_SCHEMA,
     SCHEMA_VERSION,
     SCORED,
+    UNVERIFIED,
     VERSION_KEY,
     Rollout,
     sample_id,
@@ -32,7 +33,7 @@ from megatron_erpd.data.schema import (
 )
 from megatron_erpd.errors import RolloutError
 
-__all__ = ["Rollouts", "read_rollouts", "sample_id", "validate_against_vocabulary", "write_rollouts"]
+__all__ = ["Rollouts", "read_rollouts", "rollout_files", "sample_id", "validate_against_vocabulary", "write_rollouts"]
 
 
 class _Parts:
@@ -82,9 +83,10 @@ class Rollouts:
     rollouts are attributes. A `select`ed set shares the decoded columns with its parent.
     """
 
-    def __init__(self, parts: _Parts, rows: np.ndarray | None = None) -> None:
+    def __init__(self, parts: _Parts, rows: np.ndarray | None = None, rewards: np.ndarray | None = None) -> None:
         self._parts = parts
         self._rows = np.arange(len(parts), dtype=np.int64) if rows is None else rows
+        self._rescored = rewards
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -112,11 +114,15 @@ class Rollouts:
     @cached_property
     def rewards(self) -> np.ndarray:
         """float32 `[N]`, NaN where the rollout is unverified."""
+        if self._rescored is not None:
+            return self._rescored
         return self._take("reward").to_numpy().astype(np.float32, copy=False)
 
     @cached_property
     def reward_status(self) -> list[str]:
         """'scored' or 'unverified' per rollout."""
+        if self._rescored is not None:
+            return [UNVERIFIED if missing else SCORED for missing in np.isnan(self._rescored)]
         return self._take("reward_status").to_pylist()
 
     @cached_property
@@ -214,7 +220,13 @@ class Rollouts:
 
         Dropping groups without signal is `rollouts.select(~zero_variance_rows)`.
         """
-        return Rollouts(self._parts, self._rows[np.asarray(indices)])
+        chosen = np.asarray(indices)
+        return Rollouts(self._parts, self._rows[chosen], None if self._rescored is None else self._rescored[chosen])
+
+    def rescored(self, rewards: np.ndarray) -> "Rollouts":
+        """The same rollouts with other rewards: float32 `[N]`, NaN where unverified."""
+        assert rewards.shape == (len(self),)
+        return Rollouts(self._parts, self._rows, rewards.astype(np.float32))
 
     def digest(self) -> str:
         """SHA-256 of everything training reads, in row order: names, groups, tokens, behaviour log-probs, rewards.
@@ -239,6 +251,11 @@ class Rollouts:
         return self._parts.column(name)[int(self._rows[i])].as_py()
 
 
+def rollout_files(folder: Path) -> list[Path]:
+    """The files of a folder of rollouts, in name order. Writers keep unfinished ones under a leading dot."""
+    return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
+
+
 def read_rollouts(path: str | Path) -> Rollouts:
     """Opens and validates a rollout file, or a folder of `*.parquet` parts (in name order).
 
@@ -248,8 +265,7 @@ def read_rollouts(path: str | Path) -> Rollouts:
     """
     root = Path(path)
     if root.is_dir():
-        # Writers keep unfinished files under a leading dot.
-        paths = sorted(p for p in root.glob("*.parquet") if not p.name.startswith((".", "_")))
+        paths = rollout_files(root)
         if not paths:
             raise RolloutError(f"{root}: holds no *.parquet file; give a rollout file or a folder of them")
     elif root.is_file():

@@ -43,7 +43,7 @@ class Artifacts:
         """`checksums`: verify the content of every file, not its presence and size alone."""
         self.root = root
         self.checksums = checksums
-        self._digests: dict[tuple[Path, Reading], str] = {}
+        self._digests: dict[tuple[Path, Reading], str | None] = {}
 
     def digests(self, stage: Stage) -> dict[str, str]:
         """Digests of the inputs of a stage, all of which must be there."""
@@ -51,7 +51,8 @@ class Artifacts:
         for path, how in readings.values():
             if (path, how) not in self._digests:
                 self._digests[path, how] = read_digest(path, how)
-        return {name: self._digests[key] for name, key in readings.items()}
+        found = {name: self._digests[key] for name, key in readings.items()}
+        return {name: digest for name, digest in found.items() if digest is not None}
 
     def forget(self, stage: Stage) -> None:
         """The output of `stage` changed: what was computed from it counts no more."""
@@ -135,6 +136,9 @@ class Artifacts:
 def _renewed(manifest: Manifest, stage: Stage, inputs: dict[str, str]) -> Manifest:
     """A manifest of the version that took all bytes of an input for what it is, in the terms of this one."""
     found = dict(manifest.inputs)
+    if stage.command == "sample":  # what scored its rollouts was part of it, and is the rewards' business now
+        manifest = replace(manifest, settings={k: v for k, v in manifest.settings.items() if k != "verifier"})
+        found.pop("verifier", None)
     for name, now in inputs.items():
         path = stage.inputs[name]
         if name == "verifier" and name not in found:  # a module's, which was no input

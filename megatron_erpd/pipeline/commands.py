@@ -24,7 +24,14 @@ from megatron_erpd.manifest import (
     input_digest,
     read_manifest,
 )
-from megatron_erpd.pipeline.identity import Request, evaluate_request, import_request, sample_request, select_request
+from megatron_erpd.pipeline.identity import (
+    Request,
+    evaluate_request,
+    import_request,
+    sample_request,
+    score_request,
+    select_request,
+)
 from megatron_erpd.progress import say_progress
 from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import EvaluateSettings, HeldOutSettings, ImportSettings, SampleSettings, SelectSettings
@@ -55,9 +62,7 @@ def sample(argv: list[str]) -> None:
     given = _sample_parser().parse_args(argv)
     _check_start("sample", given.output)
     settings = settings_from_namespace(given, SampleSettings)
-    request = sample_request(
-        settings, given.model, given.prompts, given.verifier, given.num_prompts, given.first_prompt
-    )
+    request = sample_request(settings, given.model, given.prompts, given.num_prompts, given.first_prompt)
     begun: tuple[Path, dict[str, Any]] | None = (given.output, {})
     if given.slice is not None or given.merge_slices:
         begun = _begin_slices(given, request)
@@ -137,6 +142,31 @@ def _begin_slices(given: argparse.Namespace, request: Request) -> tuple[Path, di
         return None
     manifests = parts.begin_merge(given.output, request.settings, digests, num_prompts)
     return given.output, {"slices": len(manifests), "slice_seconds": sum(m.summary["seconds"] for m in manifests)}
+
+
+def score(argv: list[str]) -> None:
+    """Scores sampled rollouts: rewards apart from them, for the trainings' --rewards. What the same verifier has scored
+    already, for the same answers, is taken over; tokens and log-probs stay as they are."""
+    parser = _parser(
+        "score",
+        score.__doc__,
+        "--rollouts runs/mine/rollouts --prompts train.jsonl --verifier math-verify --output runs/mine/rewards",
+    )
+    parser.add_argument("--rollouts", type=Path, required=True, help="artifact that `megatron-erpd sample` wrote")
+    parser.add_argument("--prompts", required=True, help=f"those that they were sampled from: {_PROMPTS_HELP}")
+    parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
+    _add_output(parser)
+    given = parser.parse_args(argv)
+    from megatron_erpd.sampling.score import prompts_of_rollouts, score_rollouts
+
+    prompts = prompts_of_rollouts(given.rollouts, given.prompts)
+    _begin("score", given.output, score_request(given.rollouts, given.prompts, given.verifier))
+    report = score_rollouts(given.rollouts, prompts, given.output, given.verifier, _progress("scored"))
+    print(
+        f"rescored: {report['changed']} of {report['num_rollouts']} rewards changed; the verifier was asked about "
+        f"{report['asked']} responses"
+    )
+    finish_artifact(given.output, _figures(report))
 
 
 def import_rollouts(argv: list[str]) -> None:

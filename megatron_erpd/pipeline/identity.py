@@ -1,4 +1,4 @@
-"""Settings and inputs that identify the artifacts of `sample`, `import-rollouts`, `select` and `evaluate`.
+"""Settings and inputs that identify the artifacts of `sample`, `score`, `import-rollouts`, `select` and `evaluate`.
 
 The plan of a run and the commands themselves both ask here, so that they agree. (Training's commands have no settings
 besides their models in `megatron_erpd.settings`.)
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.manifest import settings_identity
-from megatron_erpd.sampling.task import task_identity
+from megatron_erpd.sampling.task import prompts_identity, scorer_version, task_identity
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 
 
@@ -28,15 +28,21 @@ def sample_request(
     settings: SampleSettings,
     model: Path,
     prompts: str,
-    verifier: str | None,
     num_prompts: int | None,
     first_prompt: int = 0,
 ) -> Request:
-    """Rollouts of the policy in the folder `model`. Over how many GPUs it is spread is no part of what they are."""
-    more, inputs = task_identity(prompts, verifier)
+    """Rollouts of the policy in the folder `model`. Over how many GPUs it is spread is no part of what they are, and
+    neither is who scored them: `score_request`."""
+    more, inputs = prompts_identity(prompts)
     more |= {"first_prompt": first_prompt} if first_prompt else {}
     values = settings.model_dump(mode="json", exclude={"tensor_parallel"})
     return Request(settings_identity(values, num_prompts=num_prompts, **more), {"model": model, **inputs})
+
+
+def score_request(rollouts: Path, prompts: str, verifier: str) -> Request:
+    """Rewards of the rollouts in an artifact of `sample`."""
+    more, inputs = task_identity(prompts, verifier)
+    return Request(settings_identity(more, scorer=scorer_version(verifier)), {"rollouts": rollouts, **inputs})
 
 
 def import_request(settings: ImportSettings, source: str, fields: Mapping[str, str], tokenizer: Path | None) -> Request:

@@ -14,6 +14,7 @@ from megatron_erpd.pipeline.identity import (
     evaluate_request,
     import_request,
     sample_request,
+    score_request,
     select_request,
 )
 from megatron_erpd.pipeline.recipe import (
@@ -110,6 +111,7 @@ class _Planner:
         output, kind = folder / "base-log-probs", self._base_log_probs()
         log_probs = self._add(f"{prefix}base-log-probs", "precompute", settings_to_argv(kind), data, output, kind)
         data["base-log-probs"] = log_probs
+        data |= self._rewards(f"{prefix}rewards", rollouts, folder / "rewards")
         policies = {"base": base}
         for name, section in recipe.stage1().items():
             stage = f"teachers/{name}" if name in recipe.teachers else name
@@ -164,12 +166,22 @@ class _Planner:
         settings = _as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1})
         prompts, verifier = self._prompts(section.prompts), self._verifier(section.verifier)
         first = (section.num_prompts or 0) * (number - 1)
-        request = sample_request(settings, hf, prompts, verifier, section.num_prompts, first)
+        request = sample_request(settings, hf, prompts, section.num_prompts, first)
         argv = ["--model", str(hf), "--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
         argv += [] if section.num_prompts is None else ["--num-prompts", str(section.num_prompts)]
         argv += ["--first-prompt", str(first)] if first else []
         gpus = settings.tensor_parallel
         return self._add(name, "sample", argv, request.inputs, output, request.settings, gpus_per_process=gpus)
+
+    def _rewards(self, name: str, rollouts: Path, output: Path) -> dict[str, Path]:
+        """The rewards of sampled rollouts, as an input of what trains on them; imported ones bring theirs."""
+        section = self.recipe.rollouts
+        if isinstance(section, Imported):
+            return {}
+        prompts, verifier = self._prompts(section.prompts), self._verifier(section.verifier)
+        request = score_request(rollouts, prompts, verifier)
+        argv = ["--rollouts", str(rollouts), "--prompts", prompts, "--verifier", verifier]
+        return {"rewards": self._add(name, "score", argv, request.inputs, output, request.settings)}
 
     def _replay(self, name: str, section: ReplaySettings, data: dict[str, Path], output: Path) -> Path:
         settings = _as(ReplaySettings, section)

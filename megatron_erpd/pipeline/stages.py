@@ -24,6 +24,7 @@ TOOLS = {
     "import": "import_checkpoint.py",
     "export": "export_checkpoint.py",
     "sample": "sample.py",
+    "score": "score.py",
     "import-rollouts": "import_rollouts.py",
     "train-teacher": "train_teacher.py",
     "train-on-policy": "train_on_policy.py",

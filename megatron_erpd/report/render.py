@@ -269,7 +269,8 @@ def _signal(run: Run, round_: Round) -> SignalSample | None:
     caches = [round_.folder / name for name in ("cache", "base-log-probs") if name in finished]
     if "rollouts" not in finished or not caches:
         return None
-    return read_signal(round_.folder / "rollouts", caches, _tokenizer_folder(run, round_))
+    rewards = round_.folder / "rewards" if "rewards" in finished else None
+    return read_signal(round_.folder / "rollouts", caches, _tokenizer_folder(run, round_), rewards)
 
 
 def _tokenizer_folder(run: Run, round_: Round) -> Path | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron_erpd.data.rewards import is_of, with_rewards
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.objectives.signals import SIGNAL_SHORTHANDS, SignalTerm, combine, parse_signal, policies_of
 from megatron_erpd.settings import NO_SIGNAL
@@ -50,7 +51,11 @@ class SignalSample:
 
 
 def read_signal(
-    rollouts_path: Path, cache_paths: Sequence[Path], tokenizer_path: Path | None, num_groups: int = 3
+    rollouts_path: Path,
+    cache_paths: Sequence[Path],
+    tokenizer_path: Path | None,
+    rewards_path: Path | None = None,
+    num_groups: int = 3,
 ) -> SignalSample | None:
     """The signal on the response tokens, or None where the caches hold no rows of the policies that it needs.
 
@@ -61,6 +66,7 @@ def read_signal(
         rollouts_path: the round's rollouts.
         cache_paths: folders that may be caches (or hold some); the first names the signal, all give token rows.
         tokenizer_path: a Hugging Face folder; None shows token ids.
+        rewards_path: their rewards, where they are apart from them; those of other rollouts are not taken.
 
     Raises:
         RolloutError, CacheError: files that are damaged or don't belong together.
@@ -73,6 +79,8 @@ def read_signal(
     if terms is None:
         return None
     rollouts = read_rollouts(rollouts_path)
+    if rewards_path is not None and is_of(rewards_path, rollouts_path):
+        rollouts = with_rewards(rollouts, rollouts_path, rewards_path)
     scored = np.flatnonzero(np.isfinite(rollouts.rewards))
     if not scored.size:
         return None

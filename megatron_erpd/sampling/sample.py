@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
-from megatron_erpd.data.schema import sample_id
+from megatron_erpd.data.schema import Rollout, sample_id
 from megatron_erpd.data.tokenizers import tokenizer_digest
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
 from megatron_erpd.objectives.advantages import zero_variance_groups
 from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
 from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
-from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
+from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text
+from megatron_erpd.sampling.scoring import VERIFIER_ERROR, Scorer, errors_of
+from megatron_erpd.sampling.task import questions_digest
 from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
-from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
 
 REPORT = "report.json"
-VERIFIER_ERROR = "verifier_error"
-"""In the metadata of a rollout on which the verifier failed: with what."""
 
 
 def sample_rollouts(
@@ -48,14 +47,15 @@ def sample_rollouts(
 
     Writes `rollouts-00000-of-000NN.parquet` and so on, each when its prompts are done, and `report.json` at the end.
     Called again after an interruption, it makes the parts that are missing; the result is that of an uninterrupted
-    run, file by file. A prompt's place in `prompts` is its group id.
+    run, file by file. Parts that another verifier has scored, or for other answers, are scored again, and so are those
+    on which the verifier failed throughout. A prompt's place in `prompts` is its group id.
 
     Args:
         hf_path: the policy's Hugging Face folder.
         prompts: N records, from `load_prompts`.
         output_dir: made if need be.
         settings: how to sample.
-        verifier: as in `Verifier`; None leaves every reward null (unverified).
+        verifier: as in `Verifier`; None scores nothing: new rollouts are unverified.
         only: makes the part files of this slice and no others; as in the whole, their names and content included.
         elsewhere: folders that may hold parts of the same rollouts, which are taken from there (`take_parts`).
         engine: drawn from instead of the one that `settings.engine` names.
@@ -67,13 +67,15 @@ def sample_rollouts(
         `parts_resumed`, the part files that were there already.
 
     Raises:
-        RolloutError: the folder holds parts that were made with other settings, prompts, policy or verifier.
+        RolloutError: the folder holds parts that were made with other settings, prompts or policy.
         StageError: the verifier failed on every response, of all or of this run.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(hf_path)
-    judge = Verifier(verifier) if verifier is not None else None
+    scorer = Scorer(verifier) if verifier is not None else None
+    if scorer is not None:
+        _ = scorer.verifier  # one that can't be loaded is told before anything is sampled
     plan = _Plan(
         records=prompts,
         token_ids=encode_prompts(tokenizer, prompts, settings.chat_template),
@@ -81,27 +83,29 @@ def sample_rollouts(
         file_metadata={
             "tokenizer_digest": tokenizer_digest(tokenizer),
             "policy": policy_fingerprint(hf_path),
-            "prompts": prompts_digest(prompts),
+            "prompts": questions_digest(prompts),
             "sampling": settings.model_dump(exclude={"batch_size", "tensor_parallel"}),
-            "verifier": verifier,
         },
+        scorer=scorer,
         parts=(only or Slice(1, 1)).share(num_parts(len(prompts))),
     )
     plan.refuse_foreign_files()
     take_parts([plan.path(part).name for part in plan.parts], elsewhere, folder)
     missing = [part for part in plan.parts if not plan.is_done(part)]
-    num_rows = 0
+    for part in plan.parts:
+        if part not in missing:
+            plan.score_again(part)
     if missing:
         engine = engine or make_engine(hf_path, settings, device, dtype)
         for part in missing:
             samples = _sample_part(engine, plan, part, settings, progress)
-            num_rows += plan.write(part, list(_rows(plan, part, samples, tokenizer, judge)))
+            plan.write(part, list(_rows(plan, part, samples, tokenizer)))
     rollouts = read_rollouts(folder)
-    errors = _verifier_errors(rollouts) if judge is not None else []
-    if judge is not None and (len(errors) == len(rollouts) or 0 < num_rows == judge.num_errors):
+    errors = [error for error in errors_of(rollouts) if error] if scorer is not None else []
+    if scorer is not None and scorer.has_always_failed:
         raise StageError(
-            f"verifier {verifier} failed on all {num_rows or len(rollouts)} responses, first with: {errors[0]}; "
-            f"correct it and remove {folder} before sampling again"
+            f"verifier {verifier} failed on all {scorer.num_asked} responses, first with: {errors[0]}; correct it and "
+            f"run this again: the responses in {folder} are kept, and scored anew"
         )
     report = describe_rollouts(rollouts)
     report["verifier"] = {"spec": verifier, "errors": len(errors), "first_error": errors[0] if errors else None}
@@ -131,7 +135,6 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, Any]:
         percentiles, in tokens), `truncated` (fraction that met `max_new_tokens`), `num_response_tokens`,
         `mean_log_prob` (of the drawn tokens; None where not recorded).
     """
-    scored = rollouts.rewards[~np.isnan(rollouts.rewards)]
     constant = zero_variance_groups(rollouts.rewards, rollouts.group_ids)
     lengths = rollouts.response_lengths
     truncated = sum(rollouts.finish_reason(i) == "length" for i in range(len(rollouts)))
@@ -141,17 +144,8 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, Any]:
     return {
         "num_rollouts": len(rollouts),
         "num_groups": len(np.unique(rollouts.group_ids)),
-        "accepted": len(scored),
-        "unverified": len(rollouts) - len(scored),
         "zero_variance_groups": len(np.unique(rollouts.group_ids[constant])),
-        "reward": {
-            "mean": float(scored.mean(dtype=np.float64)),
-            "std": float(scored.std(dtype=np.float64)),
-            "min": float(scored.min()),
-            "max": float(scored.max()),
-        }
-        if len(scored)
-        else None,
+        **reward_figures(rollouts.rewards),
         "response_length": {
             "mean": float(lengths.mean()),
             "max": int(lengths.max()),
@@ -161,6 +155,22 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, Any]:
         "num_response_tokens": int(lengths.sum()),
         "mean_log_prob": float(np.concatenate(recorded).mean(dtype=np.float64)) if recorded else None,
     }
+
+
+def reward_figures(rewards: np.ndarray) -> dict[str, Any]:
+    """`accepted`, `unverified` and `reward` of `describe_rollouts`, of float32 `[N]` with NaN for unverified."""
+    scored = rewards[~np.isnan(rewards)]
+    reward = (
+        {
+            "mean": float(scored.mean(dtype=np.float64)),
+            "std": float(scored.std(dtype=np.float64)),
+            "min": float(scored.min()),
+            "max": float(scored.max()),
+        }
+        if len(scored)
+        else None
+    )
+    return {"accepted": len(scored), "unverified": len(rewards) - len(scored), "reward": reward}
 
 
 @dataclass
@@ -173,6 +183,7 @@ class _Plan:
     file_metadata: dict[str, Any]
     parts: range
     """Those that are wanted in this folder."""
+    scorer: Scorer | None = None
 
     def __post_init__(self) -> None:
         if not self.records:
@@ -210,8 +221,31 @@ class _Plan:
                 )
         return True
 
-    def write(self, part: int, rows: list[dict[str, Any]]) -> int:
-        return write_rollouts(self.path(part), rows, self.file_metadata)
+    def score_again(self, part: int) -> None:
+        """Asks the verifier about a part that is there, if its rewards aren't this verifier's for these records."""
+        found = read_rollouts(self.path(part))
+        if self.scorer is None or self.scorer.has_scored(found, self.records_of(part)):
+            return
+        rows = []
+        for row in map(found.record, range(len(found))):
+            reward, error = self.scorer(self.records[row.group_id], row.response or "")
+            metadata = row_metadata(self.records[row.group_id], error)
+            rows.append(replace(row, reward=reward, reward_status=None, metadata=metadata))
+        self.write(part, rows)
+
+    def records_of(self, part: int) -> list[PromptRecord]:
+        return [self.records[i] for i in self.prompts_of(part)]
+
+    def write(self, part: int, rows: Sequence[Rollout | dict[str, Any]]) -> None:
+        records = self.records_of(part)
+        said = {} if self.scorer is None else {"verifier": self.scorer.name, **self.scorer.file_metadata(records)}
+        metadata = {**self.file_metadata, "part_prompts": questions_digest(records), **said}
+        write_rollouts(self.path(part), rows, metadata)
+
+
+def row_metadata(record: PromptRecord, error: str | None) -> dict[str, Any]:
+    """What a rollout keeps of its prompt, and of the verifier that failed on it."""
+    return {"answer": record["answer"], **record["metadata"], **({VERIFIER_ERROR: error} if error else {})}
 
 
 def _sample_part(
@@ -237,9 +271,7 @@ def _sample_part(
     )
 
 
-def _rows(
-    plan: _Plan, part: int, samples: list[list[Sample]], tokenizer: Any, judge: Verifier | None
-) -> Iterator[dict[str, Any]]:
+def _rows(plan: _Plan, part: int, samples: list[list[Sample]], tokenizer: Any) -> Iterator[dict[str, Any]]:
     for index, group in zip(plan.prompts_of(part), samples, strict=True):
         record, ids = plan.records[index], plan.token_ids[index]
         texts = tokenizer.batch_decode([s.response_token_ids for s in group], skip_special_tokens=True)
@@ -248,8 +280,7 @@ def _rows(
             tokens = sample.response_token_ids
             k = plan.copies[index] * len(group) + repetitions[tokens.tobytes()]
             repetitions[tokens.tobytes()] += 1
-            reward = judge(record, text) if judge is not None else None
-            failed = {VERIFIER_ERROR: judge.last_error} if judge is not None and judge.last_error else {}
+            reward, error = plan.scorer(record, text) if plan.scorer is not None else (None, None)
             yield {
                 "sample_id": sample_id(ids, tokens, k),
                 "group_id": index,
@@ -260,12 +291,5 @@ def _rows(
                 "finish_reason": sample.finish_reason,
                 "prompt": prompt_text(record),
                 "response": text,
-                "metadata": {"answer": record["answer"], **record["metadata"], **failed},
+                "metadata": row_metadata(record, error),
             }
-
-
-def _verifier_errors(rollouts: Rollouts) -> list[str]:
-    """With what the verifier failed, in the order of the rollouts on which it did."""
-    unverified = np.flatnonzero(np.isnan(rollouts.rewards))
-    found = (rollouts.metadata(int(i)).get(VERIFIER_ERROR) for i in unverified)
-    return [str(error) for error in found if error]

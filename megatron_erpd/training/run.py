@@ -31,6 +31,7 @@ from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollout_warnings import groups_warning
+from megatron_erpd.data.rewards import with_rewards
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity
@@ -426,8 +427,11 @@ def pad_multiple(layout: Layout) -> int:
     return shards * (2 * layout.context_parallel if layout.context_parallel > 1 else 1)
 
 
-def load_data(path: Path, base: Path, scored: bool = True) -> Rollouts:
+def load_data(path: Path, base: Path, scored: bool = True, rewards: Path | None = None) -> Rollouts:
     """The rollouts of a stage, checked against the model; with `scored`, those that a verifier has scored.
+
+    Args:
+        rewards: an artifact of `megatron-erpd score`, whose rewards take the place of the rollouts' own.
 
     Raises:
         StageError, RolloutError: the base isn't an artifact, or the rollouts can't be used with it.
@@ -439,9 +443,11 @@ def load_data(path: Path, base: Path, scored: bool = True) -> Rollouts:
     if rank() == 0:  # its error ends the others
         for note in check_data(rollouts, path, base):
             print(f"note: {note}", flush=True)
+    if rewards is not None:
+        rollouts = with_rewards(rollouts, path, rewards)
     if not scored:
         return rollouts
     kept = np.flatnonzero(~np.isnan(rollouts.rewards))
     if len(kept) == 0:
-        raise RolloutError(f"{path}: no rollout has a reward; score them first")
+        raise RolloutError(f"{rewards or path}: no rollout has a reward; score them with `megatron-erpd score`")
     return rollouts if len(kept) == len(rollouts) else rollouts.select(kept)

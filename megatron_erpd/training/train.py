@@ -69,7 +69,7 @@ def train_teacher(argv: list[str]) -> None:
             f"--base-log-probs: loss {settings.loss} needs the base policy's log-probs; make them with "
             "`megatron-erpd precompute --kind token` and give the folder"
         )
-    rollouts = load_data(namespace.rollouts, namespace.base)
+    rollouts = load_data(namespace.rollouts, namespace.base, rewards=namespace.rewards)
     settings = with_rates(settings, namespace.base)
     if namespace.base_log_probs is None and settings.max_kl is not None:
         raise RecipeError(
@@ -80,7 +80,7 @@ def train_teacher(argv: list[str]) -> None:
         _check_probabilities(rollouts, namespace.rollouts)
     imitated = _imitated(rollouts, namespace.rollouts, settings) if settings.loss == "sft" else None
     advantages = advantages_of(rollouts, settings, namespace.rollouts)
-    inputs = {"base": namespace.base, "rollouts": namespace.rollouts}
+    inputs = {"base": namespace.base, "rollouts": namespace.rollouts, **_rewards(namespace)}
     rows: dict[str, TokenRow] = {}
     if namespace.base_log_probs is not None:
         inputs["base-log-probs"] = namespace.base_log_probs
@@ -135,10 +135,11 @@ def distill(argv: list[str]) -> None:
     if namespace.base_log_probs is None:
         raise RecipeError("--base-log-probs: make it with `megatron-erpd precompute --kind token` and give the folder")
 
-    rollouts = load_data(namespace.rollouts, namespace.base)
+    rollouts = load_data(namespace.rollouts, namespace.base, rewards=namespace.rewards)
     settings = with_rates(settings, namespace.base)
     advantages = advantages_of(rollouts, settings, namespace.rollouts)
     inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
+    inputs |= _rewards(namespace)
     cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base}, layout.precision)
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
     resolved = settings
@@ -172,8 +173,17 @@ def distill(argv: list[str]) -> None:
 def _add_paths(parser: argparse.ArgumentParser, log_probs_help: str) -> None:
     parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
     parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
+    parser.add_argument(
+        "--rewards",
+        type=Path,
+        help="rewards of these rollouts that `megatron-erpd score` wrote (default: those that the rollouts brought)",
+    )
     parser.add_argument("--base-log-probs", type=Path, help=log_probs_help)
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+
+
+def _rewards(namespace: argparse.Namespace) -> dict[str, Path]:
+    return {} if namespace.rewards is None else {"rewards": namespace.rewards}
 
 
 def _check_teacher_flags(settings: DistillSettings, namespace: argparse.Namespace, policies: dict[str, Path]) -> None:

@@ -44,16 +44,17 @@ def stages_of(**sections: Any) -> dict[str, Stage]:
 def test_the_stages_of_a_run():
     stages = stages_of()
     assert list(stages) == [
-        *("prepare", "initial", "warm-up", "base-hf", "rollouts", "base-log-probs", "teacher", "unlearned", "cache"),
-        *("student", "controls/advantage", "controls/live", "controls/sapo", "export", "evaluation", "report"),
+        *("prepare", "initial", "warm-up", "base-hf", "rollouts", "base-log-probs", "rewards", "teacher", "unlearned"),
+        *("cache", "student", "controls/advantage", "controls/live", "controls/sapo", "export", "evaluation", "report"),
     ]
     waits = {name: dependencies(stage, list(stages.values())) for name, stage in stages.items()}
     assert waits["prepare"] == []
     assert waits["initial"] == ["prepare"]
     assert waits["rollouts"] == ["prepare", "base-hf"]
-    assert waits["teacher"] == waits["unlearned"] == ["warm-up", "rollouts", "base-log-probs"]
+    assert waits["base-log-probs"] == ["warm-up", "rollouts"] and waits["rewards"] == ["prepare", "rollouts"]
+    assert waits["teacher"] == waits["unlearned"] == ["warm-up", "rollouts", "base-log-probs", "rewards"]
     assert waits["cache"] == ["warm-up", "rollouts", "teacher", "unlearned"]
-    assert waits["student"] == ["warm-up", "rollouts", "base-log-probs", "cache"]
+    assert waits["student"] == ["warm-up", "rollouts", "base-log-probs", "rewards", "cache"]
     assert waits["controls/advantage"] == waits["teacher"]
     assert waits["controls/live"] == [*waits["teacher"], "teacher"]
     assert waits["export"] == [
@@ -84,7 +85,8 @@ def test_commands_are_what_a_person_would_type(monkeypatch):
     assert stages["prepare"].shown() == "python prepare.py --output out/prepare"
     assert stages["teacher"].shown() == (
         "torchrun --standalone --nproc-per-node 4 -- tools/train_teacher.py --base out/round-00/warm-up "
-        "--rollouts out/round-01/rollouts --base-log-probs out/round-01/base-log-probs --checkpoints 2 "
+        "--rollouts out/round-01/rollouts --base-log-probs out/round-01/base-log-probs "
+        "--rewards out/round-01/rewards --checkpoints 2 "
         "--output out/round-01/teacher --tensor-parallel 2 --data-parallel 2 --micro-batch-size 8"
     )
     assert stages["initial"].shown() == (
@@ -93,6 +95,10 @@ def test_commands_are_what_a_person_would_type(monkeypatch):
     assert stages["rollouts"].shown() == (
         "python tools/sample.py --model out/round-01/base-hf/base --prompts out/prepare/prompts.jsonl "
         "--verifier python:task.py:score --num-prompts 8 --output out/round-01/rollouts"
+    )
+    assert stages["rewards"].shown() == (
+        "python tools/score.py --rollouts out/round-01/rollouts --prompts out/prepare/prompts.jsonl "
+        "--verifier python:task.py:score --output out/round-01/rewards"
     )
     assert "--policy teacher=out/round-01/teacher --policy unlearned=out/round-01/unlearned" in stages["cache"].shown()
     assert "--policy teacher=out/round-01/teacher" in stages["controls/live"].shown()
@@ -223,6 +229,8 @@ def test_imported_rollouts_and_no_evaluation():
     assert "--source dump.jsonl --tokenizer out/round-01/base-hf/base --format verl --no-append-eos" in shown
     assert "--field reward=score" in shown
     assert "evaluation" not in stages
+    # They bring their rewards with them.
+    assert "rewards" not in stages and "rewards" not in stages["teacher"].inputs
 
 
 def test_no_cache_where_nothing_reads_one():
@@ -309,7 +317,7 @@ class _Captured(ErpdError):
     pass
 
 
-@pytest.mark.parametrize("name", ["rollouts", "imported", "selection", "evaluation"])
+@pytest.mark.parametrize("name", ["rollouts", "rewards", "imported", "selection", "evaluation"])
 def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
     stages = stages_of(selection=SELECTION)
     rollouts = {"file": "dump.jsonl", "fields": {"reward": "score"}, "on_reject": "skip"}
@@ -318,7 +326,7 @@ def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
     assert_agrees(stages[name], monkeypatch)
     if name == "evaluation":
         assert_agrees(stages_of(rollouts=rollouts, evaluation=evaluation)[name], monkeypatch)
-    if name in ("rollouts", "evaluation"):
+    if name in ("rollouts", "rewards", "evaluation"):
         assert_agrees(stages_of(rounds=2)[f"round-02/{name}"], monkeypatch)
 
 
@@ -331,7 +339,8 @@ def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(commands, "_begin", begin)
     function = {"sample": commands.sample, "import-rollouts": commands.import_rollouts, "evaluate": commands.evaluate}
-    function["select"] = commands.select
+    function |= {"select": commands.select, "score": commands.score}
+    monkeypatch.setattr("megatron_erpd.sampling.score.prompts_of_rollouts", lambda *given: [])
     with pytest.raises(_Captured):
         function[stage.command](stage.argv()[2:])
     assert seen == [stage.command, stage.output, stage.settings, stage.inputs]

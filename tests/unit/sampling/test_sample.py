@@ -114,8 +114,8 @@ def test_other_settings_are_not_mixed_in(model_folder, tmp_path, verifier):
     sample_rollouts(model_folder, PROMPTS, out, SETTINGS, verifier=verifier)
     with pytest.raises(RolloutError, match="another 'sampling'"):
         sample_rollouts(model_folder, PROMPTS, out, SETTINGS.model_copy(update={"seed": 5}), verifier=verifier)
-    with pytest.raises(RolloutError, match="another 'verifier'"):
-        sample_rollouts(model_folder, PROMPTS, out, SETTINGS)
+    with pytest.raises(RolloutError, match="another 'prompts'"):
+        sample_rollouts(model_folder, [*PROMPTS[:4], PROMPTS[1]], out, SETTINGS, verifier=verifier)
     with pytest.raises(RolloutError, match="of another run"):
         sample_rollouts(model_folder, PROMPTS[:2], out, SETTINGS, verifier=verifier)
 
@@ -149,7 +149,7 @@ def test_a_policy_on_several_gpus_is_the_same_policy(model_folder, tmp_path, ver
     with pytest.raises(ValueError, match="tensor_parallel 2: engine transformers holds the policy on one GPU"):
         SampleSettings(tensor_parallel=2)
     identity = [
-        sample_request(settings, model_folder, "p.jsonl", None, None).settings
+        sample_request(settings, model_folder, "p.jsonl", None).settings
         for settings in (spread, spread.model_copy(update={"tensor_parallel": 1}))
     ]
     assert identity[0] == identity[1]

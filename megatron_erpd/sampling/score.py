@@ -1,0 +1,129 @@
+"""The scoring stage: sampled rollouts and a verifier become rewards on disk, resumable part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_erpd.data.rewards import read_rewards, reward_files, write_content, write_rewards
+from megatron_erpd.data.rollouts import Rollouts, read_rollouts, rollout_files
+from megatron_erpd.errors import RolloutError, StageError
+from megatron_erpd.files import write_json
+from megatron_erpd.manifest import read_manifest
+from megatron_erpd.objectives.advantages import zero_variance_groups
+from megatron_erpd.sampling.prompts import PromptRecord, load_prompts, prompt_text
+from megatron_erpd.sampling.sample import REPORT, reward_figures
+from megatron_erpd.sampling.scoring import Scorer, errors_of
+from megatron_erpd.sampling.task import questions_digest
+from megatron_erpd.sampling.types import Progress
+
+
+def prompts_of_rollouts(rollouts: Path, prompts: str) -> list[PromptRecord]:
+    """The prompts, of a file or a task, that an artifact of `sample` was sampled from, by group.
+
+    Raises:
+        StageError: the folder holds no finished artifact, or `sample` didn't write it. RecipeError: as `load_prompts`.
+    """
+    manifest = read_manifest(rollouts)
+    if manifest.stage != "sample":
+        raise StageError(
+            f"{rollouts}: was written by `{manifest.stage}`, and only rollouts of `megatron-erpd sample` know their "
+            "prompts; imported ones bring their rewards with them"
+        )
+    return load_prompts(prompts, manifest.settings.get("num_prompts"), manifest.settings.get("first_prompt", 0))
+
+
+def score_rollouts(
+    rollouts: Path,
+    prompts: Sequence[PromptRecord],
+    output: Path,
+    verifier: str,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores rollouts and writes `rewards-00000-of-000NN.parquet` for each of their part files, and `report.json`.
+
+    Rewards that the rollouts brought with them are taken as they are where this verifier made them for the answers that
+    the prompts have now; the verifier is asked about the others. Called again after an interruption, it goes on with
+    the parts that are missing.
+
+    Args:
+        rollouts: an artifact of `sample`.
+        prompts: those that they were sampled from, from `prompts_of_rollouts`; a rollout's group is its place in them.
+        output: made if need be.
+        verifier: as in `Verifier`.
+        progress: told the number of rollouts that have a reward, of all.
+
+    Returns:
+        The report: counts, rewards, `changed` (rewards other than the rollouts' own), `asked` (responses that the
+        verifier was asked about, in this run), errors of the verifier.
+
+    Raises:
+        RolloutError: a rollout is of another prompt.
+        StageError: the verifier failed on every response that it was asked about.
+    """
+    scorer, files, done = Scorer(verifier), rollout_files(rollouts), 0
+    every, made = read_rollouts(rollouts), []
+    for file in files:
+        target, part = output / file.name.replace("rollouts", "rewards", 1), read_rollouts(file)
+        done += len(part)
+        if target.exists():
+            continue
+        rewards, errors = _scores(part, prompts, scorer, file)
+        write_rewards(target, part.sample_ids, rewards, errors)
+        made.append(target)
+        if progress is not None:
+            progress(done, len(every))
+    if scorer.num_asked and scorer.has_always_failed:
+        for target in made:  # or a verifier that works again would find nothing to do
+            target.unlink()
+        raise StageError(
+            f"verifier {verifier} failed on all {scorer.num_asked} responses, first with: "
+            f"{scorer.verifier.first_error}; correct it and score again"
+        )
+    report = _report(every, output, verifier, scorer.num_asked)
+    write_json(output / REPORT, report)
+    return report
+
+
+def _scores(
+    part: Rollouts, prompts: Sequence[PromptRecord], scorer: Scorer, file: Path
+) -> tuple[list[float | None], list[str | None]]:
+    """Rewards and errors of a part file's rollouts."""
+    groups = sorted({int(group) for group in part.group_ids})
+    if groups[-1] >= len(prompts):
+        raise RolloutError(f"{file}: has rollouts of prompt {groups[-1]}, and there are {len(prompts)} prompts")
+    records = [prompts[group] for group in groups]
+    if scorer.has_scored(part, records):
+        return [None if np.isnan(reward) else float(reward) for reward in part.rewards], errors_of(part)
+    if part.file_metadata.get("part_prompts") != questions_digest(records):
+        _check_prompts(part, prompts)
+    scores = [scorer(prompts[int(group)], part.response_text(i) or "") for i, group in enumerate(part.group_ids)]
+    return [reward for reward, _ in scores], [error for _, error in scores]
+
+
+def _check_prompts(part: Rollouts, prompts: Sequence[PromptRecord]) -> None:
+    for i, group in enumerate(part.group_ids):
+        if part.prompt_text(i) != prompt_text(prompts[int(group)]):
+            raise RolloutError(
+                f"{part.location(i)}: is not a rollout of prompt {group} of the prompts, which is another text; give "
+                "the prompts that it was sampled from"
+            )
+
+
+def _report(rollouts: Rollouts, output: Path, verifier: str, asked: int) -> dict[str, Any]:
+    changed = write_content(output, rollouts)
+    _, values, errors = read_rewards(reward_files(output))
+    failed = [error for error in errors if error]
+    constant = zero_variance_groups(values, rollouts.group_ids)
+    return {
+        "num_rollouts": len(rollouts),
+        "num_groups": len(np.unique(rollouts.group_ids)),
+        "zero_variance_groups": len(np.unique(rollouts.group_ids[constant])),
+        **reward_figures(values),
+        "changed": changed,
+        "asked": asked,
+        "verifier": {"spec": verifier, "errors": len(failed), "first_error": failed[0] if failed else None},
+    }
