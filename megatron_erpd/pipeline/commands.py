@@ -159,7 +159,7 @@ def score(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     from megatron_erpd.sampling.score import prompts_of_rollouts, score_rollouts
 
-    prompts = prompts_of_rollouts(given.rollouts, given.prompts)
+    prompts = prompts_of_rollouts(given.rollouts, given.prompts, given.verifier)
     _begin("score", given.output, score_request(given.rollouts, given.prompts, given.verifier))
     report = score_rollouts(given.rollouts, prompts, given.output, given.verifier, _progress("scored"))
     print(

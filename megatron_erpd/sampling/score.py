@@ -21,8 +21,8 @@ from megatron_erpd.sampling.task import questions_digest
 from megatron_erpd.sampling.types import Progress
 
 
-def prompts_of_rollouts(rollouts: Path, prompts: str) -> list[PromptRecord]:
-    """The prompts, of a file or a task, that an artifact of `sample` was sampled from, by group.
+def prompts_of_rollouts(rollouts: Path, prompts: str, verifier: str) -> list[PromptRecord]:
+    """The prompts, of a file or a task, that an artifact of `sample` was sampled from, by group, for a verifier.
 
     Raises:
         StageError: the folder holds no finished artifact, or `sample` didn't write it. RecipeError: as `load_prompts`.
@@ -33,7 +33,8 @@ def prompts_of_rollouts(rollouts: Path, prompts: str) -> list[PromptRecord]:
             f"{rollouts}: was written by `{manifest.stage}`, and only rollouts of `megatron-erpd sample` know their "
             "prompts; imported ones bring their rewards with them"
         )
-    return load_prompts(prompts, manifest.settings.get("num_prompts"), manifest.settings.get("first_prompt", 0))
+    settings = manifest.settings
+    return load_prompts(prompts, settings.get("num_prompts"), settings.get("first_prompt", 0), verifier)
 
 
 def score_rollouts(

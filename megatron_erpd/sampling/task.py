@@ -14,6 +14,9 @@ from megatron_erpd.content import module_file, program_digest
 from megatron_erpd.sampling.prompts import REASONING_GYM, PromptRecord
 from megatron_erpd.source_names import local_path
 
+_SCORERS = {"math-verify": "math_answers.py", "reasoning-gym": "verifier_worker.py"}
+"""Packages of the verifiers that come with the project, and the module that asks each."""
+
 
 def verifier_file(verifier: str) -> Path | None:
     """The Python file of a `python:FILE.py:FUNCTION` verifier; None for the others."""
@@ -24,15 +27,15 @@ def verifier_file(verifier: str) -> Path | None:
 def scorer_version(verifier: str) -> str | None:
     """What else than its name decides how a verifier that comes with the project scores; None for a function of the
     user's."""
-    package = {"math-verify": "math-verify", "reasoning-gym": "reasoning-gym"}.get(verifier.partition(":")[0])
-    if package is None:
+    package = verifier.partition(":")[0]
+    if package not in _SCORERS:
         return None
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
         installed = "not installed"
-    worker = Path(__file__).with_name("verifier_worker.py")
-    return f"{package} {installed}, {program_digest(worker, with_modules=False)[:12]}"
+    code = program_digest(Path(__file__).with_name(_SCORERS[package]), with_modules=False)
+    return f"{package} {installed}, {code[:12]}"
 
 
 def verifier_identity(verifier: str) -> str:

@@ -85,3 +85,22 @@ def test_a_verifier_by_its_modules_name_was_no_input_before(evaluation):
     finish(evaluation, {name: digest for name, digest in digests.items() if name != "verifier"})
     assert found(evaluation) == ("complete", [])
     assert found(replace(evaluation, settings={"verifier": "w"})) == ("other", ["verifier: v -> w"])
+
+
+def test_rollouts_of_the_version_before_had_their_verifier_in_them(evaluation, tmp_path):
+    """... and are the ones asked for whoever is to score them now."""
+    inputs = {"model": tmp_path / "model", "prompts": tmp_path / "prompts.jsonl"}
+    stage = replace(evaluation, command="sample", inputs=inputs, settings={"seed": 1})
+    before = {**inputs, "verifier": tmp_path / "verifier.py"}
+    finish(replace(stage, settings={"seed": 1, "verifier": "v"}), {k: every_byte(path) for k, path in before.items()})
+    (tmp_path / "verifier.py").write_text("def score(record, response):\n    return 0.0\n")
+    assert found(stage) == ("complete", [])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+2=", "answer": "2"}\n')
+    assert found(stage) == ("other", ["input prompts changed"])
+
+
+def test_answers_are_no_part_of_what_is_sampled(evaluation, tmp_path):
+    stage = replace(evaluation, command="sample", inputs={"prompts": tmp_path / "prompts.jsonl"})
+    finish(stage, input_digests("sample", stage.inputs))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "3", "metadata": {"level": 1}}\n')
+    assert found(stage) == ("complete", [])

@@ -78,7 +78,7 @@ def test_everything_is_told_at_once(problems):
     for expected in (
         "base: hf modle: no such file or folder",
         "rollouts: prompts train.jsonl: no such file or folder",
-        "rollouts: verifier tusk.py: no such file or folder",
+        "rewards: verifier tusk.py: no such file or folder",
         "scroe",
         "teacher: global_batch_size 256 is not a multiple of micro_batch_size 24 x data_parallel 1 = 24",
         "student: its layout needs 2 GPUs, this machine has 1",
