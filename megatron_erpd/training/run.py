@@ -30,8 +30,8 @@ from megatron_erpd.checkpoint.parameter_count import parameters_of
 from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
-from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rewards import with_rewards
+from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity

@@ -100,7 +100,7 @@ def test_rollouts_of_the_version_before_had_their_verifier_in_them(evaluation, t
 
 
 def test_answers_are_no_part_of_what_is_sampled(evaluation, tmp_path):
-    stage = replace(evaluation, command="sample", inputs={"prompts": tmp_path / "prompts.jsonl"})
+    stage = replace(evaluation, command="sample", inputs={"prompts": tmp_path / "prompts.jsonl"}, settings={"seed": 1})
     finish(stage, input_digests("sample", stage.inputs))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "3", "metadata": {"level": 1}}\n')
     assert found(stage) == ("complete", [])
