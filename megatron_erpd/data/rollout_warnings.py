@@ -12,7 +12,12 @@ MANY = 0.5
 
 
 def rollout_warnings(rollouts: Rollouts) -> list[str]:
-    """Unverified and cut off rollouts, rewards that are all equal, groups without variance; empty where all is well."""
+    """All that is worth a warning; empty where all is well."""
+    return [*scoring_warnings(rollouts), *length_warnings(rollouts)]
+
+
+def scoring_warnings(rollouts: Rollouts) -> list[str]:
+    """Unverified rollouts, rewards that are all equal, groups without variance."""
     total, rewards = len(rollouts), rollouts.rewards
     scored = ~np.isnan(rewards)
     found = []
@@ -22,11 +27,15 @@ def rollout_warnings(rollouts: Rollouts) -> list[str]:
         found.append(f"{(~scored).sum()} of {total} rollouts are unverified and are not trained on; check the verifier")
     if scored.any():
         found += reward_warnings(rewards[scored], rollouts.group_ids[scored])
-    cut = rollouts.finish_reasons.count("length")
-    if cut >= MANY * total:
-        which = "all" if cut == total else f"{cut} of"
-        found.append(f"{which} {total} responses were cut off before their end; raise max_new_tokens")
     return found
+
+
+def length_warnings(rollouts: Rollouts) -> list[str]:
+    """Responses that were cut off."""
+    total, cut = len(rollouts), rollouts.finish_reasons.count("length")
+    which = "all" if cut == total else f"{cut} of"
+    text = f"{which} {total} responses were cut off before their end; raise max_new_tokens"
+    return [text] if cut >= MANY * total else []
 
 
 def reward_warnings(rewards: np.ndarray, group_ids: np.ndarray) -> list[str]:

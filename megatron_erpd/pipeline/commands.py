@@ -72,7 +72,7 @@ def sample(argv: list[str]) -> None:
         return
     output, summary = begun
 
-    from megatron_erpd.data.rollout_warnings import rollout_warnings
+    from megatron_erpd.data.rollout_warnings import length_warnings, scoring_warnings
     from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.data.step_lines import StepLines
     from megatron_erpd.evaluation.held_out import too_few
@@ -96,8 +96,10 @@ def sample(argv: list[str]) -> None:
     lines.add(_figures(report))
     warnings = [
         *too_few(given.num_prompts, len(prompts), "rollouts.num_prompts"),
-        *rollout_warnings(read_rollouts(output)),
+        *length_warnings(read_rollouts(output)),
     ]
+    for warning in scoring_warnings(read_rollouts(output)) if given.verifier else ():
+        print(f"warning: {warning}")  # and not kept: `score` gives the rewards that a run trains on
     finish_artifact(output, {**_figures(report), **summary}, warnings=warnings)
     if given.slice is None:
         remove_slices(output)
@@ -157,6 +159,9 @@ def score(argv: list[str]) -> None:
     parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
     _add_output(parser)
     given = parser.parse_args(argv)
+    from megatron_erpd.data.rewards import read_rewards, reward_files
+    from megatron_erpd.data.rollout_warnings import scoring_warnings
+    from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.sampling.score import prompts_of_rollouts, score_rollouts
 
     prompts = prompts_of_rollouts(given.rollouts, given.prompts, given.verifier)
@@ -166,7 +171,8 @@ def score(argv: list[str]) -> None:
         f"rescored: {report['changed']} of {report['num_rollouts']} rewards changed; the verifier was asked about "
         f"{report['asked']} responses"
     )
-    finish_artifact(given.output, _figures(report))
+    scored = read_rollouts(given.rollouts).rescored(read_rewards(reward_files(given.output))[1])
+    finish_artifact(given.output, _figures(report), warnings=scoring_warnings(scored))
 
 
 def import_rollouts(argv: list[str]) -> None:

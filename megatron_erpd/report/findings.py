@@ -206,7 +206,7 @@ def _undecided(where: str, settings: dict[str, Any]) -> _Symptom:
 
 
 def _of_the_rollouts(round_: Round) -> Iterator[_Symptom]:
-    for stage in ("teacher", "rollouts"):
+    for stage in ("teacher", "rewards", "rollouts"):
         figures = _summary(round_, stage)
         groups = figures.get("groups", figures.get("num_groups", 0))
         without = figures.get("groups_without_signal", figures.get("zero_variance_groups", 0))

@@ -127,7 +127,13 @@ def test_changed_rewards_are_an_input_by_what_they_are(task: Task, capsys: pytes
     expected = np.where(np.isnan(before.rewards), np.nan, 0).astype(np.float32)
     changed = int(np.nansum(before.rewards != expected) - np.isnan(before.rewards).sum())
     assert report["asked"] == 10 and report["changed"] == changed > 0
-    assert f"rescored: {changed} of 10 rewards changed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"rescored: {changed} of 10 rewards changed" in printed
+    (warning,) = verify_manifest(task.folder / "rewards").summary["warnings"]
+    assert warning.startswith("all 8 rewards are 0") and f"warning: {warning}" in printed
+    # What the rollouts brought with them is not what a run trains on: it is said of no artifact.
+    kept = verify_manifest(task.rollouts).summary.get("warnings", [])
+    assert not any("rewards" in text for text in kept)
     after = with_rewards(before, task.rollouts, task.folder / "rewards")
     np.testing.assert_array_equal(after.rewards, expected)
     assert after.select([8, 0]).reward_status == ["unverified", "scored"]
