@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,6 +23,8 @@ def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings
         flag = "--" + name.replace("_", "-")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif get_origin(kind) is dict:
+            group.add_argument(flag, type=_json_object, default=None, metavar="JSON", help=text)
         elif get_origin(kind) is Literal:
             group.add_argument(flag, choices=get_args(kind), default=None, help=text)
         else:
@@ -52,11 +55,23 @@ def settings_to_argv(settings: Settings) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            argv += [f"--{flag}", json.dumps(value)]
         elif str(value).startswith("-"):
             argv.append(f"--{flag}={value}")  # argparse would take a lone -1e-05 for a flag
         else:
             argv += [f"--{flag}", str(value)]
     return argv
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text}: isn\'t JSON ({error}); write it as {{"name": true}}') from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}: isn\'t a JSON object; write it as {{"name": true}}')
+    return value
 
 
 def _plain_type(annotation: Any) -> Any:

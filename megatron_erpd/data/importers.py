@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_erpd.data.chat import Chat, EncodedPrompt
 from megatron_erpd.data.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, Preset
 from megatron_erpd.data.import_report import ImportReport, render, summary, zero_variance_groups
 from megatron_erpd.data.rollout_writer import SampleNames, write_rollouts
@@ -27,8 +28,9 @@ from megatron_erpd.data.schema import (
     token_bytes,
 )
 from megatron_erpd.data.sources import open_source
-from megatron_erpd.data.tokenizers import Tokenizer, encode_prompt, encode_response, tokenizer_digest
+from megatron_erpd.data.tokenizers import Tokenizer, tokenizer_digest
 from megatron_erpd.errors import RolloutError
+from megatron_erpd.settings import TemplateSettings
 
 __all__ = ["PRESETS", "ImportReport", "import_rollouts", "render"]
 
@@ -55,6 +57,7 @@ def import_rollouts(
     duplicates: str = "number",
     append_eos: bool = True,
     user_message: bool | None = None,
+    template: TemplateSettings | None = None,
     file_metadata: Mapping[str, Any] | None = None,
 ) -> ImportReport:
     """Reads, checks and writes rollouts; the output appears only when all of it is good.
@@ -74,6 +77,7 @@ def import_rollouts(
         append_eos: end encoded responses with the end token, unless they were cut off (finish reason 'length'). The
             report counts those without a finish reason, of which it isn't known.
         user_message: put plain-text prompts into the chat template as a user's message; default: as the preset says.
+        template: what the chat template is given besides the messages; it goes into the file.
         file_metadata: facts to keep in the file, such as sampling settings.
 
     Returns:
@@ -96,11 +100,18 @@ def import_rollouts(
     if tokenizer is not None:
         metadata["tokenizer_digest"] = tokenizer_digest(tokenizer)
         vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
+    given = template.model_dump(include=set(template.given)) if template is not None else {}
+    if given and tokenizer is None:
+        raise RolloutError(
+            f"{next(iter(given))}: is for the tokenizer's chat template; give the base model's tokenizer"
+        )
+    metadata |= {"template": given} if given else {}
     report = ImportReport([str(path) for path in files], str(output), preset)
     report.not_read = [str(path) for path in opened.not_read]
     if user_message is None:
         user_message = PRESETS[preset].user_message
-    builder = _Builder(tokenizer, allow_unverified, append_eos, user_message, report)
+    chat = None if tokenizer is None else Chat(tokenizer, template)
+    builder = _Builder(chat, allow_unverified, append_eos, user_message, report)
     run = _Import(files, FieldMap.of(PRESETS[preset], field_map), builder, vocab_size, on_reject, duplicates, report)
     write_rollouts(output, run.rollouts(), metadata, vocab_size=vocab_size)
     run.describe(PRESETS[preset])
@@ -125,7 +136,7 @@ class _Built:
 class _Builder:
     """Makes one rollout of mapped values."""
 
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     allow_unverified: bool
     append_eos: bool
     user_message: bool
@@ -144,12 +155,18 @@ class _Builder:
         check_storable(prompt, "prompt")
         check_storable(response, "response")
         encoded_prompt, encoded_response = prompt_ids is None, response_ids is None
+        encoded: EncodedPrompt | None = None
         if prompt_ids is None:
-            prompt, ids = encode_prompt(*self._text(prompt, "prompt"), user_message=self.user_message)
-            prompt_ids = token_array(ids, "prompt")
+            chat, prompt = self._text(prompt, "prompt")
+            encoded = chat.prompt(prompt, user_message=self.user_message)
+            prompt, prompt_ids = encoded.text, token_array(encoded.ids, "prompt")
+        elif self.chat is not None and self.chat.settings.given:
+            detail = f"are taken as they are, and {self.chat.settings.given[0]} would have no effect; remove that"
+            raise RowProblem("malformed", "prompt_token_ids", detail)
         if response_ids is None:
             append_eos = self.append_eos and finish_reason != "length"
-            response, ids = encode_response(*self._text(response, "response"), append_eos=append_eos)
+            chat, response = self._text(response, "response")
+            response, ids = chat.response(response, encoded, append_eos=append_eos)
             response_ids = token_array(ids, "response")
         _check_loss_mask(values.get("loss_mask"), response_ids.size)
         rollout = Rollout(
@@ -183,14 +200,14 @@ class _Builder:
         split = tokens.size - length
         return tokens[:split], tokens[split:]
 
-    def _text(self, value: Any, name: str) -> tuple[Any, Tokenizer]:
+    def _text(self, value: Any, name: str) -> tuple[Chat, Any]:
         if value is None:
             raise RowProblem("empty_" + name, name, f"no {name}_token_ids and no {name} text; correct the field map")
         if not isinstance(value, str | list):
             raise RowProblem("malformed", name, f"is a {type(value).__name__}; expected text or a list of messages")
-        if self.tokenizer is None:
+        if self.chat is None:
             raise RolloutError(f"{name}: the source has text without token ids; give the base model's tokenizer")
-        return value, self.tokenizer
+        return self.chat, value
 
 
 class _Import:

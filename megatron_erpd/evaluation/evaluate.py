@@ -139,7 +139,7 @@ def evaluate_policy(
     """
     tell = status or (lambda what, done, total: None)
     records = list(prompts[: settings.num_prompts])
-    ids = encode_prompts(policy.tokenizer, records, settings.chat_template)
+    ids = encode_prompts(policy.tokenizer, records, settings)
     groups, greedy = respond(policy, ids, settings, tell)
     texts = [decode(policy, group) for group in groups]
     greedy_texts = decode(policy, greedy)

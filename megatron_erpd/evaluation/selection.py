@@ -115,7 +115,7 @@ def _rewards(
     rewards = _saved(file, identity)
     if rewards is None:
         policy = load_policy(path)
-        ids = encode_prompts(policy.tokenizer, records, settings.chat_template)
+        ids = encode_prompts(policy.tokenizer, records, settings)
         groups, greedy = respond(policy, ids, settings, partial(status, name) if status else lambda *_: None)
         judge = Verifier(verifier)
         sampled = score(judge, records, [decode(policy, group) for group in groups])

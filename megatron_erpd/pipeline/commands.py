@@ -34,7 +34,14 @@ from megatron_erpd.pipeline.identity import (
 )
 from megatron_erpd.progress import say_progress
 from megatron_erpd.sampling.inputs import input_digests
-from megatron_erpd.settings import EvaluateSettings, HeldOutSettings, ImportSettings, SampleSettings, SelectSettings
+from megatron_erpd.settings import (
+    EvaluateSettings,
+    HeldOutSettings,
+    ImportSettings,
+    SampleSettings,
+    SelectSettings,
+    TemplateSettings,
+)
 from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments, slice_folders
 
@@ -205,13 +212,14 @@ def import_rollouts(argv: list[str]) -> None:
     from megatron_erpd.data.rollout_warnings import rollout_warnings
     from megatron_erpd.data.rollouts import read_rollouts
 
-    options = settings.model_dump(exclude={"format"})
+    options = settings.model_dump(exclude={"format", *TemplateSettings.model_fields})
     report = importers.import_rollouts(
         given.source,
         given.output / "rollouts.parquet",
         preset=settings.format,
         field_map=fields,
         tokenizer=_load_tokenizer(given.tokenizer),
+        template=settings,
         **options,
     )
     write_json(given.output / "report.json", report.as_dict())
@@ -397,7 +405,7 @@ def _prompt_warnings(
 
     # A number that nobody gave is the most that is wanted.
     asked = settings.num_prompts if "num_prompts" in settings.model_fields_set else None
-    ids = encode_prompts(_load_tokenizer(model), prompts, settings.chat_template)
+    ids = encode_prompts(_load_tokenizer(model), prompts, settings)
     trained_on = None if rollouts is None else read_rollouts(rollouts)
     return prompt_warnings(prompts, ids, trained_on, asked, section)
 

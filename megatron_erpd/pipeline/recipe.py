@@ -29,6 +29,7 @@ from megatron_erpd.settings import (
     SelectSettings,
     Settings,
     SlurmSettings,
+    TemplateSettings,
 )
 
 MegatronFlags = dict[str, bool | int | float | str | list[str] | None]
@@ -133,7 +134,8 @@ RECIPE = "recipe.yaml"
 _RESERVED = ("base", "teacher", "unlearned", "student", "manifest", "request")
 """Names of the round's own policies, and of files that lie beside those of the policies."""
 _SIGNAL_WORDS = ("strong", "contrast", "none", "auto")
-_SAMPLED_ALIKE = ("num_rollouts", "max_new_tokens", "temperature", "batch_size", "chat_template")
+_SAMPLED_ALIKE = ("num_rollouts", "max_new_tokens", "temperature", "batch_size")
+_PROMPTED_ALIKE = ("chat_template", *TemplateSettings.model_fields)
 _TEACHER_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
 """As a signal can write it."""
 _CONTROL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -186,14 +188,21 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _inherit_from_rollouts(cls, values: Any) -> Any:
-        """How an on-policy control samples, when not given, is how the rollouts are sampled."""
+        """How an on-policy control samples, when not given, is how the rollouts are sampled; how its prompts and those
+        of selection and evaluation go through the chat template, too. A policy learns under one and is measured so."""
         rollouts = values.get("rollouts") if isinstance(values, Mapping) else None
-        controls = values.get("controls") if isinstance(values, Mapping) else None
-        if not isinstance(rollouts, Mapping) or not isinstance(controls, Mapping):
+        if not isinstance(rollouts, Mapping):
             return values
-        shared = {key: rollouts[key] for key in _SAMPLED_ALIKE if key in rollouts}
-        on_policy = {n for n, c in controls.items() if isinstance(c, Mapping) and c.get("kind") == "on_policy"}
-        return {**values, "controls": {n: {**shared, **c} if n in on_policy else c for n, c in controls.items()}}
+        prompted = {key: rollouts[key] for key in _PROMPTED_ALIKE if key in rollouts}
+        if rollouts.get("user_message") or ("file" in rollouts and prompted):
+            prompted["chat_template"] = True
+        values = {**values, **{n: _prompted(values[n], prompted) for n in ("selection", "evaluation") if n in values}}
+        if isinstance(controls := values.get("controls"), Mapping):
+            shared = {key: rollouts[key] for key in _SAMPLED_ALIKE if key in rollouts}
+            on_policy = {n for n, c in controls.items() if isinstance(c, Mapping) and c.get("kind") == "on_policy"}
+            alike = {n: {**shared, **_prompted(controls[n], prompted)} for n in on_policy}
+            values["controls"] = {**controls, **alike}
+        return values
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
@@ -299,7 +308,19 @@ class Recipe(Settings):
         values = self.model_dump(mode="json", exclude_none=True)
         # Only what a stage's layout gives differs from the recipe's layout; its defaults say nothing.
         values["stages"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in self.stages.items()}
+        # What a section has not, although the rollouts have it, would be theirs when it is read again.
+        on_policy = [c for c in values["controls"].values() if c["kind"] == "on_policy"]
+        for section in (values.get("selection"), values.get("evaluation"), *on_policy):
+            for name in TemplateSettings.model_fields if section else ():
+                if name in values["rollouts"]:
+                    section.setdefault(name, TemplateSettings.model_fields[name].default)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _prompted(section: Any, prompted: Mapping[str, Any]) -> Any:
+    if not isinstance(section, Mapping) or section.get("chat_template") is False:
+        return section
+    return {**prompted, **section}
 
 
 def _inherited(section: Any, cache: Mapping[str, Any]) -> Any:

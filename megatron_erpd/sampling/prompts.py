@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 
 from megatron_erpd.errors import RecipeError, RolloutError
 from megatron_erpd.sampling.math_answers import MATH_VERIFY, answer_text
+from megatron_erpd.settings import ChatSettings
 
 REASONING_GYM = "reasoning-gym:"
 _FIELDS = ("prompt", "answer", "metadata")
@@ -23,7 +24,7 @@ class PromptRecord(TypedDict):
     (None where it needs none); `metadata` is a JSON object that travels with the rollouts.
     """
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     answer: Any
     metadata: dict[str, Any]
 
@@ -63,34 +64,32 @@ def load_prompts(
     return (records + records)[start : start + limit]
 
 
-def encode_prompts(tokenizer: Any, records: Sequence[PromptRecord], chat_template: bool = False) -> list[list[int]]:
-    """Token ids of every prompt.
+def encode_prompts(
+    tokenizer: Any, records: Sequence[PromptRecord], settings: ChatSettings | None = None
+) -> list[list[int]]:
+    """Token ids of every prompt, as `data.chat.Chat` makes them.
 
     Text is encoded with the tokenizer's own special tokens (usually BOS). With `chat_template` it becomes the user's
     message of a chat that ends where the assistant's answer begins; a prompt that is a chat already needs this.
 
     Raises:
-        RecipeError: the tokenizer has no chat template, or a chat is given without asking for one.
+        RecipeError: the tokenizer has no chat template, or one that refuses a prompt or doesn't render all of it, or a
+            chat is given without asking for one; the message names the row.
     """
-    if not chat_template:
-        for index, record in enumerate(records):
-            if not isinstance(record["prompt"], str):
-                raise RecipeError(f"prompt {index} is a list of messages; set chat_template to true")
-        return [[int(token) for token in tokenizer.encode(record["prompt"])] for record in records]
-    if not tokenizer.chat_template:
-        raise RecipeError(
-            "chat_template is true, but the tokenizer has no chat template; set it to false, or add a "
-            "chat_template.jinja to the model's folder"
-        )
-    return [
-        [
-            int(token)
-            for token in tokenizer.apply_chat_template(
-                _messages(record), tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-        ]
-        for record in records
-    ]
+    from megatron_erpd.data.chat import Chat
+    from megatron_erpd.data.schema import RowProblem
+
+    settings = settings or ChatSettings()
+    chat, encoded = Chat(tokenizer, settings), []
+    for number, record in enumerate(records, start=1):
+        prompt, place = record["prompt"], place_of(record, number)
+        if not settings.chat_template and not isinstance(prompt, str):
+            raise RecipeError(f"{place}: the prompt is a list of messages; set chat_template to true")
+        try:
+            encoded.append(chat.prompt(prompt, user_message=settings.chat_template).ids)
+        except RowProblem as problem:
+            raise RecipeError(f"{place}: {problem}") from problem
+    return encoded
 
 
 def prompt_text(record: PromptRecord) -> str:
@@ -121,11 +120,6 @@ def _placed(record: PromptRecord, place: str) -> PromptRecord:
     found = _Placed(record)
     found.place = place
     return cast(PromptRecord, found)
-
-
-def _messages(record: PromptRecord) -> list[dict[str, str]]:
-    prompt = record["prompt"]
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _from_source(text: str) -> list[PromptRecord]:
@@ -190,16 +184,16 @@ def _record(row: Mapping[str, Any], place: str, fields: Mapping[str, str]) -> Pr
     return _placed(PromptRecord(prompt=prompt, answer=answer, metadata=metadata), place)
 
 
-def _checked_prompt(prompt: Any, place: str) -> str | list[dict[str, str]]:
+def _checked_prompt(prompt: Any, place: str) -> str | list[dict[str, Any]]:
     if isinstance(prompt, str) and prompt:
         return prompt
-    is_chat = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in prompt
-    )
-    if not prompt or not is_chat:
-        raise RecipeError(f"{place}: prompt must be text or a list of {{'role', 'content'}} messages, and not empty")
-    return prompt
+    from megatron_erpd.data.chat import checked_messages
+    from megatron_erpd.data.schema import RowProblem
+
+    try:
+        return checked_messages(prompt, "prompt")
+    except RowProblem as problem:
+        raise RecipeError(f"{place}: {problem}") from None
 
 
 def _generated(spec: str) -> list[PromptRecord]:

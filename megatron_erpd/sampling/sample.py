@@ -78,7 +78,7 @@ def sample_rollouts(
         _ = scorer.verifier  # one that can't be loaded is told before anything is sampled
     plan = _Plan(
         records=prompts,
-        token_ids=encode_prompts(tokenizer, prompts, settings.chat_template),
+        token_ids=encode_prompts(tokenizer, prompts, settings),
         folder=folder,
         file_metadata={
             "tokenizer_digest": tokenizer_digest(tokenizer),

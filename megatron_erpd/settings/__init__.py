@@ -10,11 +10,13 @@ from megatron_erpd.settings.base import Layout, Settings, error_lines, parse_set
 from megatron_erpd.settings.distillation import AUTO_SIGNAL, NO_SIGNAL, DistillSettings, PrecomputeSettings
 from megatron_erpd.settings.monitoring import Monitoring
 from megatron_erpd.settings.sampling import (
+    ChatSettings,
     EvaluateSettings,
     HeldOutSettings,
     ImportSettings,
     SampleSettings,
     SelectSettings,
+    TemplateSettings,
 )
 from megatron_erpd.settings.slurm import SlurmSettings
 from megatron_erpd.settings.training import (
@@ -31,6 +33,7 @@ __all__ = [
     "AUTO_SIGNAL",
     "AdvantageKind",
     "Aggregation",
+    "ChatSettings",
     "DistillSettings",
     "EvaluateSettings",
     "HeldOutSettings",
@@ -47,6 +50,7 @@ __all__ = [
     "SelectSettings",
     "Settings",
     "SlurmSettings",
+    "TemplateSettings",
     "TrainingSettings",
     "error_lines",
     "parse_settings",

@@ -2,14 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import json
+import re
+from datetime import date
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_erpd.settings.base import Settings
 
 
-class SampleSettings(Settings):
+def _iso_date(text: str) -> str:
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+        raise ValueError(f"{text!r} is no date; write it as 2026-11-29")
+    date.fromisoformat(text)
+    return text
+
+
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{error}; values are those of JSON, and a date is text in quotes") from None
+    return values
+
+
+class TemplateSettings(Settings):
+    """What the tokenizer's chat template is given besides the messages."""
+
+    # Left out where they aren't given: artifacts that were made before there were such settings are the same.
+    system_prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description="a system message before those of every prompt",
+    )
+    template_arguments: Annotated[dict[str, Any], AfterValidator(_json_values)] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        description="values that the chat template reads, as {enable_thinking: false}; JSON",
+    )
+    template_date: Annotated[
+        str | None,
+        BeforeValidator(lambda value: value.isoformat() if type(value) is date else value),  # as YAML reads it
+        AfterValidator(lambda value: value if value is None else _iso_date(value)),
+    ] = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="the date that a chat template with a clock shows, as 2026-11-29; such a template needs one",
+    )
+
+    @property
+    def given(self) -> list[str]:
+        """The names of those that are given."""
+        return [name for name in TemplateSettings.model_fields if getattr(self, name) not in (None, {})]
+
+
+class ChatSettings(TemplateSettings):
+    """Whether and how prompts go through the chat template."""
+
+    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> Self:
+        if self.given and not self.chat_template:
+            raise ValueError(f"{self.given[0]} has no effect without chat_template; set that to true, or remove it")
+        return self
+
+
+class SampleSettings(ChatSettings):
     """Sampling rollouts from a policy and scoring them."""
 
     num_rollouts: int = Field(default=16, ge=1, description="rollouts per prompt (G)")
@@ -18,7 +79,6 @@ class SampleSettings(Settings):
     max_new_tokens: int = Field(default=256, ge=1, description="longest response, in tokens")
     batch_size: int = Field(default=512, ge=1, description="sequences decoded at once")
     seed: int = Field(default=1, ge=0, description="seed of the sampler")
-    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
     engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what generates")
     tensor_parallel: int = Field(
         default=1, ge=1, description="GPUs that hold the policy together, of one node; more than 1 needs engine vllm"
@@ -34,7 +94,7 @@ class SampleSettings(Settings):
         return self
 
 
-class ImportSettings(Settings):
+class ImportSettings(TemplateSettings):
     """Reading rollouts that another program wrote."""
 
     format: Literal["plain", "verl", "slime", "trl", "openr1"] = Field(
@@ -53,7 +113,7 @@ class ImportSettings(Settings):
     )
 
 
-class HeldOutSettings(Settings):
+class HeldOutSettings(ChatSettings):
     """Sampling on held-out prompts."""
 
     num_prompts: int = Field(default=256, ge=1, description="held-out prompts used")
@@ -61,7 +121,6 @@ class HeldOutSettings(Settings):
     max_new_tokens: int = Field(default=256, ge=1, description="longest response, in tokens")
     batch_size: int = Field(default=512, ge=1, description="sequences at once")
     seed: int = Field(default=7, ge=0, description="seed of the sampler")
-    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
 
 
 class EvaluateSettings(HeldOutSettings):

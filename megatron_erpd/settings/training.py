@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_erpd.settings.base import Settings, refuse_unread
 from megatron_erpd.settings.learning_rates import chosen_rates
+from megatron_erpd.settings.sampling import ChatSettings
 
 
 class TrainingSettings(Settings):
@@ -150,7 +151,7 @@ class ReplaySettings(OptimizerSettings):
         return None if self.loss in ("ce", "sft") else f"loss {self.loss}"
 
 
-class OnPolicySettings(TrainingSettings):
+class OnPolicySettings(ChatSettings, TrainingSettings):
     """GRPO on policy: each optimizer step is one update on fresh rollouts of the policy as it is (a baseline)."""
 
     updates: int = Field(default=100, ge=1, description="optimizer steps, each on rollouts of its own")
@@ -161,7 +162,6 @@ class OnPolicySettings(TrainingSettings):
         default=1.0, gt=0, description="sampling temperature; the update takes the samples for the policy's own at 1"
     )
     batch_size: int = Field(default=512, ge=1, description="sequences decoded at once by a process")
-    chat_template: bool = Field(default=False, description="wrap the prompt in the tokenizer's chat template")
     advantage: AdvantageKind = Field(default="group_norm", description="how rewards become advantages")
     aggregation: Aggregation = Field(default="token_mean", description="how token losses are averaged")
     kl_coefficient: float = Field(

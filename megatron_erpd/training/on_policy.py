@@ -71,7 +71,7 @@ def train_on_policy(argv: list[str]) -> None:
     if namespace.num_prompts is not None and namespace.num_prompts < 1:
         raise RecipeError(f"--num-prompts {namespace.num_prompts}: give at least 1, or leave it out for all")
     records = load_prompts(namespace.prompts, namespace.num_prompts, verifier=namespace.verifier)
-    token_ids = encode_prompts(load_tokenizer(base / "hf"), records, settings.chat_template)
+    token_ids = encode_prompts(load_tokenizer(base / "hf"), records, settings)
     task, inputs = task_identity(namespace.prompts, namespace.verifier)
     run = OnPolicyRun(
         stage="train-on-policy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import date
 from typing import Any
 
 import pytest
@@ -51,12 +52,36 @@ def test_defaults_need_no_flags(model):
         (ReplaySettings(min_learning_rate=0.0), ["--min-learning-rate", "0.0"]),
         (PrecomputeSettings(signal="-0.5*contrast + strong"), ["--signal=-0.5*contrast + strong"]),
         (ImportSettings(append_eos=False, user_message=False), ["--no-append-eos", "--no-user-message"]),
+        (
+            SampleSettings(
+                chat_template=True, template_arguments={"a": {"b": [False, "c"]}}, template_date="2026-11-29"
+            ),
+            ["--template-arguments", '{"a": {"b": [false, "c"]}}', "--template-date", "2026-11-29", "--chat-template"],
+        ),
+        (ImportSettings(system_prompt="-v\nor 'less'"), ["--system-prompt=-v\nor 'less'"]),
         (DistillSettings(teacher="live", delta=0.1), ["--teacher", "live", "--delta", "0.1"]),
     ],
 )
 def test_flags_and_back(settings, argv):
     assert settings_to_argv(settings) == argv
     assert from_argv(type(settings), argv) == settings
+
+
+def test_what_is_not_given_to_a_template_is_no_part_of_an_artifact():
+    """Those that were made before there were such settings are still what a recipe asks for."""
+    for model in (SampleSettings, EvaluateSettings, SelectSettings, OnPolicySettings, ImportSettings):
+        assert not {"system_prompt", "template_arguments", "template_date"} & model().model_dump(mode="json").keys()
+    given = {"system_prompt": "a", "template_arguments": {"b": 1}, "template_date": date(2026, 11, 29)}
+    assert ImportSettings(**given).model_dump().items() >= (given | {"template_date": "2026-11-29"}).items()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "isn't JSON"), ("[1]", "isn't a JSON object"), ("enable_thinking=false", "isn't JSON")]
+)
+def test_bad_json_on_the_command_line_is_named(text, message, capsys):
+    with pytest.raises(SystemExit):
+        from_argv(SampleSettings, ["--template-arguments", text])
+    assert f"argument --template-arguments: {text}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -113,6 +138,17 @@ def test_parse_settings_names_places():
         (ReplaySettings, {"max_kl": 0}, "max_kl: Input should be greater than 0"),
         (ReplaySettings, {"min_entropy": -0.1}, "min_entropy: Input should be greater than 0"),
         (ReplaySettings, {"save_interval": 0}, "save_interval: Input should be greater than or equal to 1"),
+        (SampleSettings, {"system_prompt": "Be brief."}, "system_prompt has no effect without chat_template"),
+        (OnPolicySettings, {"template_date": "2026-11-29"}, "template_date has no effect without chat_template"),
+        (
+            EvaluateSettings,
+            {"chat_template": True, "system_prompt": ""},
+            "system_prompt: String should have at least 1",
+        ),
+        (ImportSettings, {"template_date": "29 Nov 2026"}, "template_date: '29 Nov 2026' is no date; write it as 2026"),
+        (ImportSettings, {"template_date": "2026-02-30"}, "template_date: .*day"),
+        (ImportSettings, {"template_arguments": {"a": date(2026, 11, 29)}}, "a date is text in quotes"),
+        (ImportSettings, {"template_arguments": {"a": float("inf")}}, "template_arguments: .*JSON"),
         (SelectSettings, {"num_prompts": 1}, "num_prompts: Input should be greater than or equal to 2"),
         (
             DistillSettings,

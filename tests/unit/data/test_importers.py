@@ -453,7 +453,7 @@ def test_mixed_ids_and_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) 
 def test_messages_that_can_not_be_encoded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [{"role": "assistant", "content": "four"}, {"role": "tool", "content": "five"}]
     source = jsonl(tmp_path / "in.jsonl", [{"prompt": "two", "completion": turns, "reward": 1}])
-    with pytest.raises(RolloutError, match=r"response \(from 'completion'\): 2 messages; a response must be a single"):
+    with pytest.raises(RolloutError, match=r"response \(from 'completion'\): 2 messages; a response is a single"):
         import_rollouts(source, tmp_path / "out.parquet", preset="trl", tokenizer=tokenizer)
 
 

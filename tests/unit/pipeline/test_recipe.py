@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.pipeline.recipe import Imported, Recipe, Sampled
 from megatron_erpd.pipeline.recipe_file import load_recipe
+from megatron_erpd.settings import TemplateSettings
 
 MINIMAL = """
 name: mine
@@ -172,9 +174,39 @@ def test_an_on_policy_control_samples_as_the_rollouts_do(read):
 
 
 @pytest.mark.parametrize(
+    ("rollouts", "evaluation", "expected"),
+    [
+        ("{}", "{}", (False, None, {}, None)),
+        ("{chat_template: true, template_date: 2026-11-29}", "{}", (True, None, {}, "2026-11-29")),
+        ("{chat_template: true, system_prompt: a}", "{system_prompt: b}", (True, "b", {}, None)),
+        ("{chat_template: true, system_prompt: a}", "{system_prompt: null}", (True, None, {}, None)),
+        ("{chat_template: true, template_arguments: {x: false}}", "{}", (True, None, {"x": False}, None)),
+        ("{chat_template: true, system_prompt: a}", "{chat_template: false}", (False, None, {}, None)),
+        ("{file: x.jsonl, template_arguments: {x: 1}}", "{}", (True, None, {"x": 1}, None)),
+        ("{file: x.jsonl, user_message: true}", "{}", (True, None, {}, None)),
+        ("{file: x.jsonl}", "{}", (False, None, {}, None)),
+    ],
+)
+def test_prompts_go_through_the_template_alike_everywhere(read, rollouts, evaluation, expected):
+    sampled = {} if "file" in rollouts else {"prompts": "p.jsonl", "verifier": "math-verify"}
+    given = {**sampled, **yaml.safe_load(rollouts)}
+    held_out = {"prompts": "h.jsonl", "verifier": "math-verify", **yaml.safe_load(evaluation)}
+    sections = {"rollouts": given, "evaluation": held_out, "selection": {**held_out, "prompts": "v.jsonl"}}
+    if sampled:
+        sections["controls"] = {"grpo": {"kind": "on_policy", **yaml.safe_load(evaluation)}}
+    recipe = read(yaml.safe_dump({**yaml.safe_load(MINIMAL), **sections}))
+    for section in (recipe.evaluation, recipe.selection, *recipe.controls.values()):
+        found = [getattr(section, name) for name in ("chat_template", *TemplateSettings.model_fields)]
+        assert tuple(found) == expected
+    assert read(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["teacher=null"], "nothing to train"),
+        (["rollouts.system_prompt=a"], "rollouts: system_prompt has no effect without chat_template"),
+        (["rollouts={file: x.jsonl, template_date: tomorrow}"], "rollouts.template_date: 'tomorrow' is no date"),
         (["selection={prompts: v.jsonl}", "teacher=null", "student={}"], "selection: there is no teacher"),
         (["selection={prompts: h.jsonl}", "evaluation={prompts: h.jsonl}"], "selection.prompts: are those of the eval"),
         (["cache={signal: auto}"], "cache.signal: auto is decided by the teacher's reward on held-out prompts"),

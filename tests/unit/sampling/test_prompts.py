@@ -9,6 +9,7 @@ import pytest
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, load_prompts, prompt_text, prompts_digest
+from megatron_erpd.settings import ChatSettings
 
 
 def test_lines_become_records(tmp_path):
@@ -48,7 +49,7 @@ def test_prompts_from_a_place_on_and_around_the_end(tmp_path):
         ('{"prompt": "1", "gold": "2"}', "'gold' isn't one of"),
         ('{"prompt": ""}', "not empty"),
         ('{"prompt": []}', "not empty"),
-        ('{"prompt": [{"role": "user"}]}', "messages"),
+        ('{"prompt": [{"role": "user"}]}', "message 1 has no text: its content is missing"),
         ('{"prompt": "1", "metadata": [1]}', "metadata is a list"),
     ],
 )
@@ -146,7 +147,7 @@ def test_encoding(policy):
     bos, tokenizer = policy.tokenizer.bos_token_id, policy.tokenizer
     [ids] = encode_prompts(tokenizer, [text])
     assert ids[0] == bos and tokenizer.decode(ids, skip_special_tokens=True) == "1+1="
-    assert encode_prompts(tokenizer, [text, chat], chat_template=True) == [ids, ids]
+    assert encode_prompts(tokenizer, [text, chat], ChatSettings(chat_template=True)) == [ids, ids]
     with pytest.raises(RecipeError, match="chat_template"):
         encode_prompts(tokenizer, [chat])
 
@@ -157,4 +158,4 @@ def test_a_missing_template_is_refused(policy):
     tokenizer = copy.deepcopy(policy.tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(RecipeError, match="no chat template"):
-        encode_prompts(tokenizer, [PromptRecord(prompt="1", answer=None, metadata={})], chat_template=True)
+        encode_prompts(tokenizer, [{"prompt": "1", "answer": None, "metadata": {}}], ChatSettings(chat_template=True))
