@@ -12,7 +12,7 @@ from megatron_erpd.manifest import MANIFEST, METRICS, WARNINGS, Manifest, read_m
 from megatron_erpd.pipeline.processes import last_step
 from megatron_erpd.slices import Slice
 
-_NOT_SAID = ("seconds", "starts", "bytes", "peak_memory_bytes", WARNINGS)
+_NOT_SAID = ("seconds", "starts", "bytes", "peak_memory_bytes", "policy_fingerprint", WARNINGS)
 """Figures of a summary that are told otherwise, or are of no use at the end; those in seconds aren't told either."""
 
 Stamp = tuple[int, int]

@@ -82,23 +82,27 @@ def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def _difference(rollouts: Rollouts, tokenizer: Any) -> str:
-    """A rollout whose text this tokenizer reads otherwise, or what is known where there is none."""
+    """Where this tokenizer reads something else than the text that a rollout records, or that no text tells."""
     for i in range(min(len(rollouts), _ROWS_READ)):
-        text = rollouts.response_text(i)
-        if not text:
-            continue
-        try:
-            read = tokenizer.decode(rollouts.response_tokens(i).tolist(), skip_special_tokens=True)
-        except Exception as error:  # whatever a tokenizer raises for an id that it doesn't have
-            return f"The first that can't be read is the response of {rollouts.location(i)} ({error})"
-        if read.strip() != text.strip():
-            at = next(
-                (at for at, (a, b) in enumerate(zip(read, text, strict=False)) if a != b), min(len(read), len(text))
-            )
-            start = max(0, at - _SHOWN_CHARACTERS // 2)
-            here = slice(start, start + _SHOWN_CHARACTERS)
-            return (
-                f"The first that they read differently is the response of {rollouts.location(i)}: {text[here]!r} was "
-                f"recorded, this tokenizer reads {read[here]!r}"
-            )
-    return "The responses' texts don't tell where: the vocabularies may differ in tokens that these rollouts don't hold"
+        for what, text, ids in (
+            ("response", rollouts.response_text(i), rollouts.response_tokens(i)),
+            ("prompt", rollouts.prompt_text(i), rollouts.prompt_tokens(i)),
+        ):
+            try:
+                read = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+            except Exception as error:  # whatever a tokenizer raises for an id that it doesn't have
+                return f"The first that can't be read is the {what} of {rollouts.location(i)} ({error})"
+            if text and text.strip() not in read:  # a chat template puts a prompt's text between others
+                return (
+                    f"The first that they read differently is the {what} of {rollouts.location(i)}: "
+                    f"{_where_differing(text.strip(), read.strip())}"
+                )
+    return "No text tells where: the vocabularies may differ in tokens that these rollouts don't hold"
+
+
+def _where_differing(recorded: str, read: str) -> str:
+    pairs = enumerate(zip(recorded, read, strict=False))
+    at = next((at for at, (a, b) in pairs if a != b), min(len(recorded), len(read)))
+    start = max(0, at - _SHOWN_CHARACTERS // 2)
+    here = slice(start, start + _SHOWN_CHARACTERS)
+    return f"{recorded[here]!r} was recorded, this tokenizer reads {read[here]!r}"

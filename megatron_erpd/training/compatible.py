@@ -12,7 +12,7 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.sampling.same_tokenizer import check_policies, check_rollouts, has_tokenizer
 
 _MAY_DIFFER = ("max_position_embeddings",)
-SOURCE_POLICY = "policy"
+SOURCE_POLICY = "policy_fingerprint"
 """In the summary of an import: `policy_fingerprint` of the model's folder, which rollouts sampled from it have too."""
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 def rollouts_of(path: Path, folder: Path | None, text: str | None = "w4 w5") -> Rollouts:
     digest = {} if folder is None else {"tokenizer_digest": tokenizer_digest(load_tokenizer(folder))}
     rows = [
-        Rollout(np.array([1, 2]), np.array([4, 5]), 0, reward=1.0, response=text),
+        Rollout(np.array([1, 2]), np.array([4, 5]), 0, reward=1.0, response=text, prompt="w1 w2"),
         Rollout(np.array([1]), np.array([6]), 0, reward=1.0, response="w6"),
     ]
     write_rollouts(path, rows, digest)
@@ -61,8 +61,9 @@ def test_what_does_not_change_an_id(folder: Path, tmp_path: Path) -> None:
     [
         ([*WORDS[:5], "else", *WORDS[6:]], "w4 w5", r"row 0 .*: 'w4 w5' was recorded, this tokenizer reads 'w4 else'"),
         ([*WORDS[:6], "else", *WORDS[7:]], "w4 w5", "row 1 .*: 'w6' was recorded, this tokenizer reads 'else'"),
-        ([*WORDS, "more"], "w4 w5", "don't tell where"),
-        (WORDS[1:], None, "row 1 .*: 'w6' was recorded, this tokenizer reads 'w7'"),
+        ([*WORDS, "more"], "w4 w5", "No text tells where"),
+        ([WORDS[0], "else", *WORDS[2:]], "w4 w5", "the prompt of .*row 0 .*: 'w1 w2' was recorded, .* reads 'else w2'"),
+        (WORDS[1:], None, "prompt of .*row 0 .*: 'w1 w2' was recorded, this tokenizer reads 'w2 w3'"),
     ],
 )
 def test_another_tokenizer(words: list[str], text: str | None, detail: str, folder: Path, tmp_path: Path) -> None:
