@@ -351,13 +351,16 @@ def report(argv: list[str]) -> None:
         "run", type=Path, help="the run's folder; a run that is not finished is reported as far as it is"
     )
     given = parser.parse_args(argv)
-    from megatron_erpd.pipeline.display import describe_summary
+    from megatron_erpd.pipeline.display import describe_summary, findings_lines
     from megatron_erpd.report.render import render_report
 
     if given.run.is_dir():
         check_output(given.run / "report")
     print(f"wrote {render_report(given.run)}")
-    print(f"{given.run}: {describe_summary(given.run / 'report' / 'summary.json')}")
+    summary = given.run / "report" / "summary.json"
+    print(f"{given.run}: {describe_summary(summary)}")
+    for line in findings_lines(summary):
+        print(line)
 
 
 def _parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:

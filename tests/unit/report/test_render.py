@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
+from megatron_erpd.pipeline import commands
 from megatron_erpd.report.render import duration, render_report, shortened, size, tint
 from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
 
@@ -183,19 +184,25 @@ def test_the_mismatch_of_sampler_and_training_engine(tmp_path: Path) -> None:
     assert summary["mismatches"]["round-01"]["mult_error"] == pytest.approx(np.exp(0.03))
 
 
-def test_verdicts_and_warnings_stand_at_the_top(run_folder: Path, tmp_path: Path) -> None:
+def test_verdicts_and_warnings_stand_at_the_top(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run")
     for name in ("rollouts", "teacher"):
         manifest = folder / "round-01" / name / "manifest.json"
         record = json.loads(manifest.read_text())
         record["summary"]["warnings"] = ["18 of 24 groups teach nothing: <b>"]
         manifest.write_text(json.dumps(record))
-    text = render_report(folder).read_text()
+    commands.report([str(folder)])
+    said = capsys.readouterr().out.splitlines()
+    text = (folder / "report" / "index.html").read_text()
     assert Structure(text).headings[0] == "In short"
     top = text[text.index("In short") : text.index("</section>")]
     summary = json.loads((folder / "report" / "summary.json").read_text())
     assert [finding["policy"] for finding in summary["findings"]] == ["student", "teacher"]
     for finding in summary["findings"]:
         assert f'<li class="{finding["level"]}">' in top and finding["text"].split(":")[0] in top
+        assert finding["text"] in said
+    assert said[-1].endswith("round-01/rollouts, round-01/teacher: 18 of 24 groups teach nothing: <b>")
     warned = next(line for line in top.splitlines() if "teach nothing" in line)
     assert "round-01/rollouts" in warned and "round-01/teacher" in warned and "&lt;b&gt;" in warned
