@@ -119,7 +119,11 @@ def import_rollouts(
 
 
 class _Excluded(Exception):
-    """A sample that the framework which wrote it leaves out of its trainings; the message is the mark."""
+    """A sample that the framework which wrote it leaves out of its trainings, by the value of one of our fields."""
+
+    def __init__(self, field_name: str, value: object) -> None:
+        super().__init__(f"{field_name} {value}")
+        self.field, self.value = field_name, value
 
 
 @dataclass
@@ -205,6 +209,9 @@ class _Builder:
             raise RowProblem("empty_" + name, name, f"no {name}_token_ids and no {name} text; correct the field map")
         if not isinstance(value, str | list):
             raise RowProblem("malformed", name, f"is a {type(value).__name__}; expected text or a list of messages")
+        if isinstance(value, list) and not all(isinstance(message, Mapping) for message in value):
+            detail = f"is a list, but not of messages; give token ids as {name}_token_ids, messages as objects"
+            raise RowProblem("malformed", name, detail)
         if self.chat is None:
             raise RolloutError(f"{name}: the source has text without token ids; give the base model's tokenizer")
         return self.chat, value
@@ -262,7 +269,7 @@ class _Import:
                 built = self.builder.build(values)
                 self._admit(built.rollout)
             except _Excluded as mark:
-                self.report.exclude(str(mark), where)
+                self.report.exclude(f"{self.fields.fields.get(mark.field, mark.field)} {mark.value}", where)
                 continue
             except RecursionError:
                 self._reject(where, RowProblem("malformed", "row", "is nested too deeply"))
@@ -354,7 +361,7 @@ def _finish_reason(values: Mapping[str, Any]) -> str | None:
 
 def _check_marks(values: Mapping[str, Any], finish_reason: str | None) -> None:
     if finish_reason is not None and finish_reason.lower() in NO_SAMPLE:
-        raise _Excluded(f"finish_reason {finish_reason}")
+        raise _Excluded("finish_reason", finish_reason)
     for name, leaves_out in (("excluded", True), ("included", False)):
         value = values.get(name)
         if value is None:
@@ -363,7 +370,7 @@ def _check_marks(values: Mapping[str, Any], finish_reason: str | None) -> None:
             detail = f"{value!r} isn't true or false (1 or 0); a sample is left out or kept, it has no weight"
             raise RowProblem("malformed", name, detail)
         if bool(value) is leaves_out:
-            raise _Excluded(f"{name} {value}")
+            raise _Excluded(name, value)
 
 
 def _check_loss_mask(mask: Any, num_tokens: int) -> None:
@@ -373,7 +380,7 @@ def _check_loss_mask(mask: Any, num_tokens: int) -> None:
         size = len(mask) if isinstance(mask, list) else type(mask).__name__
         raise RowProblem("malformed", "loss_mask", f"{size} values for {num_tokens} response tokens; give one each")
     if num_tokens and all(not isinstance(value, str) and value == 0 for value in mask):
-        raise _Excluded("loss_mask all zero")
+        raise _Excluded("loss_mask", "all zero")
     if any(value != 1 for value in mask):
         detail = "masks response tokens out (tool results, other turns); only rollouts of a single turn are supported"
         raise RowProblem("masked_tokens", "loss_mask", detail)
@@ -384,6 +391,8 @@ def _sample_id(value: Any) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RowProblem("malformed", "sample_id", f"is a {type(value).__name__}; expected text or a whole number")
+    if value == "":
+        raise RowProblem("malformed", "sample_id", "is empty; leave the field out to have it derived")
     check_storable(value, "sample_id")
     return str(value)
 

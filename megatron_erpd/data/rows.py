@@ -129,8 +129,8 @@ def _open(path: Path) -> BinaryIO:
     if suffix == ".zst":
         # Arrow's: the usual Python binding ends in silence after the first frame, and where a file was cut off.
         return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
-    opener: Callable[..., Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
-    return cast(BinaryIO, opener(path, "rb"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast(BinaryIO, openers.get(suffix, open)(path, "rb"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

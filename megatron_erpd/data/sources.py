@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,13 @@ class Source:
     files: tuple[Path, ...]
     not_read: tuple[Path, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in (*self.files, *self.not_read):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:  # it could be neither printed nor written down
+                raise RolloutError(f"{str(path)!r}: its name isn't UTF-8; rename it") from None
 
 
 def open_source(source: str | Path | Sequence[str | Path]) -> Source:
@@ -164,7 +171,6 @@ def _of_hub(text: str) -> Source:
     with _QuietDatasets(text) as datasets:
         is_commit = spec.revision is not None and _COMMIT.fullmatch(spec.revision) is not None
         snapshot = _snapshot(spec) if is_commit or datasets.config.HF_HUB_OFFLINE else None
-        builder = None
         if snapshot is None:
             try:
                 builder = _builder(spec.place, spec, text)
@@ -173,10 +179,11 @@ def _of_hub(text: str) -> Source:
                 if snapshot is None:
                     raise
                 warnings.warn(f"{text}: the hub can't be reached; what its cache holds is read", stacklevel=2)
+        files: Iterable[Path]
         if snapshot is not None:
-            urls = _builder_files(_builder(str(snapshot), spec, text), spec.split, text)
-            _check_shards(urls, text)
-            files = map(Path, urls)
+            places = _builder_files(_builder(str(snapshot), spec, text), spec.split, text)
+            _check_shards(places, text)
+            files = map(Path, places)
         elif builder.name != "cache":
             files = _downloaded(datasets, _builder_files(builder, spec.split, text))
         else:
@@ -215,7 +222,7 @@ def _builder_files(builder: datasets.DatasetBuilder, split: str, text: str) -> l
 def _chosen(split: str | None, splits: Sequence[str], text: str) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
-    if split in splits:
+    if split is not None and split in splits:
         return split
     what = f"has no split {split!r}" if split is not None else "has several splits"
     example = f"{text.partition(':')[0]}:{splits[0] if splits else 'train'}"

@@ -55,10 +55,12 @@ def read_digest(path: Path, how: Reading) -> str | None:
         from megatron_erpd.data.rewards import content_digest
 
         return content_digest(path)
-    if how == "source" and not path.is_file() and not (path / MANIFEST).is_file():
+    if how == "source":
         from megatron_erpd.data.sources import open_source, source_digest
 
-        return source_digest(open_source(str(path)))
+        source = open_source(str(path))
+        if source.files != (path,) and not (path / MANIFEST).is_file():
+            return source_digest(source)
     if how == "tokenizer":
         return input_digest(path, without_weights)
     if how in ("content", "source"):

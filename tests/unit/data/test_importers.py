@@ -247,6 +247,13 @@ BAD_ROWS = [
     (GOOD | {"behavior_log_probs": {"0": -1.0}}, "bad_behavior_log_probs", "expected a list of numbers"),
     (GOOD | {"sample_id": {"a": 1}}, "malformed", "sample_id: is a dict"),
     (GOOD | {"sample_id": True}, "malformed", "sample_id: is a bool"),
+    (GOOD | {"sample_id": ""}, "malformed", "sample_id: is empty"),
+    (
+        GOOD | {"response_token_ids": None, "response": ["four"]},
+        "malformed",
+        "is a list, but not of messages",
+    ),
+    (GOOD | {"prompt_token_ids": None, "prompt": [1, 6]}, "malformed", "give token ids as prompt_token_ids"),
     (GOOD | {"group_id": ["g"]}, "malformed", "group_id: ['g'] is neither"),
     (
         GOOD | {"finish_reason": {"type": "length"}},
@@ -295,19 +302,19 @@ def test_bad_rows(tmp_path: Path, bad: Any, reason: str, message: str) -> None:
 
 SLIME = {"tokens": [1, 6, 8, 2], "response_length": 2, "reward": 1.0, "status": "completed", "group_index": 0}
 MARKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("slime", SLIME, {"remove_sample": True}, "excluded True"),
+    ("slime", SLIME, {"remove_sample": True}, "remove_sample True"),
     (
         "slime",
         SLIME,
         {"status": "aborted", "reward": None, "tokens": [], "response_length": 0},
-        "finish_reason aborted",
+        "status aborted",
     ),
-    ("slime", SLIME, {"status": "failed"}, "finish_reason failed"),
-    ("slime", SLIME, {"status": "pending", "reward": None}, "finish_reason pending"),
+    ("slime", SLIME, {"status": "failed"}, "status failed"),
+    ("slime", SLIME, {"status": "pending", "reward": None}, "status pending"),
     ("slime", SLIME, {"loss_mask": [0, 0]}, "loss_mask all zero"),
     ("plain", GOOD, {"loss_mask": [False, False]}, "loss_mask all zero"),
-    ("plain", GOOD, {"loss_multiplier": 0.0}, "included 0.0"),
-    ("plain", GOOD, {"remove_sample": 1}, "excluded 1"),
+    ("plain", GOOD, {"loss_multiplier": 0.0}, "loss_multiplier 0.0"),
+    ("plain", GOOD, {"remove_sample": 1}, "remove_sample 1"),
     ("plain", GOOD, {"finish_reason": "abort"}, "finish_reason abort"),
 ]
 
@@ -329,7 +336,7 @@ def test_samples_that_another_framework_excludes(
 def test_marks_under_other_names(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD | {"sample_mask": 0}, GOOD | {"sample_mask": 1}])
     report = import_rollouts(source, tmp_path / "out.parquet", field_map={"included": "sample_mask"})
-    assert report.accepted == 1 and report.excluded == {"included 0": 1}
+    assert report.accepted == 1 and report.excluded == {"sample_mask 0": 1}
 
 
 def test_what_was_assumed_about_a_response_s_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
