@@ -82,9 +82,10 @@ def test_a_size_is_asked_for_only_where_a_rate_is_missing(tmp_path):
 def test_done_is_what_was_trained_at_the_same_number(tmp_path):
     planned = recipe(tmp_path)
     write_config(tmp_path / "run/round-01/base/hf", LARGE)
-    for name in ("base", "rollouts", "base-log-probs"):
+    for name in ("base", "rollouts", "base-log-probs", "rewards"):
         folder = tmp_path / "run/round-01" / name
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "content.json").write_text('{"digest": null}')  # of rewards that are the rollouts' own
         write_manifest(folder, name, {}, {})
     artifacts, teacher = Artifacts(planned.folder), trainings(planned)["teacher"]
     teacher.output.mkdir(parents=True)
