@@ -201,6 +201,12 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("--jobs", type=int, help="most stages side by side (default: as there are GPUs or cores)")
     parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="in the end remove what complete artifacts have replaced, and say what that was; without it rollouts, "
+        "rewards and trained policies that others have replaced stay in RUN/replaced",
+    )
+    parser.add_argument(
         "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
     )
     given = parser.parse_args(argv)
@@ -208,18 +214,22 @@ def run(argv: list[str]) -> None:
     recipe = _recipe(given)
     if given.dry_run:
         from megatron_erpd.pipeline import planner
+        from megatron_erpd.pipeline.replaced import list_replaced
 
         if recipe.directory and recipe.directory != started_in:
             print(f"# in {recipe.directory}:\n")
         stages = planner.plan(recipe)
         _print_verdicts(recipe, stages, checksums=not given.quick_check)
+        if given.discard:
+            for one in list_replaced(recipe.folder, stages):
+                print(f"# would be removed when all is complete: {one.describe()}")
         for stage in stages:
             print(f"# {stage.name}\n{stage.shown()}\n")
         return
     from megatron_erpd.pipeline.local import run_recipe
 
     try:
-        run_recipe(recipe, jobs=given.jobs, checksums=not given.quick_check)
+        run_recipe(recipe, jobs=given.jobs, checksums=not given.quick_check, discard=given.discard)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         sys.exit(130)

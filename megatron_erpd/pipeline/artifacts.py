@@ -10,6 +10,8 @@ from typing import Literal
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import (
     MANIFEST,
+    METRICS,
+    REQUEST,
     Manifest,
     begin_artifact,
     differences,
@@ -18,6 +20,7 @@ from megatron_erpd.manifest import (
     read_request,
     verify_manifest,
 )
+from megatron_erpd.pipeline.replaced import KEPT, is_artifact, kept, replaced_folder
 from megatron_erpd.pipeline.stages import Stage, settings_of
 from megatron_erpd.sampling.inputs import Reading, read_digest, reading
 
@@ -62,31 +65,50 @@ class Artifacts:
         """Compares the folder of a stage with what the stage would write. Its inputs must be there."""
         return self._assess(stage.output, stage, self.checksums if checksums is None else checksums)
 
-    def make_way(self, stage: Stage) -> bool:
-        """Moves an artifact that is not the one asked for to `replaced/` in the run's folder.
+    def ready(self, stage: Stage) -> tuple[Assessment, list[str]]:
+        """What is in a stage's folder after anything that is not the artifact asked for was put aside, and what to say
+        of that.
 
-        It is kept there until the new one is complete (`settle`), so that a setting changed in error loses nothing:
-        when the artifact in `replaced/` is the one asked for, it comes back. One is kept for each stage, a complete one
-        rather than the beginning of one.
-
-        Returns:
-            Whether the one asked for came back.
+        What is put aside goes to `replaced/NAME/` in the run's folder, where there may be several. When one of them is
+        the artifact asked for, or its beginning, it comes back.
         """
-        replaced = self.replaced(stage)
-        back = replaced.is_dir() and self._assess(replaced, stage, self.checksums).found in ("complete", "interrupted")
-        if not back and (replaced / MANIFEST).is_file() and not (stage.output / MANIFEST).is_file():
-            shutil.rmtree(stage.output)
-            return False
-        away = replaced.with_name(replaced.name + ".incoming")
-        replaced.parent.mkdir(parents=True, exist_ok=True)
-        stage.output.rename(away)
+        found, lines = self.assess(stage), list[str]()
+        if found.found in ("complete", "interrupted"):
+            return found, lines
+        back = self.comes_back(stage)
+        if found.found != "absent":
+            why = "settings or inputs differ" if found.found == "other" else "it is damaged"
+            lines.append("\n  ".join([f"made anew, {why}:", *found.reasons]))
+            if aside := self._put_aside(stage):
+                until = "" if stage.command in KEPT else " until the new one is complete"
+                lines.append(f"the former one is kept in {aside}{until}")
+                back = back and self.comes_back(stage)  # where a folder of an earlier version was moved to
         if back:
-            replaced.rename(stage.output)
-        elif replaced.is_dir():
-            shutil.rmtree(replaced)
-        away.rename(replaced)
+            back.rename(stage.output)
+            lines.append(f"the one with these settings and inputs was still in {back} and is taken back")
         self.forget(stage)
-        return back
+        return self.assess(stage), lines
+
+    def comes_back(self, stage: Stage) -> Path | None:
+        """The folder of the artifact asked for, or else of its beginning, among those that others have replaced."""
+        found = {self._assess(folder, stage, self.checksums).found: folder for folder in kept(self.replaced(stage))}
+        return found.get("complete") or found.get("interrupted")
+
+    def _put_aside(self, stage: Stage) -> Path | None:
+        """Moves a stage's folder out of the way; a beginning without any work in it is removed."""
+        if not (stage.output / MANIFEST).is_file() and not _has_work(stage.output):
+            shutil.rmtree(stage.output)
+            return None
+        place = self.replaced(stage)
+        if is_artifact(place):  # as the version before kept it: one, without a number
+            former = place.with_name(f".{place.name}.moving")
+            place.rename(former)
+            place.mkdir()
+            former.rename(place / _number(1))
+        place.mkdir(parents=True, exist_ok=True)
+        aside = place / _number(1 + max((int(folder.name) for folder in kept(place)), default=0))
+        stage.output.rename(aside)
+        return aside
 
     def begin(self, stage: Stage) -> None:
         """Takes the folder for a stage whose command knows nothing of manifests. It begins empty."""
@@ -95,7 +117,8 @@ class Artifacts:
         begin_artifact(stage.output, stage.command, stage.settings, self.digests(stage))
 
     def settle(self, stage: Stage) -> None:
-        """Checks that a stage which ended has left its artifact, and removes the one that it replaces.
+        """Checks that a stage which ended has left its artifact. What that replaces is removed where it can be made
+        again from other artifacts; what was sampled or trained stays (`replaced.discard`).
 
         Raises:
             StageError: there is no artifact, or it is not the one that was planned.
@@ -107,11 +130,12 @@ class Artifacts:
             raise StageError(
                 f"{stage.name}: the command ended without an error, but its artifact is not complete: {why}"
             )
-        shutil.rmtree(self.replaced(stage), ignore_errors=True)
+        if stage.command not in KEPT:
+            shutil.rmtree(self.replaced(stage), ignore_errors=True)
 
     def replaced(self, stage: Stage) -> Path:
-        """Where the former artifact of a stage is kept while a new one is made."""
-        return self.root / "replaced" / stage.name.replace("/", "-")
+        """Where the former artifacts of a stage are kept, each in a folder of its own."""
+        return replaced_folder(self.root) / stage.name.replace("/", "-")
 
     def _assess(self, folder: Path, stage: Stage, checksums: bool) -> Assessment:
         inputs, settings = self.digests(stage), settings_of(stage)
@@ -131,6 +155,17 @@ class Artifacts:
             return Assessment("absent" if nothing else "interrupted")
         lines = differences(request, stage.command, settings, inputs)
         return Assessment("other", lines) if lines else Assessment("interrupted")
+
+
+def _number(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _has_work(folder: Path) -> bool:
+    """Whether an unfinished artifact holds more than its request and logs: part files, slices, checkpoints."""
+    aside = {"logs", "tensorboard", REQUEST, METRICS}
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return any(path.parts[0] not in aside and path.name != ".begin" and path.suffix != ".tmp" for path in files)
 
 
 def _renewed(manifest: Manifest, stage: Stage, inputs: dict[str, str]) -> Manifest:

@@ -22,6 +22,7 @@ from rich.text import Text
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_text
 from megatron_erpd.manifest import WARNINGS, read_manifest
+from megatron_erpd.pipeline import replaced
 from megatron_erpd.pipeline.artifacts import Artifacts, Assessment
 from megatron_erpd.pipeline.attempts import LOCK, last_attempt, this_process
 from megatron_erpd.pipeline.display import Display, Row, State, findings_lines, summary_table
@@ -41,7 +42,12 @@ _SHOW_SECONDS = 1.0
 
 
 def run_recipe(
-    recipe: Recipe, *, jobs: int | None = None, checksums: bool = True, console: Console | None = None
+    recipe: Recipe,
+    *,
+    jobs: int | None = None,
+    checksums: bool = True,
+    discard: bool = False,
+    console: Console | None = None,
 ) -> None:
     """Runs all stages of a recipe that are not done, then prints what came out.
 
@@ -49,6 +55,7 @@ def run_recipe(
         recipe: what to run.
         jobs: most stages side by side; default: as many as the machine has room for.
         checksums: verify the content of finished artifacts, not only presence and size of their files.
+        discard: in the end, when all is complete, remove what complete artifacts have replaced.
         console: where to show the run; default: standard output.
 
     Raises:
@@ -72,12 +79,22 @@ def run_recipe(
                 runner.run(prepare)
                 check_recipe(recipe, stages, slots)  # what the command wrote can be checked only now
             runner.run(stages)
+        for line in _discarded(root, stages) if discard else filter(None, [replaced.note(root)]):
+            console.print(Text(line), soft_wrap=True)
     summary = root / "report" / "summary.json"
     if summary.is_file():
         console.print(summary_table(summary))
         for line in findings_lines(summary):
             console.print(Text(line), soft_wrap=True)
     console.print(f"report: {root / 'report' / 'index.html'}", highlight=False)
+
+
+def _discarded(root: Path, stages: Sequence[Stage]) -> list[str]:
+    """Removes what the stages have replaced, and says what that was."""
+    found = replaced.discard(root, stages)
+    if not found:
+        return [f"{root}: nothing that was replaced is kept"]
+    return [f"removed, as it was replaced: {replaced.describe(found)}", *(f"  {one.describe()}" for one in found)]
 
 
 class Runner:
@@ -146,14 +163,10 @@ class Runner:
 
     def _assess(self, stage: Stage) -> Assessment:
         """What is in the stage's folder after anything that is not the artifact asked for was put aside."""
-        assessment = self.artifacts.assess(stage)
-        if assessment.found not in ("other", "damaged"):
-            return assessment
-        why = "settings or inputs differ" if assessment.found == "other" else "it is damaged"
-        self.display.say(f"[{stage.name}] made anew, {why}:\n  " + "\n  ".join(assessment.reasons))
-        if self.artifacts.make_way(stage):
-            self.display.say(f"[{stage.name}] the artifact with these settings was still in {self.root}/replaced")
-        return self.artifacts.assess(stage)
+        assessment, lines = self.artifacts.ready(stage)
+        for line in lines:
+            self.display.say(f"[{stage.name}] {line}")
+        return assessment
 
     def _choose(self, waiting: Sequence[Stage]) -> list[Stage]:
         """Stages that can start now, side by side, in the order of the plan."""
@@ -286,6 +299,7 @@ def status_table(recipe: Recipe) -> Display:
         show_or_say(display, stages, recipe.folder)
     if all(display.rows[stage.name].state == "done" for stage in stages if stage.command == "evaluate"):
         display.notes = findings_lines(recipe.folder / "report" / "summary.json")
+    display.notes = [*display.notes, *filter(None, [replaced.note(recipe.folder)])]
     return display
 
 

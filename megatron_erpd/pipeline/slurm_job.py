@@ -133,11 +133,9 @@ class StageJob:
 
     def _make_way(self, stage: Stage) -> bool:
         """Puts an artifact with other settings or inputs aside; returns whether the one asked for is there."""
-        assessment = self.artifacts.assess(stage)
-        if assessment.found in ("other", "damaged"):
-            self._say(f"{stage.name} is made anew, {assessment.found}:\n  " + "\n  ".join(assessment.reasons))
-            self.artifacts.make_way(stage)
-            assessment = self.artifacts.assess(stage)
+        assessment, lines = self.artifacts.ready(stage)
+        for line in lines:
+            self._say(f"{stage.name}: {line}")
         return assessment.found == "complete"
 
     def _check_shared(self) -> None:

@@ -60,7 +60,7 @@ def judge(stage: Stage, artifacts: Artifacts, before: Mapping[str, Verdict]) -> 
         missing = [path for path in stage.inputs.values() if not is_there(path)]
         if missing and not pending:
             return Verdict("blocked", [f"{path}: no such file or folder; check the path" for path in missing])
-        return Verdict("new")
+        return Verdict("new", [] if pending else _coming_back(stage, artifacts))
     if pending:
         inputs = [f"its input {name} {_WILL[before[name].word]}" for name in pending]
         return Verdict("again", [*_other_settings(stage), *inputs])
@@ -71,10 +71,19 @@ def judge(stage: Stage, artifacts: Artifacts, before: Mapping[str, Verdict]) -> 
     if found.found == "complete":
         return Verdict("done", ["settings, inputs and files are those that its manifest records"])
     if found.found in ("other", "damaged"):
-        return Verdict("again", found.reasons)
+        return Verdict("again", [*found.reasons, *_coming_back(stage, artifacts)])
     if not stage.is_tool:
         return Verdict("again", ["it did not end, and starts over"])
     return Verdict("resumed", ["it did not end, and goes on with what is there"])
+
+
+def _coming_back(stage: Stage, artifacts: Artifacts) -> list[str]:
+    """That a former artifact of the stage is the one asked for, where there is one."""
+    try:
+        back = artifacts.comes_back(stage)
+    except ErpdError:  # an input of the user's own can't be read
+        return []
+    return [f"the one asked for is kept in {back} and comes back"] if back else []
 
 
 _WILL: Mapping[Word, str] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest
 from megatron_erpd.pipeline.local import locked
+from megatron_erpd.pipeline.replaced import discard, list_replaced, note
 from megatron_erpd.pipeline.stages import Stage
 
 
@@ -49,7 +51,10 @@ def test_a_changed_setting_redoes_the_stage_and_what_depends_on_it(make_stage, r
     assert "[a] made anew, settings or inputs differ:\n  epochs: 1 -> 2" in outcome.text
     assert "input a changed" in outcome.text
     assert read_manifest(outcome.root / "a").settings == {"epochs": 2}
-    assert not (outcome.root / "replaced" / "a").exists()
+    # What was trained stays, and is not deleted by itself.
+    former = outcome.root / "replaced/a/0001"
+    assert read_manifest(former).settings == {"epochs": 1}
+    assert f"[a] the former one is kept in {former}" in outcome.text
 
 
 def test_an_interrupted_stage_goes_on_with_its_folder(make_stage, run_stages):
@@ -84,6 +89,74 @@ def test_a_complete_artifact_is_kept_aside_rather_than_a_begun_one(make_stage, r
         with pytest.raises(StageError):
             run_stages([make_stage("a", settings={"epochs": epochs}, fail="error: no")])
     assert run_stages([make_stage("a", settings={"epochs": 1})]).states == {"a": "kept"}
+
+
+def test_all_that_was_trained_is_kept_and_comes_back(make_stage, run_stages):
+    def stages(epochs):
+        trained = make_stage("a", settings={"epochs": epochs})
+        return [trained, replace(make_stage("b", ["a"]), command="export")]
+
+    for epochs in (1, 2, 3):
+        root = run_stages(stages(epochs)).root
+    kept = sorted((root / "replaced/a").iterdir())
+    assert [read_manifest(folder).settings["epochs"] for folder in kept] == [1, 2]
+    assert not (root / "replaced/b").exists(), "an export can be made again"
+    (root / "a/result").rename(root / "elsewhere")  # damaged: what is left of it is kept too
+    for epochs, starts in ((1, 3), (2, 3), (3, 4), (1, 4)):
+        outcome = run_stages(stages(epochs))
+        assert read_manifest(root / "a").settings == {"epochs": epochs} and outcome.starts("a") == starts
+        assert ("is taken back" in outcome.text) == (epochs != 3) and outcome.states["b"] == "done"
+    assert len(list((root / "replaced/a").iterdir())) == 3
+
+
+def test_what_was_put_aside_by_a_run_that_was_killed_comes_back(make_stage, run_stages):
+    """... before another one had begun."""
+    root = run_stages([make_stage("a")]).root
+    (root / "replaced/a").mkdir(parents=True)
+    (root / "a").rename(root / "replaced/a/0007")
+    outcome = run_stages([make_stage("a")])
+    assert outcome.states == {"a": "kept"} and outcome.starts("a") == 1 and not list((root / "replaced/a").iterdir())
+
+
+def test_what_the_version_before_kept_comes_back(make_stage, run_stages):
+    """It kept one for each stage, in `replaced/a` itself."""
+    root = run_stages([make_stage("a", settings={"epochs": 1})]).root
+    (root / "replaced").mkdir()
+    (root / "a").rename(root / "replaced/a")
+    run_stages([make_stage("a", settings={"epochs": 2})])
+    assert (root / "replaced/a" / MANIFEST).is_file()
+    run_stages([make_stage("a", settings={"epochs": 3})])
+    outcome = run_stages([make_stage("a", settings={"epochs": 1})])
+    assert outcome.states == {"a": "kept"} and outcome.starts("a") == 3
+    made = {read_manifest(folder).settings["epochs"] for folder in (root / "replaced/a").iterdir()}
+    assert made == {2, 3}
+
+
+def test_beginnings_with_work_in_them_are_kept(make_stage, run_stages):
+    for epochs in (1, 2):
+        with pytest.raises(StageError):
+            run_stages([make_stage("a", settings={"epochs": epochs}, fail="error: no")])
+    (make_stage("a").output / "half").unlink()  # the second one's checkpoint was never written
+    outcome = run_stages([make_stage("a", settings={"epochs": 1}, fail="error: no")])
+    assert (outcome.root / "a/result").read_text() == "resumed"
+    assert not list((outcome.root / "replaced/a").iterdir())
+
+
+def test_what_was_replaced_is_removed_when_it_is_asked_for(make_stage, run_stages):
+    stages = [make_stage("a", settings={"epochs": 1}), make_stage("other")]
+    for epochs in (1, 2, 3):
+        stages[0] = make_stage("a", settings={"epochs": epochs})
+        root = run_stages(stages).root
+    shutil.copytree(root / "other", root / "replaced/gone/0001")  # of a stage that the recipe has no longer
+    text = note(root)
+    assert text is not None and "3 artifacts, 0.00 GiB" in text and f"run {root} --discard" in text
+    found = discard(root, stages)
+    assert [one.folder.name for one in found] == ["0001", "0002"] and all(one.bytes > 100 for one in found)
+    assert [path.name for path in (root / "replaced").iterdir()] == ["gone"]
+    assert read_manifest(root / "a").settings == {"epochs": 3}
+    assert discard(root, stages) == [] and len(list_replaced(root)) == 1
+    shutil.rmtree(root / "replaced")
+    assert note(root) is None
 
 
 def test_a_damaged_artifact_is_made_anew(make_stage, run_stages):

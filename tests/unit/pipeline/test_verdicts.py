@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron_erpd import cli
-from megatron_erpd.manifest import MANIFEST, REQUEST, begin_artifact, finish_artifact
+from megatron_erpd.manifest import CONTENT, MANIFEST, REQUEST, begin_artifact, finish_artifact
 from megatron_erpd.pipeline import local
 from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.display import Display
@@ -55,6 +55,8 @@ class InProcess:
         if stage.command == "import":
             shutil.copytree(stage.inputs["hf"], stage.output / "hf")
         (stage.output / "weights").write_text(json.dumps([stage.settings, inputs]))
+        if stage.command == "score":  # the same rewards, whoever gives them
+            (stage.output / CONTENT).write_text('{"digest": null}')
         if stage.is_tool:
             finish_artifact(stage.output)
 
@@ -105,7 +107,7 @@ def verdicts(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, str]:
     return found
 
 
-ALL = ["base", "rollouts", "base-log-probs", "teacher", "cache", "student", "export", "report"]
+ALL = ["base", "rollouts", "base-log-probs", "rewards", "teacher", "cache", "student", "export", "report"]
 
 
 def write(path: str, text: str) -> Callable[[], None]:
@@ -137,14 +139,28 @@ CHANGES: dict[str, tuple[Callable[[], Any], list[str], dict[str, str]]] = {
             "report": "its input cache will be made anew; its input student will be made anew; its input export",
         },
     ),
-    "the student alone": (lambda: None, ["student.epochs=9"], dict.fromkeys(ALL[5:], "again, because ")),
+    "the student alone": (lambda: None, ["student.epochs=9"], dict.fromkeys(ALL[6:], "again, because ")),
     "prompts": (
         write("p.jsonl", '{"prompt": "1+2=", "answer": "3"}\n'),
         [],
         {"rollouts": "again, because input prompts changed", **dict.fromkeys(ALL[2:], "its input ")},
     ),
+    "the verifier": (
+        write("score.py", "def score(record, response):\n    return 0.5 + 0.5\n"),
+        [],
+        {
+            "rewards": "again, because input verifier changed",
+            "teacher": "again, because its input rewards will be made anew",
+            **dict.fromkeys(ALL[5:], "again, because its input "),
+        },
+    ),
+    "an answer": (
+        write("p.jsonl", '{"prompt": "1+1=", "answer": "11"}\n'),
+        [],
+        {"rewards": "again, because input prompts changed", **dict.fromkeys(ALL[4:], "again, because its input ")},
+    ),
     "model": (write("model/config.json", json.dumps({**MODEL, "rope_theta": 1e5})), [], dict.fromkeys(ALL, "again")),
-    "precision": (lambda: None, ["layout.precision=bf16"], dict.fromkeys(ALL[2:], "again, because ")),
+    "precision": (lambda: None, ["layout.precision=bf16"], dict.fromkeys([ALL[2], *ALL[4:]], "again, because ")),
     "a stage's folder": (
         lambda: shutil.rmtree("runs/mine/round-01/student"),
         [],
@@ -166,6 +182,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], list[str], dict[str, str]]] = {
     ),
 }
 KEPT = {
+    **{change: ["teacher", "cache", "student", "export"] for change in ("the verifier", "an answer")},
     "a stage's folder": ["export", "report"],
     "an interrupted stage": ["export", "report"],
     "a removed file": ["report"],
@@ -186,6 +203,18 @@ def test_all_commands_agree(run, capsys, change):
         assert word in not_done[name]
     assert run(*flags) == [name for name in not_done if name not in KEPT.get(change, [])]
     assert all(word.startswith("done, because") for word in verdicts(capsys, *flags).values())
+
+
+def test_what_comes_back_is_told(run, capsys):
+    run()
+    run("student.epochs=9")
+    found = verdicts(capsys)["student"]
+    assert found.endswith("the one asked for is kept in runs/mine/replaced/student/0001 and comes back")
+    assert run() == ["export", "report"]
+    shutil.rmtree("runs/mine/round-01/student")
+    found = verdicts(capsys, "student.epochs=9")["student"]
+    assert found == "new, because the one asked for is kept in runs/mine/replaced/student/0002 and comes back"
+    assert run("student.epochs=9") == ["export", "report"]
 
 
 def test_a_missing_input_of_the_users(run, capsys):
