@@ -17,7 +17,7 @@ from megatron_erpd import cli
 from megatron_erpd.checkpoint.hf_config import read_model_shape
 from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
-from megatron_erpd.manifest import write_manifest
+from megatron_erpd.manifest import CONTENT, write_manifest
 from megatron_erpd.pipeline import disk_plan
 from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.cache_plan import Speed, cache_options
@@ -100,6 +100,8 @@ def finish(stage: Stage, summary: dict[str, Any] | None = None) -> None:
     stage.output.mkdir(parents=True, exist_ok=True)
     if stage.command == "import":
         shutil.copytree(stage.inputs["hf"], stage.output / "hf")
+    if stage.command == "score":  # the rewards that the rollouts have
+        (stage.output / CONTENT).write_text('{"digest": null}')
     inputs = Artifacts(stage.output.parent).digests(stage)
     write_manifest(stage.output, stage.command, settings_of(stage), inputs, summary)
 
@@ -359,7 +361,7 @@ def test_time_at_a_measured_speed(plan_of: Callable[..., Resources]) -> None:
     folder = Path("runs/mine/round-01/teacher")
     stages = {stage.name: stage for stage in plan(recipe_of())}
     rollouts(stages["rollouts"].output / "rollouts.parquet", 512)
-    for name in ("base", "rollouts", "base-log-probs"):
+    for name in ("base", "rollouts", "base-log-probs", "rewards"):
         finish(stages[name])
     folder.mkdir(parents=True)
     rows = [{"iteration": i, "iteration-time": seconds, "world-size": 64} for i, seconds in ((2, 40.0), (3, 10.0))]
