@@ -197,7 +197,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would become of each stage, and why, and the commands of all; run nothing",
+        help="print what would become of each stage, and why, the commands of all, and what is wrong; run nothing",
     )
     parser.add_argument("--jobs", type=int, help="most stages side by side (default: as there are GPUs or cores)")
     parser.add_argument(
@@ -214,17 +214,20 @@ def run(argv: list[str]) -> None:
     recipe = _recipe(given)
     if given.dry_run:
         from megatron_erpd.pipeline import planner
+        from megatron_erpd.pipeline.preflight import check_recipe
+        from megatron_erpd.pipeline.processes import Slots
         from megatron_erpd.pipeline.replaced import list_replaced
 
+        stages = planner.plan(recipe)
         if recipe.directory and recipe.directory != started_in:
             print(f"# in {recipe.directory}:\n")
-        stages = planner.plan(recipe)
         _print_verdicts(recipe, stages, checksums=not given.quick_check)
         if given.discard:
             for one in list_replaced(recipe.folder, stages):
                 print(f"# would be removed when all is complete: {one.describe()}")
         for stage in stages:
             print(f"# {stage.name}\n{stage.shown()}\n")
+        check_recipe(recipe, stages, Slots())
         return
     from megatron_erpd.pipeline.local import run_recipe
 
@@ -248,7 +251,7 @@ def submit(argv: list[str]) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would become of each stage, and why, and the scripts of all jobs; submit and write nothing",
+        help="print what would become of each stage, and why, the jobs' scripts, and what is wrong; submit nothing",
     )
     parser.add_argument(
         "--quick-check", action="store_true", help="check finished artifacts by the sizes of their files alone"
@@ -261,6 +264,7 @@ def submit(argv: list[str]) -> None:
         _print_verdicts(recipe, slurm_submit.plan(recipe), checksums=not given.quick_check)
         for name, script in slurm_submit.scripts(recipe).items():
             print(f"# ---- {recipe.folder / 'slurm' / name}.sbatch\n{script}")
+        slurm_submit.check(recipe)
         return
     slurm_submit.submit(recipe, checksums=not given.quick_check)
     print(f"`megatron-erpd status {recipe.folder}` shows how far it is")

@@ -91,6 +91,16 @@ def model_flags(
     }
 
 
+def context_lengths(hf_folder: Path | str) -> tuple[int, int]:
+    """Up to how many tokens a model of a folder is computed exactly in Megatron, and how many positions it has.
+
+    Raises:
+        CheckpointError: as `read_model_shape`.
+    """
+    _, config = _read_config(Path(hf_folder))
+    return _context_length(Path(hf_folder), config, None), int(config.max_position_embeddings)
+
+
 def flags_to_argv(flags: Mapping[str, object]) -> list[str]:
     """Command-line form of Megatron arguments: True is a bare flag, False and None are left out, lists are spread."""
     argv: list[str] = []

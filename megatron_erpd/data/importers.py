@@ -6,6 +6,7 @@ text doesn't always give back the tokens that were sampled, and log-probs of oth
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from megatron_erpd.data.tokenizers import Tokenizer, tokenizer_digest
 from megatron_erpd.errors import RolloutError
 from megatron_erpd.settings import TemplateSettings
 
-__all__ = ["PRESETS", "ImportReport", "import_rollouts", "render"]
+__all__ = ["PRESETS", "ImportReport", "import_rollouts", "render", "try_rollouts"]
 
+_TRIED_FILES = 8
 ON_REJECT = ("error", "skip")
 DUPLICATES = ("number", "reject")
 NEAR_LONGEST = 0.98
@@ -86,6 +88,51 @@ def import_rollouts(
     Raises:
         RolloutError: a bad argument, a bad row (named by file, row and field), or nothing accepted.
     """
+    options = {"vocab_size": vocab_size, "on_reject": on_reject, "duplicates": duplicates, "template": template}
+    options |= {"allow_unverified": allow_unverified, "append_eos": append_eos, "user_message": user_message}
+    run = _started(source, output, preset=preset, field_map=field_map, tokenizer=tokenizer, **options)
+    metadata = {"imported_from": [path.name for path in run.files], "import_preset": preset} | dict(file_metadata or {})
+    if tokenizer is not None:
+        metadata["tokenizer_digest"] = tokenizer_digest(tokenizer)
+    given = template.model_dump(include=set(template.given)) if template is not None else {}
+    metadata |= {"template": given} if given else {}
+    write_rollouts(output, run.rollouts(), metadata, vocab_size=run.vocab_size)
+    run.describe(PRESETS[preset])
+    return run.report
+
+
+def try_rollouts(source: str | Path | Sequence[str | Path], num_rows: int, **options: Any) -> tuple[int, str]:
+    """Whether an import begins well: reads the first rows of the first files and writes nothing.
+
+    Args:
+        source: as in `import_rollouts`.
+        num_rows: of each file.
+        options: those of `import_rollouts` that say how rows are read.
+
+    Returns:
+        Length of the longest rollout among them, in tokens, and its place; 0 without any.
+
+    Raises:
+        RolloutError: as in `import_rollouts`; with `on_reject='error'` for a bad row among these.
+    """
+    return _started(source, "", **options).try_rows(num_rows)
+
+
+def _started(
+    source: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    preset: str = "plain",
+    field_map: Mapping[str, str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    on_reject: str = "error",
+    allow_unverified: bool = False,
+    duplicates: str = "number",
+    append_eos: bool = True,
+    user_message: bool | None = None,
+    template: TemplateSettings | None = None,
+) -> "_Import":
     if preset not in PRESETS:
         raise RolloutError(f"preset: {preset!r} isn't one of {', '.join(PRESETS)}")
     if on_reject not in ON_REJECT:
@@ -96,26 +143,19 @@ def import_rollouts(
     if opened.fields:
         raise RolloutError(f"{opened.text}: of rollouts, fields are mapped by themselves; leave out ?... and map them")
     files = opened.files
-    metadata = {"imported_from": [path.name for path in files], "import_preset": preset} | dict(file_metadata or {})
     if tokenizer is not None:
-        metadata["tokenizer_digest"] = tokenizer_digest(tokenizer)
         vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
-    given = template.model_dump(include=set(template.given)) if template is not None else {}
-    if given and tokenizer is None:
+    elif template is not None and template.given:
         raise RolloutError(
-            f"{next(iter(given))}: is for the tokenizer's chat template; give the base model's tokenizer"
+            f"{template.given[0]}: is for the tokenizer's chat template; give the base model's tokenizer"
         )
-    metadata |= {"template": given} if given else {}
     report = ImportReport([str(path) for path in files], str(output), preset)
     report.not_read = [str(path) for path in opened.not_read]
     if user_message is None:
         user_message = PRESETS[preset].user_message
     chat = None if tokenizer is None else Chat(tokenizer, template)
     builder = _Builder(chat, allow_unverified, append_eos, user_message, report)
-    run = _Import(files, FieldMap.of(PRESETS[preset], field_map), builder, vocab_size, on_reject, duplicates, report)
-    write_rollouts(output, run.rollouts(), metadata, vocab_size=vocab_size)
-    run.describe(PRESETS[preset])
-    return report
+    return _Import(files, FieldMap.of(PRESETS[preset], field_map), builder, vocab_size, on_reject, duplicates, report)
 
 
 class _Excluded(Exception):
@@ -253,6 +293,16 @@ class _Import:
                 f"{self.files[0]}: no rollout could be accepted ({reasons or 'there are no rows'}"
                 + (f"; first {first})" if first else ")")
             )
+
+    def try_rows(self, most: int) -> tuple[int, str]:
+        """See `try_rollouts`."""
+        longest = (0, "")
+        for path in self.files[:_TRIED_FILES]:
+            for place, row in islice(read_rows(path, self.fields.columns()), most):
+                for rollout in self._rollouts_of(place, row):
+                    length = rollout.prompt_token_ids.size + rollout.response_token_ids.size
+                    longest = max(longest, (length, place))
+        return longest
 
     def _rollouts_of(self, place: str, row: Mapping[str, Any] | RowProblem) -> Iterator[Rollout]:
         if isinstance(row, RowProblem):

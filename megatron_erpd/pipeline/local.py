@@ -65,7 +65,7 @@ def run_recipe(
     console = console or Console()
     slots = Slots()
     stages = plan(recipe)
-    check_recipe(recipe, stages, slots)
+    check_recipe(recipe, stages, slots, prepared=False)
     root = recipe.folder
     with locked(root) as lock:
         write_text(root / RECIPE, recipe.of_run())
@@ -77,7 +77,7 @@ def run_recipe(
             prepare = [s for s in stages if s.command == "prepare"]
             if prepare:
                 runner.run(prepare)
-                check_recipe(recipe, stages, slots)  # what the command wrote can be checked only now
+                check_recipe(recipe, stages, slots, prepared=True)  # what the command wrote can be checked only now
             runner.run(stages)
         for line in _discarded(root, stages) if discard else filter(None, [replaced.note(root)]):
             console.print(Text(line), soft_wrap=True)

@@ -18,7 +18,6 @@ from megatron_erpd.files import write_json, write_text
 from megatron_erpd.pipeline.artifacts import Artifacts
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.preflight import check_recipe
-from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.results import counted
 from megatron_erpd.pipeline.slurm_jobs import Job, jobs_of, slurm_folder
@@ -35,6 +34,11 @@ def scripts(recipe: Recipe) -> dict[str, str]:
     return {job.name: render(job, recipe.name, recipe.folder) for job in jobs_of(plan(recipe))}
 
 
+def check(recipe: Recipe) -> None:
+    """Raises `RecipeError` where `submit` would refuse the recipe."""
+    check_recipe(recipe, plan(recipe), None)
+
+
 def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[str, str]:
     """Submits what is neither done nor in the queue; returns the new jobs' numbers by their names.
 
@@ -48,7 +52,7 @@ def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[
             refuses a job (those before it are in the queue then, and are left alone by the next try).
     """
     stages, root = plan(recipe), recipe.folder
-    check_recipe(recipe, stages, Slots(gpus=[], cores=1))
+    check_recipe(recipe, stages, None)
     return submit_stages(recipe.name, root, stages, recipe.of_run(), checksums=checksums, say=say)
 
 

@@ -2,9 +2,9 @@
 with the process that asks, which keeps the time.
 
 In, over the pipe that was standard input, pickled by the process that started this one: the verifier's spec, then one
-pair (record, response) after another. Out, one line of JSON each: `{"seconds": 60}` once it is loaded, with the time to
-wait for an answer, then `{"score": 1.0}`; `{"score": null}` is no verdict, `{"error": "..."}` a verifier that failed,
-and `{"refused": "..."}` one that can't be used.
+pair (record, response) after another. Out, one line of JSON each: `{"seconds": 60, "trial": null}` once it is loaded,
+with the time to wait for an answer, then `{"score": 1.0}`; `{"score": null}` is no verdict, `{"error": "..."}` a
+verifier that failed, and `{"refused": "..."}` one that can't be used.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ OWN_SECONDS = 15.0
 PYTHON_SECONDS = 60.0
 """Time for one answer of a function, unless its module says otherwise."""
 SECONDS_NAME = "VERIFIER_SECONDS"
+TRIAL_NAME = "VERIFIER_TRIAL"
 
 ScoreFunction = Callable[[PromptRecord, str], object]
 
@@ -52,11 +53,11 @@ def main(questions: BinaryIO) -> None:
     threading.Thread(target=_end_with_parent, args=(questions.fileno(),), daemon=True).start()
     spec = pickle.load(questions)
     try:
-        score, seconds = load(spec)
+        score, seconds, trial = load(spec)
     except RecipeError as error:
         reply({"refused": str(error)})
         return
-    reply({"seconds": seconds})
+    reply({"seconds": seconds, "trial": trial})
     while True:
         try:
             record, response = pickle.load(questions)
@@ -78,16 +79,17 @@ def _end_with_parent(questions: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def load(spec: str) -> tuple[ScoreFunction, float]:
-    """The function of a verifier, as `Verifier` knows it, and the seconds to wait for its answer.
+def load(spec: str) -> tuple[ScoreFunction, float, str | None]:
+    """The function of a verifier, as `Verifier` knows it, the seconds to wait for its answer, and a response that it
+    scores, where its module has one.
 
     Raises:
         RecipeError: the spec names nothing that can be loaded.
     """
     if spec == MATH_VERIFY:
-        return _math_scorer(), OWN_SECONDS
+        return _math_scorer(), OWN_SECONDS, None
     if spec.startswith(REASONING_GYM):
-        return _reasoning_gym_scorer(spec.removeprefix(REASONING_GYM)), OWN_SECONDS
+        return _reasoning_gym_scorer(spec.removeprefix(REASONING_GYM)), OWN_SECONDS, None
     if spec.startswith(PYTHON):
         return _python_function(spec)
     raise RecipeError(
@@ -132,7 +134,7 @@ def _reasoning_gym_scorer(task: str) -> ScoreFunction:
     return score
 
 
-def _python_function(spec: str) -> tuple[ScoreFunction, float]:
+def _python_function(spec: str) -> tuple[ScoreFunction, float, str | None]:
     place, _, name = spec.removeprefix(PYTHON).rpartition(":")
     if not place or not name:
         raise RecipeError(f"verifier {spec!r}: write {PYTHON}file.py:function or {PYTHON}package.module:function")
@@ -144,7 +146,10 @@ def _python_function(spec: str) -> tuple[ScoreFunction, float]:
     seconds = getattr(module, SECONDS_NAME, PYTHON_SECONDS)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise RecipeError(f"verifier {spec!r}: {SECONDS_NAME} is {seconds!r}; give the seconds for one answer")
-    return function, float(seconds)
+    trial = getattr(module, TRIAL_NAME, None)
+    if trial is not None and not isinstance(trial, str):
+        raise RecipeError(f"verifier {spec!r}: {TRIAL_NAME} is {trial!r}; give a response as text")
+    return function, float(seconds), trial
 
 
 def _module_from_file(spec: str, path: Path) -> ModuleType:

@@ -69,20 +69,29 @@ class Verifier:
         Raises:
             RecipeError: the verifier returned something that is no reward.
         """
-        self.last_error = None
-        try:
-            reply = self._worker.ask(record, response)
-            error = reply.get("error")
-        except OSError as problem:  # a TimeoutError is one
-            error = f"{type(problem).__name__}: {problem}"
+        reward, error = self.judge(record, response)
+        self.last_error = error
         if error is None:
-            return reply["score"]
+            return reward
         self.num_errors += 1
         self.last_error = error
         if self.first_error is None:
             self.first_error = error
             _log.warning("%s failed on a response, which stays unverified: %s", self.spec, error)
         return None
+
+    def judge(self, record: PromptRecord, response: str) -> tuple[float | None, str | None]:
+        """The reward, None without a verdict, and what the verifier failed with; counted and told by `__call__`."""
+        try:
+            reply = self._worker.ask(record, response)
+        except OSError as problem:  # a TimeoutError is one
+            return None, f"{type(problem).__name__}: {problem}"
+        return reply.get("score"), reply.get("error")
+
+    @property
+    def trial(self) -> str | None:
+        """A response that it scores, by its own account, with `{answer}` in the answer's place."""
+        return self._worker.trial
 
 
 class _Worker:
@@ -92,6 +101,7 @@ class _Worker:
 
     Attributes:
         seconds: how long an answer may take.
+        trial: as in `Verifier`.
     """
 
     def __init__(self, spec: str) -> None:
@@ -125,7 +135,9 @@ class _Worker:
         self._finalizer = weakref.finalize(self, _end, self._process)
         try:
             self._write(sys.path)
-            self.seconds: float = self._say(self._spec, _START_SECONDS)["seconds"]
+            loaded = self._say(self._spec, _START_SECONDS)
+            self.seconds: float = loaded["seconds"]
+            self.trial: str | None = loaded["trial"]
         except OSError as error:
             raise RecipeError(f"verifier {self._spec!r} could not be loaded: {error}") from None
 

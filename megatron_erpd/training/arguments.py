@@ -139,7 +139,6 @@ def own_flags(
         CheckpointError: from `model_flags`.
         LayoutError: from `model_flags`, or there is no context parallelism here.
     """
-    check_context_parallel(layout)
     check_expert_groups(read_model_shape(hf_folder), layout, trains=bool(run_flags.get("train_iters")))
     fixed = {
         **model_flags(
@@ -155,6 +154,7 @@ def own_flags(
         **run_flags,
     }
     _refuse_contradictions(fixed, pass_through)
+    check_context_parallel(layout)
     return fixed
 
 

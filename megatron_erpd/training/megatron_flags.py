@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from typing import NoReturn
 
 from megatron_erpd import platform
@@ -19,6 +20,16 @@ class _Parser(argparse.ArgumentParser):
         raise _Refused(message)
 
 
+@cache
+def _parser() -> _Parser:
+    platform.enable_cpu()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    add_megatron_arguments(parser)
+    return parser
+
+
 def flag_problems(flags: Sequence[str]) -> list[str]:
     """What is wrong with Megatron flags as they stand on a command line, each line beginning with the flag.
 
@@ -26,11 +37,7 @@ def flag_problems(flags: Sequence[str]) -> list[str]:
     """
     if not flags:
         return []
-    platform.enable_cpu()
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments(parser)
+    parser = _parser()
     known = [name for action in parser._actions for name in action.option_strings]
     problems = []
     for word in flags:

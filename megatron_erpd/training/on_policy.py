@@ -177,8 +177,8 @@ class OnPolicyRun(TrainingRun):
         elif rank() == 0:
             self.sampler.close()
 
-    def _megatron_flags(self) -> dict[str, object]:
-        return {**super()._megatron_flags(), "eval_interval": 1}
+    def megatron_flags(self) -> dict[str, object]:
+        return {**super().megatron_flags(), "eval_interval": 1}
 
 
 class OnPolicyStep(ReplayStep):

@@ -36,7 +36,7 @@ from megatron_erpd.training.cache_rows import check_policies, parse_policies
 from megatron_erpd.training.cache_slices import begin_slice, begin_whole, close_cache, merge_slices, rows_of_slice
 from megatron_erpd.training.compatible import check_compatible
 from megatron_erpd.training.run import load_data
-from megatron_erpd.training.runtime import initialize, prepare_output, stage_process
+from megatron_erpd.training.runtime import PRECOMPUTE_FLAGS, initialize, prepare_output, stage_process, untrained_flags
 
 
 def precompute(argv: list[str]) -> None:
@@ -80,15 +80,14 @@ def precompute(argv: list[str]) -> None:
         rollouts, output = rollouts.select(rows), begin_slice(output, namespace.slice, identity, inputs)
         identity = {**identity, "slice": str(namespace.slice)}
     # Two programs on one folder: the second is told at once, before it looks at what the first is writing.
-    flags: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
     longest = int(rollouts.lengths.max())
-    check_arguments(namespace.base / "hf", layout, flags, pass_through, longest)
+    check_arguments(namespace.base / "hf", layout, untrained_flags(PRECOMPUTE_FLAGS), pass_through, longest)
     with exclusive(output) if rank() == 0 else nullcontext():
         prepare_output(output, "precompute", identity, inputs)
         if selection is not None and rank() == 0:
             print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)
         with stage_process() as store:
-            initialize(namespace.base / "hf", layout, flags, pass_through, longest, store)
+            initialize(namespace.base / "hf", layout, PRECOMPUTE_FLAGS, pass_through, longest, store)
             passes = CachePasses(resolved, layout, meta, policies, rollouts, output, namespace.hidden)
             passes.run()
             close_cache(passes, summary)

@@ -139,7 +139,7 @@ class TrainingRun(ABC):
             StageInterrupted: the run was stopped before its end; its last checkpoint is kept and the same command
                 continues.
         """
-        check_arguments(self.base / "hf", self.layout, self._megatron_flags(), self.pass_through, self.max_length)
+        check_arguments(self.base / "hf", self.layout, self.megatron_flags(), self.pass_through, self.max_length)
         prepare_output(self.output, self.stage, self.identity, self.inputs)
         if rank() == 0:
             # Before any rank loads: those are still far from it.
@@ -149,7 +149,7 @@ class TrainingRun(ABC):
                 if text:
                     print(text, flush=True)
         with stage_process() as store:
-            flags = self._megatron_flags()
+            flags = self.megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
             configure_head(self.layout)
             from megatron_erpd.training.model import check_optimizer_fits, synchronize
@@ -269,7 +269,8 @@ class TrainingRun(ABC):
         if writer is not None:
             global_vars._GLOBAL_TENSORBOARD_WRITER = JsonLinesWriter(self.output / METRICS, writer)
 
-    def _megatron_flags(self) -> dict[str, object]:
+    def megatron_flags(self) -> dict[str, object]:
+        """What the training itself tells Megatron, as argument names."""
         settings, total = self.settings, self.num_iterations
         rate, warmup, minimum = settings.learning_rate, settings.warmup_fraction, settings.min_learning_rate
         assert rate is not None and warmup is not None, "the command has chosen both"

@@ -41,13 +41,21 @@ def initialize(
     store: torch.distributed.Store | None,
 ) -> argparse.Namespace:
     """Megatron's global state for a stage that does not train: arguments, process groups, seeds."""
-    flags = {**common_flags(), "eval_interval": 1, "eval_iters": 0, "save_interval": 1, "lr": 1.0, **run_flags}
-    args = parse_megatron_arguments(hf_folder, layout, flags, pass_through, max_length)
+    args = parse_megatron_arguments(hf_folder, layout, untrained_flags(run_flags), pass_through, max_length)
     configure_head(layout)
     from megatron.training.initialize import initialize_megatron
 
     initialize_megatron(allow_no_cuda=platform.is_cpu(), store=store)
     return args
+
+
+PRECOMPUTE_FLAGS: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
+"""What scoring tells Megatron."""
+
+
+def untrained_flags(run_flags: Mapping[str, object]) -> dict[str, object]:
+    """Megatron flags of a stage that does not train."""
+    return {**common_flags(), "eval_interval": 1, "eval_iters": 0, "save_interval": 1, "lr": 1.0, **run_flags}
 
 
 def configure_head(layout: Layout) -> None:

@@ -131,8 +131,8 @@ def test_dry_run_prints_the_commands(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(RECIPE)
     flags = ["--tensor-parallel", "2", "--set", "teacher.epochs=3", "--output", "there", "--dry-run"]
-    code, out, _ = ended(capsys, "run", "r.yaml", *flags)
-    assert code == 0
+    code, out, err = ended(capsys, "run", "r.yaml", *flags)
+    assert code == 2 and "base: hf model: no such file or folder" in err  # as `run` would say
     assert "# teacher\ntorchrun --standalone --nproc-per-node 2 -- " in out
     assert "--epochs 3.0 --output there/round-01/teacher --tensor-parallel 2" in out
     assert os.listdir(tmp_path) == ["r.yaml"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,8 @@ def test_commands_act_on_the_folder(project, tmp_path, monkeypatch, capsys):
     cli.main(["status", str(run)])
     assert f"tiny in {run}" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(tmp_path)
-    cli.main(["run", "project/old/2026/kept", "--dry-run"])
+    with suppress(SystemExit):  # the model has no weights
+        cli.main(["run", "project/old/2026/kept", "--dry-run"])
     out = capsys.readouterr().out
     assert f"# in {project}:\n" in out
     assert {line.partition("--output ")[2].split("/round")[0] for line in out.splitlines() if "--output" in line} == {
@@ -128,7 +130,8 @@ def test_commands_act_on_the_folder(project, tmp_path, monkeypatch, capsys):
     }
     # From its own directory, as a person would write it.
     monkeypatch.chdir(project)
-    cli.main(["run", "old/2026/kept", "--dry-run"])
+    with suppress(SystemExit):  # the model has no weights
+        cli.main(["run", "old/2026/kept", "--dry-run"])
     assert "--output old/2026/kept/round-01/base" in capsys.readouterr().out
 
 
