@@ -12,7 +12,7 @@ import pytest
 import torch.utils.cpp_extension  # noqa: F401  # logs at its import where there is nvcc and no GPU; Megatron imports it
 
 from megatron_erpd import cli
-from megatron_erpd.data.rollouts import write_rollouts
+from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import make_round, run_stages
@@ -224,6 +224,31 @@ def test_log_probs_of_other_rollouts(fails: Fails, made: Path, tmp_path: Path) -
 def test_log_probs_of_another_base(fails: Fails, made: Path, tmp_path: Path) -> None:
     message = fails("train-teacher", *training(made, tmp_path / "out", base=made / "other"))
     assert "another teacher" in message and "base" in message
+
+
+def test_log_probs_of_another_precision(fails: Fails, made: Path, tmp_path: Path) -> None:
+    for command in ("train-teacher", "distill"):
+        flags = training(made, tmp_path / "out", **({"cache": made / "cache"} if command == "distill" else {}))
+        message = fails(command, *flags, "--precision", "bf16")
+        assert f"{made}/base-log-probs: its log-probs were computed in fp32" in message
+        assert "precompute with --precision bf16, or train with --precision fp32" in message
+
+
+def test_rollouts_of_another_tokenizer(fails: Fails, made: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    config = (base / "hf" / "config.json").read_bytes()
+    write_tokenizer(base / "hf")
+    (base / "hf" / "config.json").write_bytes(config)
+    rollouts = tmp_path / "r.parquet"
+    rows = [read_rollouts(made / "rollouts.parquet").record(i) for i in range(4)]
+    write_rollouts(rollouts, rows, {"tokenizer_digest": "0" * 64})
+    for command, changed in {
+        "precompute": {"base_log_probs": None, "kind": "token"},
+        "train-teacher": {},
+        "distill": {"cache": made / "cache"},
+    }.items():
+        message = fails(command, *training(made, tmp_path / "out", base=base, rollouts=rollouts, **changed))
+        assert f"{rollouts}: was made with another tokenizer (digest 000000000000) than that of {base}/hf" in message
 
 
 def test_exact_kl_without_the_bases_rows(fails: Fails, made: Path, tmp_path: Path) -> None:
