@@ -118,7 +118,7 @@ def _check_beginning(path: Path) -> None:
             raise RolloutError(f"{path}: is a {expected} file by its content; rename it")
     for magic, problem in _UNREADABLE.items():
         if beginning.startswith(magic):
-            raise RolloutError(f"{path}: {problem}")
+            raise RolloutError(f"{path}:1: {problem}")
     if not beginning and suffix in COMPRESSED:
         raise RolloutError(f"{path}: is empty, without even the header of a compressed file; is it complete?")
 
