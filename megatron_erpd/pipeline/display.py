@@ -145,8 +145,9 @@ def describe_summary(summary: Path) -> str:
     rounds: list[dict[str, Any]] = json.loads(summary.read_text())["rounds"]
     measured = {name: row.get("accuracy_sampled") for name, row in (rounds[-1]["policies"] if rounds else {}).items()}
     known = [f"{name} {value:.3f}" for name, value in measured.items() if value is not None]
-    figures = f"sampled accuracy of the last: {', '.join(known)}" if known else "no policy is evaluated yet"
-    return f"{len(rounds)} round{'s' * (len(rounds) != 1)}; {figures}"
+    if not known:
+        return "no policy is evaluated yet"
+    return f"{len(rounds)} round{'s' * (len(rounds) != 1)}; sampled accuracy of the last: {', '.join(known)}"
 
 
 def summary_table(summary: Path) -> Table:

@@ -183,8 +183,11 @@ class Runner:
             self.artifacts.begin(stage)
         log = log_file(self.root, stage)
         self.running[stage.name] = StageProcess(stage, log, gpus, self.slots.threads, self.keep_open)
-        again = "goes on with what is there, " if self.assessed[stage.name].found == "interrupted" else ""
+        again = "goes on with what is there, " if self._resumes(stage) else ""
         self.display.update(stage.name, "running", note=f"{again}log in {log}")
+
+    def _resumes(self, stage: Stage) -> bool:
+        return stage.is_tool and self.assessed[stage.name].found == "interrupted"
 
     def _watch(self) -> None:
         """Takes in what has ended, and shows how far the others are."""
@@ -315,7 +318,7 @@ def _row(stage: Stage, verdict: Verdict, pending: Sequence[str], log: Path) -> R
         note = f"{progress}, log in {log}" if progress else f"log in {log}"
         return Row("running", time.time() - last.started, note)
     if verdict.is_done:
-        return Row("done", read_manifest(stage.output).summary.get("seconds"), "; ".join(verdict.because))
+        return Row("done", read_manifest(stage.output).summary.get("seconds"))
     if verdict.word == "again":
         return Row("again", note=f"because {'; '.join(verdict.because)}")
     if last and last.state == "failed":

@@ -49,7 +49,7 @@ def _stages(found: Resources) -> Group:
     for row in found.stages:
         name = Text(row.name, "dim" if row.is_done else "") + Text(" (done)" if row.is_done else "")
         table.add_row(name, row.command, str(row.num_processes), row.layout, _reads(row))
-    verdicts = [Text(f"{row.name}: {row.verdict}") for row in found.stages if row.verdict != "new"]
+    verdicts = [Text(f"{row.name}: {row.verdict}") for row in found.stages if row.verdict != "new" and not row.is_done]
     return Group(table, *verdicts)
 
 

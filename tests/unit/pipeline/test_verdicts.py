@@ -54,6 +54,8 @@ class InProcess:
             begin_artifact(stage.output, stage.command, settings_of(stage), inputs)
         if stage.command == "import":
             shutil.copytree(stage.inputs["hf"], stage.output / "hf")
+        if stage.command == "score":
+            (stage.output / CONTENT).write_text(json.dumps({"digest": inputs["verifier"]}))
         (stage.output / "weights").write_text(json.dumps([stage.settings, inputs]))
         if stage.command == "score":  # the same rewards, whoever gives them
             (stage.output / CONTENT).write_text('{"digest": null}')
@@ -135,6 +137,15 @@ CHANGES: dict[str, tuple[Callable[[], Any], list[str], dict[str, str]]] = {
     "nothing": (lambda: None, [], {}),
     "layout": (lambda: None, ["layout.tensor_parallel=2", "layout.micro_batch_size=2"], {}),
     "a comment": (write("score.py", "def score(record, response):\n    # why\n    return 1.0\n"), [], {}),
+    "the verifier": (
+        write("score.py", "def score(record, response):\n    return 0.0\n"),
+        [],
+        {
+            "rewards": "again, because input verifier changed",
+            **dict.fromkeys(ALL[4:5], "again, because its input rewards will be made anew"),
+            **dict.fromkeys(ALL[5:], "again, because its input"),
+        },
+    ),
     "the cache": (
         lambda: None,
         ["cache.delta=0.3"],
