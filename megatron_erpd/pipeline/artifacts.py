@@ -47,15 +47,27 @@ class Artifacts:
         self.root = root
         self.checksums = checksums
         self._digests: dict[tuple[Path, Reading], str | None] = {}
+        self._returning: dict[Path, Path] = {}
 
     def digests(self, stage: Stage) -> dict[str, str]:
         """Digests of the inputs of a stage, all of which must be there."""
         readings = {name: (path, reading(stage.command, name)) for name, path in stage.inputs.items()}
         for path, how in readings.values():
             if (path, how) not in self._digests:
-                self._digests[path, how] = read_digest(path, how)
+                self._digests[path, how] = read_digest(self._now_at(path), how)
         found = {name: self._digests[key] for name, key in readings.items()}
         return {name: digest for name, digest in found.items() if digest is not None}
+
+    def expect(self, stage: Stage, folder: Path) -> None:
+        """Takes the artifact of `stage` from where it lies before it comes back, to judge those that read it."""
+        self.forget(stage)
+        self._returning[stage.output] = folder
+
+    def _now_at(self, path: Path) -> Path:
+        for output, folder in self._returning.items():
+            if path.is_relative_to(output):
+                return folder / path.relative_to(output)
+        return path
 
     def forget(self, stage: Stage) -> None:
         """The output of `stage` changed: what was computed from it counts no more."""

@@ -317,8 +317,9 @@ def _row(stage: Stage, verdict: Verdict, pending: Sequence[str], log: Path) -> R
         progress = progress_of(stage.output, tail_of(log, last.log_start), last.started)
         note = f"{progress}, log in {log}" if progress else f"log in {log}"
         return Row("running", time.time() - last.started, note)
-    if verdict.is_done:
-        return Row("done", read_manifest(stage.output).summary.get("seconds"))
+    if verdict.folder is not None:
+        note = "" if verdict.folder == stage.output else "; ".join(verdict.because)
+        return Row("done", read_manifest(verdict.folder).summary.get("seconds"), note)
     if verdict.word == "again":
         return Row("again", note=f"because {'; '.join(verdict.because)}")
     if last and last.state == "failed":

@@ -148,7 +148,8 @@ def estimate(
         raise RecipeError(f"--sequence-length {sequence_length}: give 1 or more")
     stages, notes = plan(recipe), list[str]()
     verdicts = judge_all(stages, Artifacts(recipe.folder, checksums=False))
-    done = {name for name, verdict in verdicts.items() if verdict.is_done}
+    # What comes back from `replaced/` is counted as if it were still to be made.
+    done = {stage.name for stage in stages if verdicts[stage.name].folder == stage.output}
     shape, hf_dtype, context = _model(stages, notes)
     data = _data(recipe, stages, verdicts, notes, context)
     longest = sequence_length or (data.longest if data else None)

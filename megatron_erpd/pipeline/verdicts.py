@@ -27,6 +27,8 @@ class Verdict:
 
     word: Word
     because: list[str] = field(default_factory=list)
+    folder: Path | None = None
+    """Where the artifact lies that is done: in the stage's folder, or in `replaced/`, from where it comes back."""
 
     @property
     def is_done(self) -> bool:
@@ -60,7 +62,7 @@ def judge(stage: Stage, artifacts: Artifacts, before: Mapping[str, Verdict]) -> 
         missing = [path for path in stage.inputs.values() if not is_there(path)]
         if missing and not pending:
             return Verdict("blocked", [f"{path}: no such file or folder; check the path" for path in missing])
-        return Verdict("new", [] if pending else _coming_back(stage, artifacts))
+        return (None if pending else _coming_back(stage, artifacts)) or Verdict("new")
     if pending:
         inputs = [f"its input {name} {_WILL[before[name].word]}" for name in pending]
         return Verdict("again", [*_other_settings(stage), *inputs])
@@ -69,21 +71,26 @@ def judge(stage: Stage, artifacts: Artifacts, before: Mapping[str, Verdict]) -> 
     except ErpdError as error:  # an input of the user's own is gone
         return Verdict("blocked", [str(error)])
     if found.found == "complete":
-        return Verdict("done", ["settings, inputs and files are those that its manifest records"])
+        return Verdict("done", ["settings, inputs and files are those that its manifest records"], stage.output)
     if found.found in ("other", "damaged"):
-        return Verdict("again", [*found.reasons, *_coming_back(stage, artifacts)])
+        return _coming_back(stage, artifacts) or Verdict("again", found.reasons)
     if not stage.is_tool:
         return Verdict("again", ["it did not end, and starts over"])
     return Verdict("resumed", ["it did not end, and goes on with what is there"])
 
 
-def _coming_back(stage: Stage, artifacts: Artifacts) -> list[str]:
-    """That a former artifact of the stage is the one asked for, where there is one."""
+def _coming_back(stage: Stage, artifacts: Artifacts) -> Verdict | None:
+    """The verdict on a stage whose artifact, or its beginning, was replaced earlier and is asked for again."""
     try:
-        back = artifacts.comes_back(stage)
+        folder = artifacts.comes_back(stage)
     except ErpdError:  # an input of the user's own can't be read
-        return []
-    return [f"the one asked for is kept in {back} and comes back"] if back else []
+        return None
+    if folder is None:
+        return None
+    artifacts.expect(stage, folder)
+    if (folder / MANIFEST).is_file():
+        return Verdict("done", [f"the one asked for is kept in {folder} and comes back"], folder)
+    return Verdict("resumed", [f"its beginning is kept in {folder} and comes back"])
 
 
 _WILL: Mapping[Word, str] = {
