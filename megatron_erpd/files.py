@@ -95,19 +95,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object, *, default: Callable[[object], object] | None = None) -> None:
     """Writes a value as JSON for people to read too; `default` as in `json.dumps`, NaN and infinities as null."""
-    write_text(path, json.dumps(_finite(value), indent=1, default=default, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=1, default=default, allow_nan=False) + "\n")
 
 
 def json_line(value: Mapping[str, object]) -> str:
     """A line of a JSON-lines file. JSON has no NaN and no infinity: they are written as null."""
-    return json.dumps(_finite(value), allow_nan=False) + "\n"
+    return json.dumps(finite(value), allow_nan=False) + "\n"
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """A value as JSON can hold it: NaN and infinities as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

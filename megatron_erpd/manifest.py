@@ -12,22 +12,24 @@ again only by a stage with the same settings and inputs. A plan (the pipeline's)
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from megatron_erpd.content import counted, files_below, is_junk
 from megatron_erpd.errors import StageError
-from megatron_erpd.files import write_json
+from megatron_erpd.files import finite, write_json
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
@@ -41,7 +43,20 @@ _COPIED_SECONDS = 60.0
 """A request whose file was written so long after its stage began is a copy."""
 WARNINGS = "warnings"
 """In a manifest's summary: sentences for people."""
+_CHECKSUM = "checksum"
+"""Key of the digest of stage, settings, inputs and files, by which a manifest shows that it is whole."""
 _VERSIONED = ("megatron-erpd", "megatron-core", "torch", "transformers")
+
+
+class FileRecord(TypedDict):
+    """What a manifest says of a file."""
+
+    size: Annotated[int, Field(ge=0, strict=True)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+Reads = Callable[[Path, list[str]], list[str]]
+"""Of an input's path and its files' paths in it, those that a stage reads."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,8 @@ class Manifest:
     settings: dict[str, Any]
     inputs: dict[str, str]
     """Name of an input to the digest of its manifest (or of the file, for an input that is not an artifact)."""
-    files: dict[str, dict[str, Any]]
-    """Path in the artifact to `{"size": bytes, "sha256": hex}`."""
+    files: dict[str, FileRecord]
+    """By their paths in the artifact."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures of the stage for people; not part of the digest."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -173,8 +188,8 @@ def read_request(folder: Path) -> Manifest | None:
         return None
     try:
         record = json.loads(path.read_text())
-        return Manifest(stage=record["stage"], settings=record["settings"], inputs=record["inputs"], files={})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return _parsed({**{key: record[key] for key in ("stage", "settings", "inputs")}, "files": {}})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise StageError(f"{path}: not a request ({error}); delete the folder and run the stage again") from None
 
 
@@ -189,26 +204,38 @@ def write_manifest(
     """Hashes every file of `folder` (but for known `checksums`) and publishes its manifest by rename. Call when all
     else is written."""
     known = checksums or {}
-    names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
-    files = {
-        str(name): {
-            "size": (folder / name).stat().st_size,
-            "sha256": known.get(str(name)) or file_digest(folder / name),
-        }
-        for name in names
-        if _is_content(name)
+    files: dict[str, FileRecord] = {
+        name: {"size": size, "sha256": known.get(name) or file_digest(folder / name)}
+        for name, size in content_files(folder).items()
     }
     manifest = Manifest(
         stage=stage,
-        settings=json.loads(json.dumps(settings)),
+        settings=json.loads(json.dumps(finite(settings))),
         inputs=inputs,
         files=files,
         summary=summary or {},
         versions={name: _version(name) for name in _VERSIONED},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-    write_json(folder / MANIFEST, {"schema": SCHEMA_VERSION, **manifest.__dict__})
+    write_json(folder / MANIFEST, {"schema": SCHEMA_VERSION, **manifest.__dict__, _CHECKSUM: manifest.digest})
     return manifest
+
+
+def content_files(folder: Path) -> dict[str, int]:
+    """The files that an artifact in this folder has, by their paths in it, and their sizes."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(name): (folder / name).stat().st_size for name in names if _is_content(name)}
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Deals files into `count` shares of about equal size: the largest first, each to the smallest share so far."""
+    dealt: list[list[str]] = [[] for _ in range(count)]
+    heap = [(0, 0, number) for number in range(count)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        total, files, number = heapq.heappop(heap)
+        dealt[number].append(name)
+        heapq.heappush(heap, (total + sizes[name], files + 1, number))
+    return dealt
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -223,12 +250,53 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise StageError(f"{folder}: has no {MANIFEST}, so the stage that writes it has not finished; run it again")
     try:
-        record = json.loads(path.read_text())
-        if record.pop("schema") != SCHEMA_VERSION:
-            raise StageError(f"{path}: written by another version of this project; run the stage again")
-        return Manifest(**record)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise StageError(f"{path}: not a manifest ({error}); delete the folder and run the stage again") from None
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StageError(f"{path}: can't be read ({error.strerror}); give this user the right to read it") from None
+    except ValueError as error:
+        raise _damaged(path, f"is cut off or no JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise _damaged(path, "is no JSON object")
+    if (schema := record.pop("schema", None)) != SCHEMA_VERSION:
+        if schema is None and not record.keys() >= {"stage", "files"}:
+            raise StageError(f"{path}: was not written by this project; give a folder that one of its stages wrote")
+        what = "says nothing of its schema" if schema is None else f"has schema {schema!r}, not {SCHEMA_VERSION}"
+        raise StageError(f"{path}: {what}: it is damaged, or of another version of this project; run the stage again")
+    checksum = record.pop(_CHECKSUM, None)  # the version before wrote none
+    try:
+        manifest = _parsed(record)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if checksum is not None and checksum != manifest.digest:
+        raise _damaged(path, "its stage, settings, inputs or files were changed after it was written")
+    return manifest
+
+
+def _damaged(path: Path, what: str) -> StageError:
+    return StageError(
+        f"{path}: damaged: {what}; put back the file that the stage wrote, or delete the folder and run the stage again"
+    )
+
+
+def _parsed(record: Mapping[str, Any]) -> Manifest:
+    """A manifest from JSON; raises `ValueError` that names a key that is missing, unknown or of a wrong type."""
+    known = [entry.name for entry in fields(Manifest)]
+    if unknown := [name for name in record if name not in known]:
+        raise ValueError(f"{unknown[0]}: unknown key")
+    try:
+        manifest = _manifest_type().validate_python(record)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"files: {name!r} is outside of the artifact")
+    return manifest
+
+
+@cache
+def _manifest_type() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def verify_manifest(folder: Path, checksums: bool = True) -> Manifest:
@@ -239,18 +307,96 @@ def verify_manifest(folder: Path, checksums: bool = True) -> Manifest:
     """
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise StageError(f"{path}: named in {MANIFEST} but missing; run the stage again")
-        if path.stat().st_size != record["size"] or (checksums and file_digest(path) != record["sha256"]):
-            raise StageError(f"{path}: differs from what {MANIFEST} recorded; run the stage again")
+        if problem := _difference(folder / name, record["size"], record["sha256"] if checksums else None):
+            raise StageError(problem)
     return manifest
+
+
+def recorded_files(path: Path) -> dict[str, FileRecord]:
+    """What the manifest of the artifact that `path` is, or lies in, records of its files: by their paths in `path`, ""
+    for a file itself. Empty for what is in no artifact.
+
+    Raises:
+        StageError: the manifest is damaged.
+    """
+    for folder in (path, *path.parents):
+        if not (folder / MANIFEST).is_file():
+            continue
+        try:
+            files = read_manifest(folder).files
+        except StageError:
+            if folder == path or _is_ours(folder / MANIFEST):
+                raise
+            return {}
+        inside = path.relative_to(folder)
+        return {
+            "" if Path(name) == inside else str(Path(name).relative_to(inside)): record
+            for name, record in files.items()
+            if Path(name).is_relative_to(inside)
+        }
+    return {}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a damaged manifest is this project's; other programs have files of this name too."""
+    try:
+        return b'"sha256"' in path.read_bytes()
+    except OSError:
+        return False
+
+
+def files_of_inputs(inputs: Iterable[Path], reads: Reads | None = None) -> dict[str, FileRecord]:
+    """What the manifests record of the files that a stage reads, by the files' paths. Inputs that are no artifact and
+    in none have no manifest to be compared with, and are left out.
+
+    Args:
+        inputs: artifacts, or files or folders in them.
+        reads: which of an input's files are read; default: all.
+
+    Raises:
+        StageError: a manifest is damaged.
+    """
+    files: dict[str, FileRecord] = {}
+    for path in inputs:
+        found = recorded_files(path)
+        names = list(found) if reads is None else reads(path, list(found))
+        files |= {str(path / name if name else path): found[name] for name in names}
+    return files
+
+
+def verify_inputs(inputs: Iterable[Path], reads: Reads | None = None) -> None:
+    """Compares the files that a stage reads (`files_of_inputs`) with what their artifacts' manifests recorded: whether
+    they are there, their sizes and their content.
+
+    Raises:
+        StageError: names the files that differ and says what to do.
+    """
+    files = files_of_inputs(inputs, reads)
+    problems = differing_files((file, record["size"], record["sha256"]) for file, record in files.items())
+    if problems:
+        raise StageError("\n  ".join(problems))
+
+
+def differing_files(files: Iterable[tuple[str, int, str]]) -> list[str]:
+    """What is wrong with files, given by path, size and SHA-256: a message for each that differs or can't be read."""
+    return [problem for path, size, digest in files if (problem := _difference(Path(path), size, digest))]
+
+
+def _difference(path: Path, size: int, digest: str | None) -> str:
+    try:
+        if not path.is_file():
+            return f"{path}: named in {MANIFEST} but missing; run the stage again"
+        if path.stat().st_size == size and (digest is None or file_digest(path) == digest):
+            return ""
+    except OSError as error:
+        return f"{path}: can't be read ({error.strerror}); run the stage again"
+    return f"{path}: differs from what {MANIFEST} recorded; run the stage again"
 
 
 def differences(manifest: Manifest, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
     """What keeps an artifact from being the one asked for, a line each; empty when it is."""
     lines = [] if manifest.stage == stage else [f"stage: {manifest.stage} -> {stage}"]
-    wanted = json.loads(json.dumps(settings))
+    wanted = json.loads(json.dumps(finite(settings)))
     for name in sorted({*manifest.settings, *wanted}):
         before, now = manifest.settings.get(name), wanted.get(name)
         if before != now and not (name == "verifier" and _without_folder(before) == _without_folder(now)):
@@ -322,20 +468,9 @@ def _digest_of(files: Mapping[str, str], names: Iterable[PurePath]) -> str:
 
 def _recorded_files(path: Path) -> dict[str, str] | None:
     """Checksums that the enclosing artifact's manifest has for `path` ("") or for the files below it."""
-    for folder in path.parents:
-        if not (folder / MANIFEST).is_file():
-            continue
-        try:
-            files = read_manifest(folder).files
-        except StageError:
-            return None  # somebody else's manifest.json
-        inside = path.relative_to(folder)
-        return {
-            "" if Path(name) == inside else str(Path(name).relative_to(inside)): record["sha256"]
-            for name, record in files.items()
-            if Path(name).is_relative_to(inside)
-        } or None
-    return None
+    if not any((folder / MANIFEST).is_file() for folder in path.parents):
+        return None
+    return {name: record["sha256"] for name, record in recorded_files(path).items()} or None
 
 
 def file_digest(path: Path) -> str:

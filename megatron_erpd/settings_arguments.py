@@ -12,6 +12,18 @@ from pydantic import ValidationError
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.settings import Settings, error_lines
 
+VERIFY_INPUTS = "--verify-inputs"
+
+
+def add_verify_inputs(parser: argparse.ArgumentParser) -> None:
+    """The flag of all stages that read artifacts."""
+    parser.add_argument(
+        VERIFY_INPUTS,
+        action="store_true",
+        help="first compare the files of artifacts that are read with the checksums in their manifests; `run` and "
+        "`submit` ask for it",
+    )
+
 
 def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings], title: str) -> None:
     """Adds one flag per field of `model` to `parser`, with the field's default, choices and description."""

@@ -97,6 +97,15 @@ def saved_iterations(checkpoint: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in checkpoint.glob("iter_*") if p.name[5:].isdigit())
 
 
+def read_of_latest(artifact: Path, files: list[str]) -> list[str]:
+    """Of an artifact's files, those that are read with its latest checkpoint: all but the other iterations."""
+    try:
+        latest = iteration_folder(Path("megatron"), latest_iteration(artifact / "megatron"))
+    except CheckpointError:  # no checkpoint, or one whose tracker is damaged
+        return files
+    return [name for name in files if not name.startswith("megatron/iter_") or Path(name).is_relative_to(latest)]
+
+
 class SaveIntervals(NamedTuple):
     """Every how many steps a checkpoint is saved, and every how many one is kept for good (a multiple of it)."""
 

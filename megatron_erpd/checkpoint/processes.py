@@ -21,6 +21,8 @@ from megatron_erpd.progress import say_progress
 
 _SECONDS = 5.0
 _MEETING = timedelta(minutes=2)
+_PATIENCE = timedelta(days=1)
+"""Processes wait for the one with most to read. One that dies ends the others at once."""
 
 
 @contextmanager
@@ -30,7 +32,9 @@ def conversion_processes() -> Iterator[None]:
     started = launched.world_size > 1 and not dist.is_initialized()
     if started:
         store = meeting_store(launched)
-        dist.init_process_group("gloo", store=store, rank=launched.rank, world_size=launched.world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=launched.rank, world_size=launched.world_size, timeout=_PATIENCE
+        )
     elif not dist.is_initialized():
         work_alone()
     yield

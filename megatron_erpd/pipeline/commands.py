@@ -23,6 +23,7 @@ from megatron_erpd.manifest import (
     finish_artifact,
     input_digest,
     read_manifest,
+    verify_inputs,
 )
 from megatron_erpd.pipeline.identity import (
     Request,
@@ -42,7 +43,7 @@ from megatron_erpd.settings import (
     SelectSettings,
     TemplateSettings,
 )
-from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings_arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments, slice_folders
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def sample(argv: list[str]) -> None:
     if given.slice is not None or given.merge_slices:
         begun = _begin_slices(given, request)
     else:
-        _begin("sample", given.output, request)
+        _begin("sample", given.output, request, given.verify_inputs)
     if begun is None:
         return
     output, summary = begun
@@ -143,6 +144,8 @@ def _begin_slices(given: argparse.Namespace, request: Request) -> tuple[Path, di
     num_prompts = len(load_prompts(given.prompts, given.num_prompts, given.first_prompt))
     digests = input_digests("sample", request.inputs)
     if given.slice is not None:
+        if given.verify_inputs:
+            _verify("sample", request)
         parts.refuse_empty_slices(f"--slice {given.slice}", given.slice.count, num_prompts)
         return parts.begin_slice(given.output, given.slice, request.settings, digests), {}
     if parts.is_merged(given.output, request.settings, digests):
@@ -172,7 +175,8 @@ def score(argv: list[str]) -> None:
     from megatron_erpd.sampling.score import prompts_of_rollouts, score_rollouts
 
     prompts = prompts_of_rollouts(given.rollouts, given.prompts, given.verifier)
-    _begin("score", given.output, score_request(given.rollouts, given.prompts, given.verifier))
+    request = score_request(given.rollouts, given.prompts, given.verifier)
+    _begin("score", given.output, request, given.verify_inputs)
     report = score_rollouts(given.rollouts, prompts, given.output, given.verifier, _progress("scored"))
     print(
         f"rescored: {report['changed']} of {report['num_rollouts']} rewards changed; the verifier was asked about "
@@ -204,7 +208,8 @@ def import_rollouts(argv: list[str]) -> None:
     _check_start("import-rollouts", given.output)
     settings = settings_from_namespace(given, ImportSettings)
     fields = _pairs(given.field, "--field")
-    _begin("import-rollouts", given.output, import_request(settings, given.source, fields, given.tokenizer))
+    request = import_request(settings, given.source, fields, given.tokenizer)
+    _begin("import-rollouts", given.output, request, given.verify_inputs)
 
     from rich.console import Console
 
@@ -255,7 +260,7 @@ def select(argv: list[str]) -> None:
     request = select_request(
         *(settings, given.model, given.teacher, given.candidates, given.prompts, given.verifier, given.unlearned)
     )
-    _begin("select", given.output, request)
+    _begin("select", given.output, request, given.verify_inputs)
 
     from megatron_erpd.checkpoint.iterations import take_iteration
     from megatron_erpd.evaluation.selection import candidate_folders, select_checkpoint
@@ -319,7 +324,7 @@ def evaluate(argv: list[str]) -> None:
     request = evaluate_request(
         settings, models, given.exported, given.prompts, given.rollouts, given.verifier, given.origin
     )
-    _begin("evaluate", given.output, request)
+    _begin("evaluate", given.output, request, given.verify_inputs)
 
     from megatron_erpd.evaluation.evaluate import evaluate_policies
     from megatron_erpd.evaluation.held_out import metrics_warnings
@@ -376,6 +381,7 @@ def _parser(name: str, description: str | None, example: str) -> argparse.Argume
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+    add_verify_inputs(parser)
 
 
 def _check_start(command: str, output: Path) -> None:
@@ -384,7 +390,9 @@ def _check_start(command: str, output: Path) -> None:
     check_output(output)
 
 
-def _begin(stage: str, output: Path, request: Request) -> None:
+def _begin(stage: str, output: Path, request: Request, verify: bool) -> None:
+    if verify:
+        _verify(stage, request)
     begin_artifact(output, stage, request.settings, input_digests(stage, request.inputs))
 
 
@@ -411,6 +419,13 @@ def _prompt_warnings(
     ids = encode_prompts(_load_tokenizer(model), prompts, settings)
     trained_on = None if rollouts is None else read_rollouts(rollouts)
     return prompt_warnings(prompts, ids, trained_on, asked, section)
+
+
+def _verify(stage: str, request: Request) -> None:
+    from megatron_erpd.checkpoint.iterations import read_of_latest
+
+    # A selection may take any of the teacher's checkpoints.
+    verify_inputs(request.inputs.values(), None if stage == "select" else read_of_latest)
 
 
 def _pairs(values: list[str], flag: str) -> dict[str, str]:

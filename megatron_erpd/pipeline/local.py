@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -64,7 +65,7 @@ def run_recipe(
     """
     console = console or Console()
     slots = Slots()
-    stages = plan(recipe)
+    stages = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)]
     check_recipe(recipe, stages, slots, prepared=False)
     root = recipe.folder
     with locked(root) as lock:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[
         StageError: somebody else is submitting or running this, jobs with other settings are in the queue, or SLURM
             refuses a job (those before it are in the queue then, and are left alone by the next try).
     """
-    stages, root = plan(recipe), recipe.folder
+    stages, root = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)], recipe.folder
     check_recipe(recipe, stages, None)
     return submit_stages(recipe.name, root, stages, recipe.of_run(), checksums=checksums, say=say)
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_erpd.pipeline.recipe import MegatronFlags
 from megatron_erpd.settings import Layout, SlurmSettings
 from megatron_erpd.settings.learning_rates import chosen_rates
-from megatron_erpd.settings_arguments import settings_to_argv
+from megatron_erpd.settings_arguments import VERIFY_INPUTS, settings_to_argv
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds the package, and in a checkout `tools/` beside it."""
@@ -63,6 +63,8 @@ class Stage:
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
     gpus_per_process: int = 1
     """More than 1 where a sampler spreads the policy over several by itself."""
+    verify_inputs: bool = True
+    """Whether the command compares what it reads with its manifests first."""
 
     @property
     def num_processes(self) -> int:
@@ -107,7 +109,8 @@ class Stage:
     def flags(self) -> list[str]:
         """The command's flags: its own, the layout's, and Megatron's after `--`."""
         layout = settings_to_argv(self.layout) if self.command in RUNS_MODEL else []
-        return [*self.arguments, *layout, *(["--", *self.megatron] if self.megatron else [])]
+        verify = [VERIFY_INPUTS] if self.verify_inputs and self.is_tool else []
+        return [*self.arguments, *verify, *layout, *(["--", *self.megatron] if self.megatron else [])]
 
 
 def settings_of(stage: Stage) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd import platform
+from megatron_erpd.checkpoint.meeting import first
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.data.step_lines import StepLines
@@ -115,7 +116,8 @@ class CachePasses:
 
     def _find_missing(self, folder: Path, meta: CacheMeta) -> dict[str, np.ndarray]:
         """Table -> bool `[N]`: rollouts that it doesn't have. One broadcast per table."""
-        done = prepare_cache(folder, meta) if rank() == 0 else {}
+        done: dict[str, frozenset[str]] = {}
+        first(lambda: done.update(prepare_cache(folder, meta)))
         found = {}
         for table in meta.tables:
             ids = done.get(table, frozenset())
@@ -174,7 +176,8 @@ class CachePasses:
     def _take_log_probs(self, given: CacheReader) -> None:
         """The log-probs of the given cache, which are the same here; the first rank writes them."""
         tables = [log_probs_table(name) for name in self.names]
-        if rank() == 0:
+
+        def take() -> None:
             with CacheWriter(self.output, self.meta) as writer:
                 for name, table in zip(self.names, tables, strict=True):
                     for i in np.flatnonzero(self._missing[table]).tolist():
@@ -182,7 +185,8 @@ class CachePasses:
                         row = given.token_row(name, sample)
                         writer.write_log_probs(name, sample, self.rollouts.token_crc(i), row)
             self.checksums |= writer.checksums
-        torch.distributed.barrier()
+
+        first(take)
         for table in tables:
             self._missing[table][:] = False
 
@@ -221,9 +225,7 @@ class CachePasses:
         torch.distributed.all_gather_object(gathered, own)
         for checksums in gathered:
             self.checksums |= checksums
-        if rank() == 0:
-            shutil.rmtree(self.output / SCRATCH, ignore_errors=True)
-        torch.distributed.barrier()
+        first(lambda: shutil.rmtree(self.output / SCRATCH, ignore_errors=True))
 
     def _run_policy(self, name: str, groups: list[np.ndarray], store: Callable[[], Stored]) -> None:
         """One policy over the batches that need it."""

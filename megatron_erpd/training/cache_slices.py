@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_erpd.checkpoint.meeting import checksums_of, first
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
@@ -52,10 +53,15 @@ def close_cache(passes: CachePasses, summary: dict[str, Any]) -> None:
     from megatron_erpd.training.model import synchronize
 
     synchronize()
-    if rank() == 0:
-        index = finalize(passes.output, passes.meta, passes.rollouts.sample_ids, passes.checksums)
+    # Parts that an interrupted run left are not known yet; there may be much of them.
+    known = checksums_of(passes.output, passes.checksums)
+
+    def close() -> None:
+        index = finalize(passes.output, passes.meta, passes.rollouts.sample_ids, known)
         write_mismatch(passes.output, passes.rollouts)
         finish_artifact(passes.output, _figures(summary, index), _checksums(index))
+
+    first(close)
     synchronize()
 
 

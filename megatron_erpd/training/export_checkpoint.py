@@ -7,11 +7,16 @@ import re
 from pathlib import Path
 
 from megatron_erpd.checkpoint.bridge import export_with_bridge
-from megatron_erpd.checkpoint.iterations import iteration_folder, latest_iteration, saved_iterations
+from megatron_erpd.checkpoint.iterations import (
+    iteration_folder,
+    latest_iteration,
+    read_of_latest,
+    saved_iterations,
+)
+from megatron_erpd.checkpoint.meeting import finish_together
 from megatron_erpd.checkpoint.processes import (
     add_processes_argument,
     conversion_processes,
-    do_together,
     num_processes,
     peak_memory,
     process_rank,
@@ -19,7 +24,8 @@ from megatron_erpd.checkpoint.processes import (
 from megatron_erpd.checkpoint.stream_export import Exported, export_checkpoint
 from megatron_erpd.errors import CheckpointError, RecipeError
 from megatron_erpd.files import check_output
-from megatron_erpd.manifest import finish_artifact, read_manifest
+from megatron_erpd.manifest import read_manifest
+from megatron_erpd.settings_arguments import add_verify_inputs
 from megatron_erpd.training.runtime import prepare_output
 
 
@@ -53,6 +59,7 @@ def export_checkpoints(argv: list[str]) -> None:
         "--hf", type=Path, help="with --via: the Hugging Face folder that was imported, weights included"
     )
     add_processes_argument(parser)
+    add_verify_inputs(parser)
     given = parser.parse_args(argv)
     if (given.via is None) != (given.hf is None):
         raise RecipeError("--via megatron-bridge and --hf: belong together; give both or neither")
@@ -67,7 +74,9 @@ def export_checkpoints(argv: list[str]) -> None:
     with conversion_processes():
         if given.via and num_processes() > 1:
             raise RecipeError("--via megatron-bridge: runs in one process; start it without --processes or torchrun")
-        do_together(output, lambda: prepare_output(output, "export", settings, inputs))
+        # A numbered iteration may be any of the kept ones.
+        reads = None if any(iterations.values()) else read_of_latest
+        prepare_output(output, "export", settings, inputs, given.verify_inputs, reads)
         exported: list[Exported] = []
         checksums: dict[str, str] = {}
         for name, folder, iteration in _expand(named):
@@ -88,11 +97,7 @@ def export_checkpoints(argv: list[str]) -> None:
             "peak_memory_bytes": peak_memory(),
         }
 
-        def finish() -> None:
-            if process_rank() == 0:
-                finish_artifact(output, figures, checksums)
-
-        do_together(output, finish)
+        finish_together(output, figures, checksums)
 
 
 def _iteration(checkpoint: Path, iteration: int | None) -> Path:

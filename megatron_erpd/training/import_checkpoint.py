@@ -16,6 +16,7 @@ from typing import Any, get_args
 from megatron_erpd.checkpoint.bridge import import_with_bridge
 from megatron_erpd.checkpoint.hf_config import read_model_shape
 from megatron_erpd.checkpoint.iterations import TRACKER, find_iteration, iteration_folder, take_iteration
+from megatron_erpd.checkpoint.meeting import finish_together
 from megatron_erpd.checkpoint.processes import (
     add_processes_argument,
     conversion_processes,
@@ -33,10 +34,9 @@ from megatron_erpd.checkpoint.tokenizer_report import describe_tokenizer
 from megatron_erpd.checkpoint.torch_dist import TorchDistReader
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.files import check_output, check_output_file, write_text
-from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.sampling.policy import policy_fingerprint
 from megatron_erpd.settings import Layout
-from megatron_erpd.settings_arguments import settings_from_namespace
+from megatron_erpd.settings_arguments import add_verify_inputs, settings_from_namespace
 from megatron_erpd.training.compatible import SOURCE_POLICY
 from megatron_erpd.training.runtime import prepare_output
 
@@ -84,6 +84,7 @@ def import_checkpoint(argv: list[str]) -> None:
         "weights: a policy that was trained elsewhere; its files are linked or copied",
     )
     add_processes_argument(parser)
+    add_verify_inputs(parser)
     _add_dry_run(parser)
     given = parser.parse_args(argv)
     if given.dry_run:
@@ -100,11 +101,11 @@ def import_checkpoint(argv: list[str]) -> None:
     with conversion_processes():
         if given.via and num_processes() > 1:
             raise RecipeError("--via megatron-bridge: runs in one process; start it without --processes or torchrun")
-        _import(given.hf, given.output, given.via, given.checkpoint)
+        _import(given.hf, given.output, given.via, given.checkpoint, given.verify_inputs)
 
 
-def _import(model: str, output: Path, via: str | None, checkpoint: Path | None) -> None:
-    hf_folder = _begin(model, output, via, checkpoint)
+def _import(model: str, output: Path, via: str | None, checkpoint: Path | None, verify: bool) -> None:
+    hf_folder = _begin(model, output, via, checkpoint, verify)
     figures: dict[str, Any] = {}
     checksums: dict[str, str] = {}
     if via:
@@ -118,7 +119,7 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None) 
         checksums = {str((folder / name).relative_to(output)): sha for name, sha in imported.checksums.items()}
     figures["peak_memory_bytes"] = peak_memory()
 
-    def finish() -> None:
+    def complete() -> None:
         if process_rank() == 0:
             if not via and checkpoint is None:
                 write_text(output / "megatron" / TRACKER, "0")
@@ -126,20 +127,21 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None) 
             if not (output / _UNPACKED).exists() and not via and checkpoint is None:
                 figures[SOURCE_POLICY] = policy_fingerprint(hf_folder)
             shutil.rmtree(output / _UNPACKED, ignore_errors=True)
-            finish_artifact(output, figures, checksums)
-            size = f": {figures['tensors']} tensors, {figures['bytes'] / 1e9:.2f} GB" if "bytes" in figures else ""
-            print(f"{output}{size}", flush=True)
 
-    do_together(output, finish)
+    do_together(output, complete)
+    finish_together(output, figures, checksums)
+    if process_rank() == 0:
+        size = f": {figures['tensors']} tensors, {figures['bytes'] / 1e9:.2f} GB" if "bytes" in figures else ""
+        print(f"{output}{size}", flush=True)
 
 
-def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None) -> Path:
+def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None, verify: bool) -> Path:
     """Takes the output folder, and gives the model as a Hugging Face folder whose tokenizer was looked at."""
     settings = {"via": via} if via else {}
     inputs = {} if checkpoint is None else {"checkpoint": checkpoint}
     is_file = Path(model).is_file()
     if is_file:  # known by its content before it is unpacked into the output
-        do_together(output, lambda: prepare_output(output, "import", settings, {"hf": Path(model), **inputs}))
+        prepare_output(output, "import", settings, {"hf": Path(model), **inputs}, verify)
     found: list[Path] = []
 
     def resolve() -> None:
@@ -151,7 +153,7 @@ def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None) -
     do_together(model, resolve)
     hf_folder = found[0] if found else resolve_source(model, output / _UNPACKED)  # what the first process made
     if not is_file:
-        do_together(output, lambda: prepare_output(output, "import", settings, {"hf": hf_folder, **inputs}))
+        prepare_output(output, "import", settings, {"hf": hf_folder, **inputs}, verify)
     return hf_folder
 
 

@@ -25,7 +25,7 @@ from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
 from megatron_erpd.sampling.task import task_identity
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
-from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings_arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.training.arguments import (
     add_layout_arguments,
     add_monitoring_arguments,
@@ -59,6 +59,7 @@ def train_on_policy(argv: list[str]) -> None:
     add_settings_arguments(parser, OnPolicySettings, "training")
     add_layout_arguments(parser)
     add_monitoring_arguments(parser)
+    add_verify_inputs(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     check_output(namespace.output)
@@ -79,6 +80,7 @@ def train_on_policy(argv: list[str]) -> None:
         settings=settings,
         layout=layout,
         monitoring=monitoring,
+        verify_inputs=namespace.verify_inputs,
         base=base,
         output=namespace.output,
         inputs={"base": base, **inputs},

@@ -20,7 +20,7 @@ from megatron_erpd.files import check_output
 from megatron_erpd.manifest import input_digest, read_manifest, settings_identity
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
-from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings_arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.writer import exclusive
@@ -82,15 +82,14 @@ def precompute(argv: list[str]) -> None:
     # Two programs on one folder: the second is told at once, before it looks at what the first is writing.
     longest = int(rollouts.lengths.max())
     check_arguments(namespace.base / "hf", layout, untrained_flags(PRECOMPUTE_FLAGS), pass_through, longest)
-    with exclusive(output) if rank() == 0 else nullcontext():
-        prepare_output(output, "precompute", identity, inputs)
+    with exclusive(output) if rank() == 0 else nullcontext(), stage_process() as store:
+        prepare_output(output, "precompute", identity, inputs, namespace.verify_inputs)
         if selection is not None and rank() == 0:
             print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)
-        with stage_process() as store:
-            initialize(namespace.base / "hf", layout, PRECOMPUTE_FLAGS, pass_through, longest, store)
-            passes = CachePasses(resolved, layout, meta, policies, rollouts, output, namespace.hidden)
-            passes.run()
-            close_cache(passes, summary)
+        initialize(namespace.base / "hf", layout, PRECOMPUTE_FLAGS, pass_through, longest, store)
+        passes = CachePasses(resolved, layout, meta, policies, rollouts, output, namespace.hidden)
+        passes.run()
+        close_cache(passes, summary)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add_slice_arguments(parser, "score", "the rollouts")
     add_settings_arguments(parser, PrecomputeSettings, "cache")
     add_layout_arguments(parser)
+    add_verify_inputs(parser)
     return parser
 
 

@@ -26,6 +26,7 @@ from megatron_erpd.checkpoint.iterations import (
     save_intervals,
     saved_iterations,
 )
+from megatron_erpd.checkpoint.meeting import finish_together, first
 from megatron_erpd.checkpoint.parameter_count import parameters_of
 from megatron_erpd.checkpoint.recovery import recover
 from megatron_erpd.data.collate import Batch
@@ -34,7 +35,7 @@ from megatron_erpd.data.rewards import with_rewards
 from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
-from megatron_erpd.manifest import METRICS, finish_artifact, read_manifest, settings_identity
+from megatron_erpd.manifest import METRICS, read_manifest, settings_identity
 from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
 from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.training.advantages import Advantages
@@ -69,6 +70,7 @@ class TrainingRun(ABC):
         inputs: name to folder or file of everything that the result depends on.
         make_step: called on every rank once models and process groups are there; returns the forward step.
         monitoring: where metrics go besides the artifact's own files.
+        verify_inputs: compare the inputs with their manifests first.
     """
 
     stage: str
@@ -81,6 +83,7 @@ class TrainingRun(ABC):
     pass_through: list[str]
     make_step: Callable[[Any, argparse.Namespace], ForwardStep]
     monitoring: Monitoring = field(default=Monitoring(), kw_only=True)
+    verify_inputs: bool = field(default=False, kw_only=True)
 
     @property
     @abstractmethod
@@ -140,15 +143,9 @@ class TrainingRun(ABC):
                 continues.
         """
         check_arguments(self.base / "hf", self.layout, self.megatron_flags(), self.pass_through, self.max_length)
-        prepare_output(self.output, self.stage, self.identity, self.inputs)
-        if rank() == 0:
-            # Before any rank loads: those are still far from it.
-            checksums = "--verify-integrity" in self.pass_through
-            recovered = recover(self.output / "megatron", self.output / ".damaged", checksums)
-            for text in (recovered, self.note()):
-                if text:
-                    print(text, flush=True)
         with stage_process() as store:
+            prepare_output(self.output, self.stage, self.identity, self.inputs, self.verify_inputs)
+            first(self._recover)
             flags = self.megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
             configure_head(self.layout)
@@ -166,13 +163,24 @@ class TrainingRun(ABC):
                     "command again to continue"
                 )
             synchronize()
-            if rank() == 0:
-                prune(self.output / "megatron", self.save_intervals.retain)
-                copy_sidecar(self.base / "hf", self.output / "hf")
-                stopped = {"stopped": str(stop)} if stop else {}
-                summary = {"iterations": done, **stopped, **self.figures()}
-                finish_artifact(self.output, summary, warnings=self.warnings())
+            first(self._tidy)
+            stopped = {"stopped": str(stop)} if stop else {}
+            summary = {"iterations": done, **stopped, **self.figures()}
+            finish_together(self.output, summary, warnings=self.warnings())
             synchronize()
+
+    def _recover(self) -> None:
+        """Puts the checkpoint in order, before any rank loads it, and says what there is to say."""
+        checksums = "--verify-integrity" in self.pass_through
+        recovered = recover(self.output / "megatron", self.output / ".damaged", checksums)
+        for text in (recovered, self.note()):
+            if text:
+                print(text, flush=True)
+
+    def _tidy(self) -> None:
+        """Leaves of the checkpoints those that are kept, and adds the model's other files."""
+        prune(self.output / "megatron", self.save_intervals.retain)
+        copy_sidecar(self.base / "hf", self.output / "hf")
 
     def _early_stop(self) -> Stop | None:
         """The early stop that the latest checkpoint was saved at, if it was."""

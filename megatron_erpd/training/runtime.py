@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from megatron_erpd import platform
-from megatron_erpd.manifest import begin_artifact
+from megatron_erpd.checkpoint import meeting
+from megatron_erpd.checkpoint.iterations import read_of_latest
+from megatron_erpd.manifest import Reads, begin_artifact
 from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import Layout
 from megatron_erpd.training import prefetch
@@ -22,14 +24,32 @@ from megatron_erpd.vocab_parallel import chunks
 from megatron_erpd.vocab_parallel.kernels import kernels_for, set_kernels
 
 
-def prepare_output(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
-    """Takes the output folder for a stage (`manifest.begin_artifact`), on the one rank that decides.
+def prepare_output(
+    output: Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    verify: bool = False,
+    reads: Reads | None = read_of_latest,
+) -> None:
+    """Takes the output folder for a stage (`manifest.begin_artifact`), on the one rank that decides, for which the
+    others wait.
+
+    Args:
+        verify: also compare what of the inputs is read with their manifests, each rank a share of the files.
+        reads: which files of an input are read.
 
     Raises:
-        StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files.
+        StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files; or a
+            file of an input is not the one that its manifest recorded.
     """
-    if rank() == 0:  # its error ends the others
-        begin_artifact(output, stage, settings, input_digests(stage, inputs))
+    meeting.first(lambda: _begin(output, stage, settings, inputs))
+    if verify:
+        meeting.verify_together(inputs.values(), reads)
+
+
+def _begin(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
+    begin_artifact(output, stage, settings, input_digests(stage, inputs))
 
 
 def initialize(
@@ -103,7 +123,9 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
     """
     inherited = torch.distributed.is_initialized()
     try:
-        yield process_store()
+        store = process_store()
+        with meeting.meeting(store):
+            yield store
     finally:
         prefetch.close_all()
         _close_tensorboard()

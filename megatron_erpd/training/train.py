@@ -16,7 +16,7 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
-from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings_arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.training.advantages import advantages_of
 from megatron_erpd.training.arguments import (
@@ -58,6 +58,7 @@ def train_teacher(argv: list[str]) -> None:
     add_settings_arguments(parser, ReplaySettings, "training")
     add_layout_arguments(parser)
     add_monitoring_arguments(parser)
+    add_verify_inputs(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     check_output(namespace.output)
@@ -96,6 +97,7 @@ def train_teacher(argv: list[str]) -> None:
         settings=settings,
         layout=layout,
         monitoring=monitoring,
+        verify_inputs=namespace.verify_inputs,
         base=namespace.base,
         output=namespace.output,
         inputs=inputs,
@@ -124,6 +126,7 @@ def distill(argv: list[str]) -> None:
     add_settings_arguments(parser, DistillSettings, "distillation")
     add_layout_arguments(parser)
     add_monitoring_arguments(parser)
+    add_verify_inputs(parser)
     own, pass_through = split_pass_through(argv)
     namespace = parser.parse_args(own)
     check_output(namespace.output)
@@ -157,6 +160,7 @@ def distill(argv: list[str]) -> None:
         settings=settings,
         layout=layout,
         monitoring=monitoring,
+        verify_inputs=namespace.verify_inputs,
         base=namespace.base,
         output=namespace.output,
         inputs=inputs,

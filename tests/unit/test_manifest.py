@@ -18,6 +18,8 @@ from megatron_erpd.manifest import (
     read_manifest,
     read_request,
     settings_identity,
+    shares,
+    verify_inputs,
     verify_manifest,
     write_manifest,
 )
@@ -70,12 +72,102 @@ def test_what_is_no_artifact(tmp_path):
         read_manifest(tmp_path / "nothing")
     with pytest.raises(StageError, match="has not finished"):
         read_manifest(tmp_path)
-    (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(StageError, match="not a manifest"):
-        read_manifest(tmp_path)
-    (tmp_path / MANIFEST).write_text('{"schema": 0}')
-    with pytest.raises(StageError, match="another version"):
-        read_manifest(tmp_path)
+
+
+def rewritten(change, keep_checksum=True):
+    def apply(path):
+        record = json.loads(path.read_text())
+        change(record)
+        if not keep_checksum:
+            record.pop("checksum")
+        path.write_text(json.dumps(record))
+
+    return apply
+
+
+DAMAGES = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-40]), "cut off or no JSON"),
+    "empty": (lambda path: path.write_bytes(b""), "cut off or no JSON"),
+    "zeros": (lambda path: path.write_bytes(bytes(400)), "cut off or no JSON"),
+    "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe{}"), "cut off or no JSON"),
+    "a list": (lambda path: path.write_text("[]"), "is no JSON object"),
+    "null": (lambda path: path.write_text("null"), "is no JSON object"),
+    "another's": (lambda path: path.write_text('{"name": "a web app"}'), "not written by this project"),
+    "no schema": (rewritten(lambda r: r.pop("schema")), "says nothing of its schema"),
+    "schema": (rewritten(lambda r: r.update(schema=0)), "has schema 0, not 1"),
+    "setting": (rewritten(lambda r: r["settings"].update(seed=2)), "changed after it was written"),
+    "stage": (rewritten(lambda r: r.update(stage="import")), "changed after it was written"),
+    "input": (rewritten(lambda r: r["inputs"].update(model="xyz")), "changed after it was written"),
+    "file": (rewritten(lambda r: r["files"].pop("rollouts.parquet")), "changed after it was written"),
+    "size": (rewritten(lambda r: r["files"]["rollouts.parquet"].update(size=5)), "changed after it was written"),
+    "checksum": (rewritten(lambda r: r.update(checksum=7)), "changed after it was written"),
+    **{
+        f"no {key}": (rewritten(lambda r, key=key: r.pop(key), keep_checksum=False), f"damaged: {key}: field required")
+        for key in ("stage", "settings", "inputs", "files")
+    },
+    "unknown": (rewritten(lambda r: r.update(sttings={})), "sttings: unknown key"),
+    "settings": (rewritten(lambda r: r.update(settings=[1]), keep_checksum=False), "settings: .*dictionary"),
+    "digest": (rewritten(lambda r: r["inputs"].update(model=3), keep_checksum=False), "inputs.model: .*string"),
+    "no size": (
+        rewritten(lambda r: r["files"]["rollouts.parquet"].pop("size"), keep_checksum=False),
+        r"files.rollouts.parquet.size: .*required",
+    ),
+    "sha": (
+        rewritten(lambda r: r["files"]["rollouts.parquet"].update(sha256="abc"), keep_checksum=False),
+        r"files.rollouts.parquet.sha256: ",
+    ),
+    "outside": (
+        rewritten(lambda r: r["files"].update({"../x": r["files"]["rollouts.parquet"]}), keep_checksum=False),
+        "'../x' is outside of the artifact",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_manifest_is_named_with_what_is_wrong_and_what_to_do(artifact, name):
+    damage, said = DAMAGES[name]
+    damage(artifact / MANIFEST)
+    for read in (read_manifest, verify_manifest, input_digest, lambda folder: verify_inputs([folder])):
+        with pytest.raises(StageError, match=said) as caught:
+            read(artifact)
+        assert str(caught.value).startswith(f"{artifact / MANIFEST}: ")
+        assert "run the stage again" in str(caught.value) or "give a folder that one of its stages" in str(caught.value)
+
+
+def test_a_manifest_of_the_version_before_is_accepted(artifact):
+    before = read_manifest(artifact)
+    rewritten(lambda record: None, keep_checksum=False)(artifact / MANIFEST)
+    assert read_manifest(artifact) == before
+
+
+def test_a_manifest_is_whole_whatever_its_settings_hold(tmp_path):
+    settings = {"a": 1e-7, "b": None, "c": [1, {"d": "\u00e9\ud83d\ude00"}], "e": float("inf"), "f": 0.1 + 0.2}
+    assert write_manifest(tmp_path, "s", settings, {}).digest == read_manifest(tmp_path).digest
+
+
+def test_inputs_are_compared_with_their_manifests(artifact, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    everything = [artifact, artifact / "sub", artifact / "rollouts.parquet", plain]
+    verify_inputs(everything)
+    (artifact / "sub/deep/model.bin").write_text("WEIGHTS")
+    for inputs in ([artifact], [artifact / "sub"], [artifact / "sub/deep/model.bin"], everything):
+        with pytest.raises(StageError, match=r"sub/deep/model\.bin: differs from what manifest.json recorded"):
+            verify_inputs(inputs)
+    verify_inputs([artifact / "rollouts.parquet", plain])
+    verify_inputs([artifact], lambda path, names: [name for name in names if name.endswith(".parquet")])
+    (artifact / "rollouts.parquet").unlink()
+    with pytest.raises(StageError, match=r"rollouts\.parquet: named in .* but missing(.|\n)*model\.bin: differs"):
+        verify_inputs([artifact])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_of_about_equal_size(count):
+    sizes = {f"file-{i}": size for i, size in enumerate([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0])}
+    dealt = shares(sizes, count)
+    assert sorted(name for share in dealt for name in share) == sorted(sizes) and len(dealt) == count
+    totals = [sum(sizes[name] for name in share) for share in dealt]
+    assert max(totals) <= sum(sizes.values()) / count + max(sizes.values()) / 2
 
 
 def test_beginning_again(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_erpd.pipeline import commands
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
 from megatron_erpd.pipeline.stages import TOOLS, Stage, dependencies, flags_of
+from megatron_erpd.settings_arguments import VERIFY_INPUTS
 
 TRAIN_ON_POLICY = "tools/train_on_policy.py"
 
@@ -87,18 +89,18 @@ def test_commands_are_what_a_person_would_type(monkeypatch):
         "torchrun --standalone --nproc-per-node 4 -- tools/train_teacher.py --base out/round-00/warm-up "
         "--rollouts out/round-01/rollouts --base-log-probs out/round-01/base-log-probs "
         "--rewards out/round-01/rewards --checkpoints 2 "
-        "--output out/round-01/teacher --tensor-parallel 2 --data-parallel 2 --micro-batch-size 8"
+        "--output out/round-01/teacher --verify-inputs --tensor-parallel 2 --data-parallel 2 --micro-batch-size 8"
     )
     assert stages["initial"].shown() == (
-        "python tools/import_checkpoint.py --hf out/prepare/model --output out/round-00/initial"
+        "python tools/import_checkpoint.py --hf out/prepare/model --output out/round-00/initial --verify-inputs"
     )
     assert stages["rollouts"].shown() == (
         "python tools/sample.py --model out/round-01/base-hf/base --prompts out/prepare/prompts.jsonl "
-        "--verifier python:task.py:score --num-prompts 8 --output out/round-01/rollouts"
+        "--verifier python:task.py:score --num-prompts 8 --output out/round-01/rollouts --verify-inputs"
     )
     assert stages["rewards"].shown() == (
         "python tools/score.py --rollouts out/round-01/rollouts --prompts out/prepare/prompts.jsonl "
-        "--verifier python:task.py:score --output out/round-01/rewards"
+        "--verifier python:task.py:score --output out/round-01/rewards --verify-inputs"
     )
     assert "--policy teacher=out/round-01/teacher --policy unlearned=out/round-01/unlearned" in stages["cache"].shown()
     assert "--policy teacher=out/round-01/teacher" in stages["controls/live"].shown()
@@ -178,12 +180,12 @@ def test_a_selection_puts_one_checkpoint_in_the_teachers_place(monkeypatch):
     assert stages["selection"].shown() == (
         "python tools/select_teacher.py --model out/round-01/base-hf/base --teacher out/round-01/teacher "
         "--candidates out/round-01/candidates --prompts out/prepare/validation.jsonl --verifier python:task.py:score "
-        "--rollouts out/round-01/rollouts --unlearned --num-samples 2 --output out/round-01/selection"
+        "--rollouts out/round-01/rollouts --unlearned --num-samples 2 --output out/round-01/selection --verify-inputs"
     )
     assert (
         stages["candidates"]
         .shown()
-        .endswith("--checkpoint teacher=out/round-01/teacher@all --output out/round-01/candidates")
+        .endswith("--checkpoint teacher=out/round-01/teacher@all --output out/round-01/candidates --verify-inputs")
     )
     cache = stages["cache"].shown()
     assert "--policy teacher=out/round-01/selection --policy unlearned=out/round-01/unlearned" in cache
@@ -285,9 +287,18 @@ def test_an_on_policy_control_needs_no_rollouts():
     assert dependencies(stage, list(stages.values())) == ["prepare", "warm-up"]
     assert stage.shown() == (
         f"python {TRAIN_ON_POLICY} --base out/round-00/warm-up --prompts out/prepare/prompts.jsonl "
-        "--verifier python:task.py:score --updates 9 --num-prompts 8 --output out/round-01/controls/grpo"
+        "--verifier python:task.py:score --updates 9 --num-prompts 8 --output out/round-01/controls/grpo "
+        "--verify-inputs"
     )
     assert "grpo=out/round-01/controls/grpo" in stages["export"].shown()
+
+
+def test_stages_verify_what_they_read_unless_told_otherwise():
+    stages = stages_of()
+    for stage in stages.values():
+        assert (VERIFY_INPUTS in stage.flags()) == stage.is_tool, stage.name
+        assert VERIFY_INPUTS not in replace(stage, verify_inputs=False).flags()
+        assert not any("verify" in key for key in stage.settings)
 
 
 def test_an_exact_kl_gets_the_bases_rows():
@@ -333,7 +344,7 @@ def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
 def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def begin(command: str, output: Path, request: Any) -> None:
+    def begin(command: str, output: Path, request: Any, verify: bool) -> None:
         seen.extend([command, output, request.settings, request.inputs])
         raise _Captured
 
