@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd import platform
-from megatron_erpd.checkpoint.meeting import first
+from megatron_erpd.checkpoint import meeting
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.data.step_lines import StepLines
@@ -117,7 +117,7 @@ class CachePasses:
     def _find_missing(self, folder: Path, meta: CacheMeta) -> dict[str, np.ndarray]:
         """Table -> bool `[N]`: rollouts that it doesn't have. One broadcast per table."""
         done: dict[str, frozenset[str]] = {}
-        first(lambda: done.update(prepare_cache(folder, meta)))
+        meeting.first(lambda: done.update(prepare_cache(folder, meta)))
         found = {}
         for table in meta.tables:
             ids = done.get(table, frozenset())
@@ -186,7 +186,7 @@ class CachePasses:
                         writer.write_log_probs(name, sample, self.rollouts.token_crc(i), row)
             self.checksums |= writer.checksums
 
-        first(take)
+        meeting.first(take)
         for table in tables:
             self._missing[table][:] = False
 
@@ -225,7 +225,7 @@ class CachePasses:
         torch.distributed.all_gather_object(gathered, own)
         for checksums in gathered:
             self.checksums |= checksums
-        first(lambda: shutil.rmtree(self.output / SCRATCH, ignore_errors=True))
+        meeting.first(lambda: shutil.rmtree(self.output / SCRATCH, ignore_errors=True))
 
     def _run_policy(self, name: str, groups: list[np.ndarray], store: Callable[[], Stored]) -> None:
         """One policy over the batches that need it."""

@@ -134,7 +134,7 @@ def test_dry_run_prints_the_commands(capsys, tmp_path, monkeypatch):
     code, out, err = ended(capsys, "run", "r.yaml", *flags)
     assert code == 2 and "base: hf model: no such file or folder" in err  # as `run` would say
     assert "# teacher\ntorchrun --standalone --nproc-per-node 2 -- " in out
-    assert "--epochs 3.0 --output there/round-01/teacher --tensor-parallel 2" in out
+    assert "--epochs 3.0 --output there/round-01/teacher --verify-inputs --tensor-parallel 2" in out
     assert os.listdir(tmp_path) == ["r.yaml"]
 
 
