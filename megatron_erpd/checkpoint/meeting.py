@@ -129,7 +129,7 @@ def checksums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[s
             found[name] = file_digest(folder / name)
     except OSError as error:
         problem = f"{error.filename}: can't be read ({error.strerror}); run the stage again"
-    together = gather([found, problem])
+    together: list[Any] = gather([found, problem])
     first(lambda: _raise([problem for _, problem in together]))
     joined = {name: digest for part, _ in together for name, digest in part.items()}
     return {**(known or {}), **joined} if rank() == 0 else {}
