@@ -88,7 +88,12 @@ def import_rollouts(
     Raises:
         RolloutError: a bad argument, a bad row (named by file, row and field), or nothing accepted.
     """
-    options = {"vocab_size": vocab_size, "on_reject": on_reject, "duplicates": duplicates, "template": template}
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "on_reject": on_reject,
+        "duplicates": duplicates,
+        "template": template,
+    }
     options |= {"allow_unverified": allow_unverified, "append_eos": append_eos, "user_message": user_message}
     run = _started(source, output, preset=preset, field_map=field_map, tokenizer=tokenizer, **options)
     metadata = {"imported_from": [path.name for path in run.files], "import_preset": preset} | dict(file_metadata or {})

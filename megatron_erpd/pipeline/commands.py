@@ -169,6 +169,7 @@ def score(argv: list[str]) -> None:
     parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
     _add_output(parser)
     given = parser.parse_args(argv)
+    _check_start("score", given.output)
     from megatron_erpd.data.rewards import read_rewards, reward_files
     from megatron_erpd.data.rollout_warnings import scoring_warnings
     from megatron_erpd.data.rollouts import read_rollouts

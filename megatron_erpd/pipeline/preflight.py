@@ -15,6 +15,7 @@ from megatron_erpd.errors import ErpdError, RecipeError
 from megatron_erpd.files import check_output
 from megatron_erpd.launcher import missing_interface
 from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.pipeline.disk_plan import disk_plan
 from megatron_erpd.pipeline.preflight_tasks import Task, task_problems
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Imported, Recipe
@@ -48,6 +49,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, *
         *_output_problems(recipe, stages),
         *_missing_paths(stages, made),
         *_model_problems(stages, model),
+        *_disk_problems(recipe, stages, model),
         *_batch_problems(stages),
         *_precision_problems(stages),
         *_device_problems(stages, slots),
@@ -126,6 +128,32 @@ def _model_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[str
                 check_expert_groups(read_model_shape(model), layout, trains)
         except ErpdError as error:
             yield f"{stage.name}: {error}"
+
+
+def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) -> Iterator[str]:
+    """A disk on which the checkpoints and exports that are still to be written can't all be. Caches aren't counted:
+    their size follows from the rollouts."""
+    from megatron_erpd.checkpoint.hf_config import read_model_shape
+    from megatron_erpd.checkpoint.parameter_count import count_parameters
+    from megatron_erpd.model_folder import read_tensors
+
+    if model is None:
+        return
+    try:
+        shape = read_model_shape(model)
+        files = {stored.path for stored in read_tensors(model).values()}
+    except ErpdError:
+        return  # told of the model
+    per_parameter = round(sum(path.stat().st_size for path in files) / count_parameters(shape))
+    done = {stage.name for stage in stages if (stage.output / MANIFEST).is_file()}
+    found = disk_plan(recipe.folder, stages, done, shape, per_parameter, None)
+    begun = [stage.output for stage in stages if stage.name not in done]
+    needed = found.needed - sum(p.stat().st_size for folder in begun for p in folder.rglob("*") if p.is_file())
+    if needed > found.free:
+        yield (
+            f"output: {recipe.folder}: the run's checkpoints and exports still take {needed / 1e9:.3g} GB, and "
+            f"{found.free / 1e9:.3g} GB are free on its disk; make room, give another folder, or keep fewer checkpoints"
+        )
 
 
 def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,20 @@ def test_a_folder_that_can_not_be_written(problems, tmp_path):
     assert "monitoring.wandb_dir: file: can't be written" in problems(
         monitoring={"wandb_project": "p", "wandb_dir": "file"}
     )
+
+
+def test_a_disk_that_is_too_small(problems, monkeypatch):
+    free = 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    assert "output: runs/mine: the run's checkpoints and exports still take " in problems()
+    free = 10**9
+    assert problems() == ""
+    free = 10**5  # what an interrupted training has saved counts
+    assert "keep fewer checkpoints" in problems()
+    Path("runs/mine/round-01/teacher").mkdir(parents=True)
+    with Path("runs/mine/round-01/teacher/shard").open("wb") as file:
+        file.truncate(10**8)
+    assert problems() == ""
 
 
 @pytest.mark.parametrize(
