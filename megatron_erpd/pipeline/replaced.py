@@ -28,7 +28,7 @@ class Replaced:
     bytes: int
 
     def describe(self) -> str:
-        return f"{self.folder}, {self.bytes / 2**30:.2f} GiB"
+        return f"{self.folder}, {_shown(self.bytes)}"
 
 
 def replaced_folder(root: Path) -> Path:
@@ -60,7 +60,7 @@ def list_replaced(root: Path, stages: Sequence[Stage] | None = None) -> list[Rep
 def describe(found: Iterable[Replaced]) -> str:
     """`3 artifacts, 1.20 GiB`."""
     found = list(found)
-    return f"{len(found)} artifact{'s'[: len(found) != 1]}, {sum(one.bytes for one in found) / 2**30:.2f} GiB"
+    return f"{len(found)} artifact{'s'[: len(found) != 1]}, {_shown(sum(one.bytes for one in found))}"
 
 
 def note(root: Path) -> str | None:
@@ -84,6 +84,10 @@ def discard(root: Path, stages: Sequence[Stage]) -> list[Replaced]:
     if replaced_folder(root).is_dir() and not any(replaced_folder(root).iterdir()):
         replaced_folder(root).rmdir()
     return found
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
 
 
 def _size(folder: Path) -> int:

@@ -149,7 +149,7 @@ def test_what_was_replaced_is_removed_when_it_is_asked_for(make_stage, run_stage
         root = run_stages(stages).root
     shutil.copytree(root / "other", root / "replaced/gone/0001")  # of a stage that the recipe has no longer
     text = note(root)
-    assert text is not None and "3 artifacts, 0.00 GiB" in text and f"run {root} --discard" in text
+    assert text is not None and "3 artifacts, 0.00 MiB" in text and f"run {root} --discard" in text
     found = discard(root, stages)
     assert [one.folder.name for one in found] == ["0001", "0002"] and all(one.bytes > 100 for one in found)
     assert [path.name for path in (root / "replaced").iterdir()] == ["gone"]
