@@ -38,7 +38,8 @@ def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path], p
             what differs).
     """
     manifest = read_manifest(folder)
-    if file_digest(folder / CACHE_FILE) != manifest.files.get(CACHE_FILE, {}).get("sha256"):
+    recorded = manifest.files.get(CACHE_FILE)
+    if recorded is None or file_digest(folder / CACHE_FILE) != recorded["sha256"]:
         raise CacheError(f"{folder / CACHE_FILE}: differs from what manifest.json recorded; precompute the cache again")
     cache = CacheReader(folder)
     template = chat_template_digest(policies["base"] / "hf")
