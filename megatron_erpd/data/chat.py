@@ -7,6 +7,7 @@ render, or renders as something else, is an error that names it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,10 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of what the model wrote before its answer; transformers shows a template one under the names of the others."""
 _KEYS = ("role", "content", *_REASONING, "tool_calls", "tool_call_id", "name")
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:\s*['"\[]""")
+"""As JSON and Python write a list of messages."""
+_OPENING = re.compile(r"(<[^<>/\s]+>)(\s*)$")
+_FIRST_TAG = re.compile(r"\s*(<[^<>/\s]+>)")
 _MARK = "\u2983erpd\u2984"
 """Stands for a text to see where a template puts it."""
 
@@ -42,6 +47,14 @@ def checked_messages(value: Any, field: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise RowProblem("malformed", field, "must be text or a list of {'role', 'content'} messages, and not empty")
     return [_checked_message(message, number, field) for number, message in enumerate(value, start=1)]
+
+
+def refuse_written_messages(value: Any, field: str) -> None:
+    """Raises `RowProblem` for text that is a list of messages, written out: the model would be shown brackets."""
+    if not isinstance(value, str) or not _WRITTEN.match(value):
+        return
+    detail = "is the text of a list of messages; give the list itself, as JSON lines or Parquet have it"
+    raise RowProblem("malformed", field, detail)
 
 
 def _checked_message(message: Any, number: int, field: str) -> Message:
@@ -114,11 +127,15 @@ class Chat:
     Args:
         tokenizer: the base model's.
         settings: what the template is given besides the messages.
+
+    Attributes:
+        repeated_openings: how many responses began with the tag that the template had ended their prompt with.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: TemplateSettings | None = None) -> None:
         self.tokenizer = tokenizer
         self.settings = settings or TemplateSettings()
+        self.repeated_openings = 0
         self._rendered_parts: dict[Any, list[bool] | None] = {}
 
     @cached_property
@@ -155,6 +172,8 @@ class Chat:
         self._refuse_dropped_contents(messages)
         for i, message in enumerate(messages):
             for key in _extra_keys(message):
+                if key in ("tool_call_id", "name") and _answers_in_order(messages, i):
+                    continue  # it says what the place says: which call was answered
                 self._refuse_dropped_key(messages, i, key, text)
         return EncodedPrompt(text, list(self.tokenizer.encode(text, add_special_tokens=False)), messages)
 
@@ -183,11 +202,21 @@ class Chat:
                 raise RowProblem("malformed", "response", detail)
             response = self._render_response(message, prompt) if _extra_keys(message) else message["content"]
         assert isinstance(response, str)
+        response = self._without_repeated_opening(response, prompt)
         ids = list(self.tokenizer.encode(response, add_special_tokens=False))
         eos = self.tokenizer.eos_token_id
         if ids and append_eos and eos is not None and ids[-1] != eos:
             ids.append(eos)
         return response, ids
+
+    def _without_repeated_opening(self, response: str, prompt: EncodedPrompt | None) -> str:
+        """Templates of reasoning models end the prompt with `<think>`, and other programs write it before the response:
+        twice is a text that no model was sampled from."""
+        opening = _OPENING.search(prompt.text) if prompt is not None and prompt.messages is not None else None
+        if opening is None or not response.lstrip().startswith(opening[1]):
+            return response
+        self.repeated_openings += 1
+        return response.lstrip().removeprefix(opening[1]).removeprefix(opening[2])
 
     def _with_system_prompt(self, messages: list[Message]) -> list[Message]:
         if self.settings.system_prompt is None:
@@ -209,6 +238,12 @@ class Chat:
         if not mark or not text.endswith(last["content"]):
             detail = "ends with the beginning of the assistant's answer, which the chat template writes as another text"
             raise RowProblem("malformed", field, f"{detail}; leave it out, or put it into the text as it is to be")
+        first = _FIRST_TAG.match(last["content"])
+        rendered = self.template.render(before, field, generation=False) if first and before else None
+        head = text.removesuffix(last["content"])
+        if first and rendered is not None and head.startswith(rendered) and first[1] in head[len(rendered) :]:
+            detail = f"ends with an answer that begins with {first[1]}, which the chat template writes before it too"
+            raise RowProblem("malformed", field, f"{detail}; put the whole conversation into the text as it is to be")
         return text
 
     def _refuse_dropped_contents(self, messages: list[Message]) -> None:
@@ -282,6 +317,20 @@ class Chat:
             detail = f"has {keys}; the chat template's text for it doesn't begin where the prompt ends, or lacks a part"
             raise RowProblem("malformed", "response", f"{detail}; write the whole response as text")
         return body
+
+
+def _answers_in_order(messages: list[Message], i: int) -> bool:
+    """Whether message i is a tool's, and is to the calls before it what its place among the tools' messages says."""
+    if messages[i]["role"] != "tool":
+        return False
+    calls = [call for message in messages[:i] for call in message.get("tool_calls", [])]
+    place = sum(message["role"] == "tool" for message in messages[:i])
+    if place >= len(calls):
+        return False
+    function = calls[place].get("function", calls[place])
+    name = function.get("name") if isinstance(function, Mapping) else None
+    of_call = {"tool_call_id": calls[place].get("id"), "name": name}
+    return all(messages[i][key] == value for key, value in of_call.items() if key in messages[i])
 
 
 def _extra_keys(message: Message) -> list[str]:

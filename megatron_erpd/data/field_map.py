@@ -5,6 +5,7 @@ A field map is `{our name: path in the source}`. A path is a field, or nested fi
 `samples[].text`): the row then yields as many rollouts as the list is long.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ TARGETS = (
     "reward",
     "finish_reason",
     "finished",  # false where a response without a finish reason was cut off
+    "truncated",  # true where it was
     "excluded",  # true for a sample that the other framework leaves out
     "included",  # false or 0 for one; 1 and true for the others
     "prompt",
@@ -35,8 +37,9 @@ TARGETS = (
 TEXTS = ("sample_id", "group_id", "finish_reason", "prompt", "response")
 """Those that are text where a format has text alone; the others are parsed."""
 
-# Under whatever format: slime's `Sample.remove_sample`, NeMo RL's `loss_multiplier` (0 also after its overlong filter).
-MARKS = {"excluded": "remove_sample", "included": "loss_multiplier"}
+# Under whatever format: slime's `Sample.remove_sample`, NeMo RL's `loss_multiplier` (0 also after its overlong filter),
+# and the `is_truncated` of verifiers and prime-rl.
+MARKS = {"excluded": "remove_sample", "included": "loss_multiplier", "truncated": "is_truncated"}
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,23 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-FINISH_REASONS = {
-    "completed": "stop",
-    "eos": "stop",
-    "eos_token": "stop",
-    "truncated": "length",
-    "max_tokens": "length",
-}
-NO_SAMPLE = ("aborted", "abort", "failed", "pending", "error")
+_STOP = ("stop", "stopped", "completed", "eos", "eos_token", "stop_sequence", "end_turn")
+_LENGTH = (
+    *("length", "truncated", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "length_capped"),
+    "incomplete",
+)
+FINISH_REASONS = dict.fromkeys(_STOP, "stop") | dict.fromkeys(_LENGTH, "length")
+"""What engines and frameworks call the two ends of a response, as `finish_word` has it."""
+NO_SAMPLE = ("aborted", "abort", "failed", "pending", "error", "cancelled", "canceled")
 """Finish reasons of what is no draw from the policy: slime's states beside completed and truncated, and the word of
 SGLang and vLLM for a request that was given up."""
+
+
+def finish_word(reason: str) -> str:
+    """A finish reason in small letters, without what enumerations are printed with (`Status.ABORTED`, `FINISH_LENGTH`,
+    `FinishReason.STOP`)."""
+    return re.sub("^finish(ed)?_", "", reason.strip().rpartition(".")[2].lower())
+
 
 MISSING = object()
 """What `lookup` finds where nothing is, as null is a value."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_erpd.data.chat import Chat, EncodedPrompt
-from megatron_erpd.data.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, Preset
+from megatron_erpd.data.chat import Chat, EncodedPrompt, refuse_written_messages
+from megatron_erpd.data.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, Preset, finish_word
 from megatron_erpd.data.import_report import ImportReport, render, summary, zero_variance_groups
 from megatron_erpd.data.rollout_writer import SampleNames, write_rollouts
 from megatron_erpd.data.rows import read_rows
@@ -77,7 +77,7 @@ def import_rollouts(
             'number' keeps it as another draw (dropping it would shift its group's mean), 'reject' rejects it.
             A `sample_id` that occurs twice is always rejected.
         append_eos: end encoded responses with the end token, unless they were cut off (finish reason 'length'). The
-            report counts those without a finish reason, of which it isn't known.
+            report counts those without a finish reason, or with an unknown one, of which it isn't known.
         user_message: put plain-text prompts into the chat template as a user's message; default: as the preset says.
         template: what the chat template is given besides the messages; it goes into the file.
         file_metadata: facts to keep in the file, such as sampling settings.
@@ -173,7 +173,7 @@ class _Excluded(Exception):
 
 @dataclass
 class _Built:
-    """A rollout, and what of it was made from text; `assumed_ended`: nothing said whether the response was cut off."""
+    """A rollout, and what of it was made from text; `assumed_ended`: nothing known says whether it was cut off."""
 
     rollout: Rollout
     encoded_prompt: bool
@@ -230,7 +230,7 @@ class _Builder:
             response=response if isinstance(response, str) else None,
             metadata=_metadata(values),
         )
-        assumed_ended = encoded_response and finish_reason is None and self.append_eos
+        assumed_ended = encoded_response and finish_reason not in ("stop", "length") and self.append_eos
         return _Built(rollout, encoded_prompt, encoded_response, assumed_ended)
 
     @staticmethod
@@ -254,6 +254,7 @@ class _Builder:
             raise RowProblem("empty_" + name, name, f"no {name}_token_ids and no {name} text; correct the field map")
         if not isinstance(value, str | list):
             raise RowProblem("malformed", name, f"is a {type(value).__name__}; expected text or a list of messages")
+        refuse_written_messages(value, name)
         if isinstance(value, list) and not all(isinstance(message, Mapping) for message in value):
             detail = f"is a list, but not of messages; give token ids as {name}_token_ids, messages as objects"
             raise RowProblem("malformed", name, detail)
@@ -384,6 +385,11 @@ class _Import:
             report.notes.append(preset.note)
         if report.encoded_prompts or report.encoded_responses:
             report.notes.append(RE_ENCODED_NOTE)
+        if self.builder.chat is not None and self.builder.chat.repeated_openings:
+            report.notes.append(
+                f"{self.builder.chat.repeated_openings} responses begin with what the chat template had ended the "
+                "prompt with (as <think>); it was taken once."
+            )
         if self.assumed_lengths:
             report.assumed_ended = len(self.assumed_lengths)
             report.notes.append(_assumed_ended_note(self.assumed_lengths))
@@ -394,28 +400,29 @@ def _assumed_ended_note(lengths: Sequence[int]) -> str:
     longest = max(lengths)
     close = sum(length >= NEAR_LONGEST * longest for length in lengths)
     return (
-        f"{len(lengths)} responses have no finish reason: they were taken as complete and given the end token. {close} "
-        f"of them are within {1 - NEAR_LONGEST:.0%} of the longest ({longest} tokens); if the sampler stopped at about "
-        "that length, they were cut off and must not learn to end there: map finish_reason ('length' gets no end "
-        "token), or pass append_eos false."
+        f"{len(lengths)} responses have no finish reason, or an unknown one: they were taken as complete and given the "
+        f"end token. {close} of them are within {1 - NEAR_LONGEST:.0%} of the longest ({longest} tokens); if the "
+        "sampler stopped at about that length, they were cut off and must not learn to end there: map finish_reason "
+        "('length' gets no end token), or pass append_eos false."
     )
 
 
 def _finish_reason(values: Mapping[str, Any]) -> str | None:
-    reason, finished = values.get("finish_reason"), values.get("finished")
-    if finished is not None and not isinstance(finished, bool):
-        raise RowProblem("malformed", "finished", f"{finished!r} isn't true or false")
-    if reason is None:
-        return "length" if finished is False else None
+    reason = values.get("finish_reason")
+    for name in ("finished", "truncated"):
+        if not isinstance(values.get(name), bool | None):
+            raise RowProblem("malformed", name, f"{values[name]!r} isn't true or false")
+    if reason is None or reason == "":
+        return "length" if values.get("finished") is False or values.get("truncated") else None
     if not isinstance(reason, str):
         detail = f"is a {type(reason).__name__}, expected a word; map the field that has it, as in 'finish_reason.type'"
         raise RowProblem("malformed", "finish_reason", detail)
     check_storable(reason, "finish_reason")
-    return FINISH_REASONS.get(reason.lower(), reason)
+    return FINISH_REASONS.get(finish_word(reason), reason)
 
 
 def _check_marks(values: Mapping[str, Any], finish_reason: str | None) -> None:
-    if finish_reason is not None and finish_reason.lower() in NO_SAMPLE:
+    if finish_reason is not None and finish_word(finish_reason) in NO_SAMPLE:
         raise _Excluded("finish_reason", finish_reason)
     for name, leaves_out in (("excluded", True), ("included", False)):
         value = values.get(name)

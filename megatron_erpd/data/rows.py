@@ -47,6 +47,8 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": ".zst",
 }
 _UNREADABLE = {
+    b"\xff\xfe\x00\x00": "is UTF-32; convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)",
+    b"\x00\x00\xfe\xff": "is UTF-32; convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)",
     b"\xff\xfe": "is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"version https://git-lfs": "is a pointer of Git LFS, not the data; run `git lfs pull`",

@@ -185,12 +185,13 @@ def _record(row: Mapping[str, Any], place: str, fields: Mapping[str, str]) -> Pr
 
 
 def _checked_prompt(prompt: Any, place: str) -> str | list[dict[str, Any]]:
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    from megatron_erpd.data.chat import checked_messages
+    from megatron_erpd.data.chat import checked_messages, refuse_written_messages
     from megatron_erpd.data.schema import RowProblem
 
     try:
+        if isinstance(prompt, str) and prompt:
+            refuse_written_messages(prompt, "prompt")
+            return prompt
         return checked_messages(prompt, "prompt")
     except RowProblem as problem:
         raise RecipeError(f"{place}: {problem}") from None

@@ -344,6 +344,82 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<think>\nso\n</think>\n4",
+        "so\n</think>\n4",
+        "\n<think>\nso\n</think>\n4",
+        [assistant("<think>\nso\n</think>\n4")],
+    ],
+)
+def test_what_the_template_opened_is_opened_once(response: Any) -> None:
+    reader = chat(THINKS_FIRST)
+    prompt = reader.prompt([user()], user_message=False)
+    assert prompt.text.endswith("<think>\n")
+    text, ids = reader.response(response, prompt, append_eos=False)
+    assert text == "so\n</think>\n4" and ids == reader.tokenizer.encode(text, add_special_tokens=False)
+    assert reader.repeated_openings == (0 if response == "so\n</think>\n4" else 1)
+    # A prompt that is text says itself what it ends with.
+    as_text = reader.prompt("2+2?<think>\n", user_message=False)
+    assert reader.response("<think>\n4", as_text, append_eos=False)[0] == "<think>\n4"
+
+
+def test_openings_that_were_repeated_are_reported(tmp_path: Path) -> None:
+    rows = [{"problem": "2+2?", "generations": ["<think>\n4", "5"], "correctness_math_verify": [True, False]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = import_rollouts(
+        tmp_path / "in.jsonl", tmp_path / "out.parquet", preset="openr1", tokenizer=tokenizer_of(THINKS_FIRST)
+    )
+    assert any(note.startswith("1 responses begin with what the chat template") for note in report.notes)
+
+
+CLOSES_FIRST = (
+    "{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' and '</think>' not in m.content %}"
+    "<think>\n\n</think>\n{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_prefix_that_opens_what_the_template_closed_is_refused() -> None:
+    reader = chat(CLOSES_FIRST)
+    with pytest.raises(RowProblem, match="begins with <think>, which the chat template writes before it too"):
+        reader.prompt([user("<think>?"), assistant("<think>\nLet")], user_message=False)
+    for prefix in ("Let", "<think>\nso\n</think>\n4", "<answer>"):
+        assert reader.prompt([user("<think>?"), assistant(prefix)], user_message=False).text.endswith(prefix)
+
+
+def test_links_between_calls_and_results_need_not_be_rendered() -> None:
+    result = {"role": "tool", "content": "4", "tool_call_id": "a", "name": "add"}
+    messages = [user(), assistant("", tool_calls=[CALL | {"id": "a"}]), result]
+    assert "<tool_response>4</tool_response>" in chat(REASONING).prompt(messages, user_message=False).text
+    for other in ({"tool_call_id": "b"}, {"name": "subtract"}):
+        with pytest.raises(RowProblem, match="message 3 has (tool_call_id|name)"):
+            chat(REASONING).prompt([*messages[:2], result | other], user_message=False)
+    with pytest.raises(RowProblem, match="message 1 has name"):
+        chat(REASONING).prompt([user() | {"name": "ann"}], user_message=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refused"),
+    [
+        (json.dumps([user()]), True),
+        (json.dumps([user()], indent=1), True),
+        (str([user([{"type": "text", "text": "a"}])]), True),
+        ('[{"content": "a", "role": "user"}]', True),
+        ('Sort [{"role": "user"}]', False),
+        ('[{"role": 3}]', False),
+        ("[{1, 2}]", False),
+    ],
+)
+def test_messages_that_were_written_as_text_are_refused(tmp_path: Path, text: str, is_refused: bool) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": text}))
+    if not is_refused:
+        assert load_prompts(tmp_path / "in.jsonl")[0]["prompt"] == text
+        return
+    with pytest.raises(RecipeError, match="in.jsonl:1: prompt: is the text of a list of messages"):
+        load_prompts(tmp_path / "in.jsonl")
+
+
 def test_sampling_and_imports_read_prompts_alike(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(REASONING)
     settings: dict[str, Any] = {"system_prompt": "Be brief.", "template_arguments": {"enable_thinking": False}}

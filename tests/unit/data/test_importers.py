@@ -260,6 +260,12 @@ BAD_ROWS = [
         "malformed",
         "map the field that has it, as in 'finish_reason.type'",
     ),
+    (GOOD | {"is_truncated": 1}, "malformed", "truncated (from 'is_truncated'): 1 isn't true or false"),
+    (
+        {"prompt": json.dumps([{"role": "user", "content": "a"}]), "response": "b", "reward": 1},
+        "malformed",
+        "prompt: is the text of a list of messages",
+    ),
     (GOOD | {"finished": "no"}, "malformed", "finished: 'no' isn't true or false"),
     (GOOD | {"remove_sample": "yes"}, "malformed", "excluded (from 'remove_sample'): 'yes' isn't true or false"),
     (GOOD | {"loss_multiplier": 0.5}, "malformed", "included (from 'loss_multiplier'): 0.5 isn't true"),
@@ -316,6 +322,8 @@ MARKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("plain", GOOD, {"loss_multiplier": 0.0}, "loss_multiplier 0.0"),
     ("plain", GOOD, {"remove_sample": 1}, "remove_sample 1"),
     ("plain", GOOD, {"finish_reason": "abort"}, "finish_reason abort"),
+    ("slime", SLIME, {"status": "Status.ABORTED"}, "status Status.ABORTED"),
+    ("plain", GOOD, {"finish_reason": "FINISHED_ABORTED"}, "finish_reason FINISHED_ABORTED"),
 ]
 
 
@@ -339,6 +347,39 @@ def test_marks_under_other_names(tmp_path: Path) -> None:
     assert report.accepted == 1 and report.excluded == {"sample_mask 0": 1}
 
 
+@pytest.mark.parametrize(
+    ("end", "reason", "has_eos", "assumed"),
+    [
+        ({"finish_reason": "LENGTH"}, "length", False, 0),
+        ({"finish_reason": "FinishReason.LENGTH"}, "length", False, 0),
+        ({"finish_reason": "FINISHED_LENGTH_CAPPED"}, "length", False, 0),
+        ({"finish_reason": "Status.TRUNCATED"}, "length", False, 0),
+        ({"finish_reason": "max_output_tokens"}, "length", False, 0),
+        ({"is_truncated": True}, "length", False, 0),
+        ({"finish_reason": "", "is_truncated": True}, "length", False, 0),
+        ({"finish_reason": "Stop"}, "stop", True, 0),
+        ({"finish_reason": "end_turn"}, "stop", True, 0),
+        ({"is_truncated": False}, None, True, 1),
+        ({"finish_reason": ""}, None, True, 1),
+        ({"finish_reason": "content_filter"}, "content_filter", True, 1),
+    ],
+)
+def test_how_frameworks_write_a_response_s_end(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    end: dict[str, Any],
+    reason: str | None,
+    has_eos: bool,
+    assumed: int,
+) -> None:
+    source = jsonl(tmp_path / "in.jsonl", [{"prompt": "what is", "response": "two", "reward": 1} | end])
+    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
+    rollouts = read_rollouts(tmp_path / "out.parquet")
+    [row] = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert row["finish_reason"] == reason and report.assumed_ended == assumed
+    assert (rollouts.response_tokens(0)[-1] == tokenizer.eos_token_id) == has_eos
+
+
 def test_what_was_assumed_about_a_response_s_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "what is", "reward": 1}
     rows = [
@@ -349,7 +390,7 @@ def test_what_was_assumed_about_a_response_s_end(tmp_path: Path, tokenizer: PreT
     report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
     (note,) = (note for note in report.notes if "no finish reason" in note)
     assert report.assumed_ended == 3 and note.startswith(
-        "3 responses have no finish reason: they were taken as complete"
+        "3 responses have no finish reason, or an unknown one: they were taken as complete"
     )
     assert "2 of them are within 2% of the longest (51 tokens)" in note
     ends = [read_rollouts(tmp_path / "out.parquet").response_tokens(i)[-1] for i in range(5)]

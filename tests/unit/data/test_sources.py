@@ -337,6 +337,7 @@ def truncated(data: bytes) -> bytes:
 
 LONG = b"".join(json.dumps({"a": os.urandom(20).hex()}).encode() + b"\n" for _ in range(2000))
 FILES: list[tuple[str, bytes, str]] = [
+    ("a.jsonl", b"\xff\xfe\x00\x00{\x00\x00\x00", "is UTF-32"),
     ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl:1: is UTF-16; convert it to UTF-8"),
     ("a.csv", b"\xfe\xff\x00p", "is UTF-16"),
     ("a.jsonl", b"PAR1....", "is a .parquet file by its content; rename it"),
