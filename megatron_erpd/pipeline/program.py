@@ -7,12 +7,15 @@ import atexit
 import errno
 import multiprocessing
 import os
+import select
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from megatron_erpd.errors import ErpdError, NoRoom, StageError, StageInterrupted, full_disk
 from megatron_erpd.launcher import said_rank
@@ -20,6 +23,8 @@ from megatron_erpd.pipeline.results import output_folders, say_written, stamps
 
 _INTERRUPTED = 75
 """Exit code for "try again", as sysexits.h has it."""
+_NOBODY_READS = 128 + signal.SIGPIPE
+"""Exit code of a program whose output is read no further, by `| head` say, as shells have it."""
 _KEPT_FROM_US = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _OTHER_RANKS_WAIT = 3.0
 """Seconds; after them an error of another rank than the first must be one of its own, and is shown."""
@@ -34,7 +39,8 @@ def run_command(command: Callable[[list[str]], object], argv: list[str] | None =
     command would go on. So does a full disk, wherever it was met. A command that leaves an artifact in its `--output`
     ends with a line on it.
 
-    `--debug` among the arguments shows the traceback instead.
+    `--debug` among the arguments shows the traceback instead. Where what reads the output has ended, so does the
+    command, without a word.
     """
     argv = sys.argv[1:] if argv is None else argv
     own = argv[: argv.index("--")] if "--" in argv else argv
@@ -47,7 +53,10 @@ def run_command(command: Callable[[list[str]], object], argv: list[str] | None =
         done = command([word for word in own if word != "--debug"] + argv[len(own) :])
         if done is not LAUNCHED and said_rank() == 0:
             say_written(before, folders)
+        sys.stdout.flush()
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            sys.exit(_NOBODY_READS)
         shown = error if isinstance(error, ErpdError) else _no_room(error, own) or _refused(error)
         if debug or shown is None:
             raise
@@ -61,6 +70,20 @@ def run_command(command: Callable[[list[str]], object], argv: list[str] | None =
             sys.exit(_INTERRUPTED)
         _end_at_once_in_a_stage(2, clean=not isinstance(shown, NoRoom))
         sys.exit(2)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more. What is still to be written to it is dropped then, as
+    Python would try again, and complain, when it ends."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except OSError:  # no file, as where a test or a notebook catches the output
+        return False
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return True
 
 
 def _end_of_thread(failed: threading.ExceptHookArgs) -> None:

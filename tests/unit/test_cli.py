@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import runpy
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -265,3 +268,18 @@ def test_a_thread_that_meets_a_full_disk_says_so_in_a_line(error, said, capsys, 
     program.run_command(starts_a_thread, [])
     err = capsys.readouterr().err
     assert err.endswith(said) and ("Traceback" in err) == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_nobody_reads_any_more(lines, buffered):
+    """As before `| head`: neither a traceback nor Python's own complaint at its end."""
+    code = (
+        f"from megatron_erpd.pipeline.program import run_command; run_command(lambda _: print('a line' * {lines}), [])"
+    )
+    python = [sys.executable, *([] if buffered else ["-u"])]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([*python, "-c", code], stdout=-1, stderr=-1, env=environment) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
