@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-State = Literal["waiting", "checking", "running", "done", "kept", "again", "failed", "stopped"]
+State = Literal["waiting", "checking", "running", "done", "kept", "undecided", "again", "failed", "stopped"]
 
 _STYLES: dict[State, str] = {
     "waiting": "dim",
@@ -22,6 +22,7 @@ _STYLES: dict[State, str] = {
     "running": "bold cyan",
     "done": "green",
     "kept": "green dim",
+    "undecided": "yellow dim",
     "again": "yellow",
     "failed": "bold red",
     "stopped": "yellow",

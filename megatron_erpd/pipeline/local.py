@@ -31,7 +31,6 @@ from megatron_erpd.pipeline.failure import describe_code
 from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.outcome import judge
 from megatron_erpd.pipeline.planner import plan
-from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, progress_of, stop, tail_of
 from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.slurm_jobs import slurm_folder
@@ -63,6 +62,8 @@ def run_recipe(
         RecipeError: the recipe can't run as it is, with everything that was found.
         StageError: another run has the folder, or a stage failed (with its own message).
     """
+    from megatron_erpd.pipeline.preflight import check_recipe  # loads torch, which `status` need not wait for
+
     console = console or Console()
     slots = Slots()
     stages = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)]
@@ -307,7 +308,7 @@ def status_table(recipe: Recipe) -> Display:
     return display
 
 
-_STATES: dict[str, State] = {"done": "done", "again": "again", "resumed": "stopped"}
+_STATES: dict[str, State] = {"done": "done", "undecided": "undecided", "again": "again", "resumed": "stopped"}
 _ERROR_LINES = 3
 
 
@@ -321,8 +322,8 @@ def _row(stage: Stage, verdict: Verdict, pending: Sequence[str], log: Path) -> R
     if verdict.folder is not None:
         note = "" if verdict.folder == stage.output else "; ".join(verdict.because)
         return Row("done", read_manifest(verdict.folder).summary.get("seconds"), note)
-    if verdict.word == "again":
-        return Row("again", note=f"because {'; '.join(verdict.because)}")
+    if verdict.word in ("again", "undecided"):
+        return Row(_STATES[verdict.word], note=verdict.why)
     if last and last.state == "failed":
         lines = last.error.splitlines()
         more = ["..."] * (len(lines) > _ERROR_LINES)

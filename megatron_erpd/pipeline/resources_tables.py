@@ -36,7 +36,9 @@ def describe(found: Resources) -> str:
     """The main figures in a line."""
     done = sum(row.is_done for row in found.stages)
     again = sum(row.verdict.startswith("again") for row in found.stages)
+    undecided = sum(row.verdict.startswith("undecided") for row in found.stages)
     words = [f"{found.name}: {counted(len(found.stages), 'stage')}, {done} done" + f", {again} again" * (again > 0)]
+    words += [f"{undecided} kept if their inputs come out the same"] if undecided else []
     if found.memory:
         worst = max(found.memory, key=lambda row: row.total)
         words.append(f"largest process {_gib(worst.total)} GiB ({worst.stage})")

@@ -67,7 +67,7 @@ def submit_stages(
         left = {name for name, verdict in verdicts.items() if not verdict.is_done}
         jobs = [job for job in jobs if job.stage.name in left]
         for stage_name, verdict in verdicts.items():
-            if verdict.word in ("done", "again"):
+            if verdict.word in ("done", "undecided", "again"):
                 say(f"{stage_name}: {verdict.describe()}")
         submitted = read_submitted(root)
         if not submitted:  # of a copied run, locks are those of the original's jobs

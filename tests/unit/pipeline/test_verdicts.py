@@ -1,4 +1,4 @@
-"""`run`, `run --dry-run`, `status` and `plan` agree on every stage: done, again, resumed or new."""
+"""`run`, `run --dry-run`, `status` and `plan` agree on every stage: done, undecided, again, resumed or new."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODEL = {
     **{"max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu"},
     "tie_word_embeddings": False,
 }
-WORDS = {"done": "done", "again": "again", "resumed": "stopped", "new": "waiting"}
+WORDS = {"done": "done", "undecided": "undecided", "again": "again", "resumed": "stopped", "new": "waiting"}
 """Word of a verdict to the state that `status` shows."""
 
 
@@ -110,6 +110,8 @@ def verdicts(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, str]:
     for name, word in found.items():
         if word.startswith("again, "):
             assert rows[name].note == word.removeprefix("again, ")
+        if word.startswith("undecided, "):
+            assert rows[name].note == word.removeprefix("undecided, ")
     return found
 
 
@@ -142,49 +144,49 @@ CHANGES: dict[str, tuple[Callable[[], Any], list[str], dict[str, str]]] = {
             "cache": "again, because delta: ",
             "student": "its input cache will be made anew",
             "export": "its input student will be made anew",
-            "report": "its input cache will be made anew; its input student will be made anew; its input export",
+            "report": "again, because its inputs cache, student and export will be made anew",
         },
     ),
     "the student alone": (lambda: None, ["student.epochs=9"], dict.fromkeys(ALL[6:], "again, because ")),
     "prompts": (
         write("p.jsonl", '{"prompt": "1+2=", "answer": "3"}\n'),
         [],
-        {"rollouts": "again, because input prompts changed", **dict.fromkeys(ALL[2:], "its input ")},
+        {"rollouts": "again, because input prompts changed", **dict.fromkeys(ALL[2:], "again, because its input")},
     ),
     "the verifier": (
         write("score.py", "def score(record, response):\n    return 0.5 + 0.5\n"),
         [],
         {
             "rewards": "again, because input verifier changed",
-            "teacher": "again, because its input rewards will be made anew",
-            **dict.fromkeys(ALL[5:], "again, because its input "),
+            "teacher": "undecided, kept if its input rewards comes out the same",
+            **dict.fromkeys(ALL[5:], "undecided, kept if its input"),
         },
     ),
     "an answer": (
         write("p.jsonl", '{"prompt": "1+1=", "answer": "11"}\n'),
         [],
-        {"rewards": "again, because input prompts changed", **dict.fromkeys(ALL[4:], "again, because its input ")},
+        {"rewards": "again, because input prompts changed", **dict.fromkeys(ALL[4:], "undecided, kept if its input")},
     ),
     "model": (write("model/config.json", json.dumps({**MODEL, "rope_theta": 1e5})), [], dict.fromkeys(ALL, "again")),
     "precision": (lambda: None, ["layout.precision=bf16"], dict.fromkeys([ALL[2], *ALL[4:]], "again, because ")),
     "a stage's folder": (
         lambda: shutil.rmtree("runs/mine/round-01/student"),
         [],
-        {"student": "new", "export": "again, because its input student will be made", "report": "again, because "},
+        {"student": "new", "export": "undecided, kept if its input student comes out the same", "report": "undecided"},
     ),
     "an interrupted stage": (
         interrupt("student"),
         [],
         {
             "student": "resumed, because it did not end, and goes on",
-            "export": "again, because its input student is not finished",
-            "report": "again, because ",
+            "export": "undecided, kept if its input student comes out the same",
+            "report": "undecided, kept if its inputs student and export come out the same",
         },
     ),
     "a removed file": (
         lambda: Path("runs/mine/round-01/export/weights").unlink(),
         [],
-        {"export": "again, because runs/mine/round-01/export/weights: named in", "report": "again"},
+        {"export": "again, because runs/mine/round-01/export/weights: named in", "report": "undecided"},
     ),
 }
 KEPT = {
@@ -208,6 +210,8 @@ def test_all_commands_agree(run, capsys, change):
     for name, word in expected.items():
         assert word in not_done[name]
     assert run(*flags) == [name for name in not_done if name not in KEPT.get(change, [])]
+    # Only what was left open is kept after all; with other rewards or another report it is not.
+    assert all(not_done[name].startswith("undecided, ") for name in KEPT.get(change, []))
     assert all(word.startswith("done, because") for word in verdicts(capsys, *flags).values())
 
 
@@ -232,3 +236,18 @@ def test_a_missing_input_of_the_users(run, capsys):
     out = capsys.readouterr().out
     assert "# rollouts: blocked, because p.jsonl: no such file" in out
     assert "# base: done" in out and "# teacher: again, because its input rollouts can't be made" in out
+
+
+def test_a_run_from_before_rewards_were_a_stage(run, capsys):
+    """Its trainings are those asked for where the verifier gives the rewards that the rollouts have."""
+    run()
+    for folder in ("round-01/teacher", "round-01/student", "report"):
+        file = Path("runs/mine") / folder / MANIFEST
+        manifest = json.loads(file.read_text())
+        manifest["inputs"].pop("rewards", None)
+        file.write_text(json.dumps({key: value for key, value in manifest.items() if key != "checksum"}))
+    shutil.rmtree("runs/mine/round-01/rewards")
+    found = verdicts(capsys)
+    assert found["rewards"] == "new" and found["teacher"] == "undecided, kept if its input rewards comes out the same"
+    # The report of a run lists the stages.
+    assert found["report"].startswith("again, because its input rewards will be made; its inputs ")
