@@ -25,6 +25,9 @@ LAUNCHER_PREFIXES = ("PET_", "TORCHELASTIC_")
 _OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 """Megatron takes these where RANK is not set. (A job's script keeps them: srun reads them.)"""
 
+_COUNTERS = {"SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMI_RANK": "mpiexec"}
+"""What counts the starts of one command by launchers that set no RANK."""
+
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
@@ -49,12 +52,13 @@ def launch() -> Launch:
                 f"WORLD_SIZE is {world_size} in the environment, but RANK is not set, so this process can't tell which "
                 "of them it is; start it with torchrun, or `unset WORLD_SIZE` to work in one process"
             )
-        task = os.environ.get("SLURM_PROCID", "").strip()
-        if task.isdecimal() and int(task) > 0:
-            raise LayoutError(
-                f"SLURM_PROCID is {task} in the environment: srun started this command more than once, and each start "
-                "would do all of the work; start it once, or with torchrun"
-            )
+        for name, starter in _COUNTERS.items():
+            task = os.environ.get(name, "").strip()
+            if task.isdecimal() and int(task) > 0:
+                raise LayoutError(
+                    f"{name} is {task} in the environment: {starter} started this command more than once, and each "
+                    "start would do all of the work; start it once, or with torchrun"
+                )
         return Launch()
     if world_size is None:
         raise LayoutError(
@@ -133,7 +137,7 @@ def refuse_several(command: str) -> None:
 
 def is_launchers(name: str) -> bool:
     """Whether an environment variable is a launcher's."""
-    return name in (*FROM_A_LAUNCHER, *_OF_A_TASK) or name.startswith(LAUNCHER_PREFIXES)
+    return name in (*FROM_A_LAUNCHER, *_OF_A_TASK, *_COUNTERS) or name.startswith(LAUNCHER_PREFIXES)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

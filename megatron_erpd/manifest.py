@@ -189,7 +189,7 @@ def read_request(folder: Path) -> Manifest | None:
     try:
         record = json.loads(path.read_text())
         return _parsed({**{key: record[key] for key in ("stage", "settings", "inputs")}, "files": {}})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise StageError(f"{path}: not a request ({error}); delete the folder and run the stage again") from None
 
 
@@ -253,7 +253,7 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise StageError(f"{path}: can't be read ({error.strerror}); give this user the right to read it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"is cut off or no JSON ({error})") from None
     if not isinstance(record, dict):
         raise _damaged(path, "is no JSON object")

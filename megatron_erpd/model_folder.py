@@ -245,7 +245,7 @@ def _read_index(index: Path) -> dict[str, frozenset[str]]:
             files.setdefault(file, set()).add(name)
         if not files or not all(isinstance(file, str) and file for file in files):
             raise ValueError("its weight_map names no files")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of weights ({error!r}); fetch it again") from None
     return {file: frozenset(names) for file, names in files.items()}
 
@@ -283,7 +283,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none, which whoever needs the file reports."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

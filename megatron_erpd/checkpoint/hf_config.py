@@ -123,7 +123,7 @@ def _read_config(folder: Path) -> tuple[Family, Any]:
         raise CheckpointError(f"{path}: missing, so this is no Hugging Face model folder; check the path")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds no JSON object; fetch the file again")

@@ -80,7 +80,7 @@ def read_object(path: Path) -> dict[str, Any]:
     refuse_lfs_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: can't be read ({error}); fetch it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds no JSON object; fetch it again")

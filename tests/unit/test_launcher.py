@@ -55,6 +55,8 @@ def test_what_is_taken_or_dropped(environment, values, expected):
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         ({"RANK": "0", "WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0'"),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, "SLURM_PROCID is 3"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is 1 .*mpirun"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_RANK is 1"),
     ],
 )
 def test_what_contradicts_itself_is_named(environment, values, named):

@@ -90,6 +90,7 @@ DAMAGES = {
     "empty": (lambda path: path.write_bytes(b""), "cut off or no JSON"),
     "zeros": (lambda path: path.write_bytes(bytes(400)), "cut off or no JSON"),
     "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe{}"), "cut off or no JSON"),
+    "brackets": (lambda path: path.write_text("[" * 100_000), "cut off or no JSON"),
     "a list": (lambda path: path.write_text("[]"), "is no JSON object"),
     "null": (lambda path: path.write_text("null"), "is no JSON object"),
     "another's": (lambda path: path.write_text('{"name": "a web app"}'), "not written by this project"),
@@ -200,8 +201,9 @@ def test_finishing_what_was_not_begun(tmp_path):
         finish_artifact(tmp_path)
 
 
-def test_a_request_that_can_not_be_read(tmp_path):
-    (tmp_path / REQUEST).write_text("[]")
+@pytest.mark.parametrize("text", ["[]", "", "[" * 100_000])
+def test_a_request_that_can_not_be_read(tmp_path, text):
+    (tmp_path / REQUEST).write_text(text)
     with pytest.raises(StageError, match="not a request"):
         read_request(tmp_path)
 

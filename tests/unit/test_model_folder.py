@@ -117,6 +117,7 @@ def test_what_every_program_reads_alike(make: Make, add: Make, expected: list[st
         (sharded, indexed({"a": SHARDS[0], "b": SHARDS[1], "c": "more.safetensors"}), "more.safetensors: missing"),
         (sharded, indexed({}), "not an index of weights"),
         (sharded, indexed({"a": 3}), "not an index of weights"),
+        (sharded, lambda folder: (folder / INDEX).write_text("[" * 100_000), "not an index of weights"),
         (files(INDEX, text=POINTER), files(), "is a pointer of Git LFS"),
         (single, configured(quantization_config={"bits": 4}), "quantization_config is set"),
         (single, configured(transformers_weights="other.safetensors"), "transformers_weights is set"),
