@@ -31,6 +31,7 @@ from megatron_erpd.pipeline.failure import describe_code
 from megatron_erpd.pipeline.interim_report import InterimReport
 from megatron_erpd.pipeline.outcome import judge
 from megatron_erpd.pipeline.planner import plan
+from megatron_erpd.pipeline.preflight import check_recipe
 from megatron_erpd.pipeline.processes import GRACE_SECONDS, Slots, StageProcess, progress_of, stop, tail_of
 from megatron_erpd.pipeline.recipe import RECIPE, Recipe
 from megatron_erpd.pipeline.slurm_jobs import slurm_folder
@@ -62,8 +63,6 @@ def run_recipe(
         RecipeError: the recipe can't run as it is, with everything that was found.
         StageError: another run has the folder, or a stage failed (with its own message).
     """
-    from megatron_erpd.pipeline.preflight import check_recipe  # loads torch, which `status` need not wait for
-
     console = console or Console()
     slots = Slots()
     stages = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)]

@@ -15,7 +15,6 @@ from megatron_erpd.errors import ErpdError, RecipeError
 from megatron_erpd.files import check_output
 from megatron_erpd.launcher import missing_interface
 from megatron_erpd.manifest import MANIFEST
-from megatron_erpd.pipeline.disk_plan import disk_plan
 from megatron_erpd.pipeline.preflight_tasks import Task, task_problems
 from megatron_erpd.pipeline.processes import Slots
 from megatron_erpd.pipeline.recipe import Imported, Recipe
@@ -136,6 +135,7 @@ def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) 
     from megatron_erpd.checkpoint.hf_config import read_model_shape
     from megatron_erpd.checkpoint.parameter_count import count_parameters
     from megatron_erpd.model_folder import read_tensors
+    from megatron_erpd.pipeline.disk_plan import disk_plan
 
     if model is None:
         return
