@@ -14,6 +14,7 @@ import torch
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest
 from megatron_erpd.pipeline.planner import plan
 from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.pipeline.stages import settings_of
 from megatron_erpd.training import on_policy
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
@@ -167,5 +168,5 @@ def test_plan_and_command_agree_on_the_identity(made: Path, tmp_path: Path, monk
     seen: list[Any] = []
     monkeypatch.setattr(on_policy.OnPolicyRun, "execute", lambda run: seen.extend([run.identity, run.inputs]))
     on_policy.train_on_policy(stage.argv()[2:])
-    assert seen == [stage.settings, stage.inputs]
+    assert seen == [settings_of(stage), stage.inputs]
     assert stage.settings["num_rollouts"] == 2 and stage.settings["max_new_tokens"] == 8
