@@ -30,6 +30,12 @@ _DESCRIPTIONS = {
     *("manifest.json", "request.json", "report.json", "metrics.jsonl"),
 }
 _COMMIT = re.compile("[0-9a-f]{40}")
+# Words in the names of files and folders, as `datasets` takes them for a split's.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 _SHARD = re.compile(r"^(.*)-\d{5}-of-(\d{5})(\..*)$")
 
 
@@ -111,11 +117,28 @@ def _of_folder(folder: Path, spec: SourceName, text: str) -> Source:
         files = list(map(Path, _builder_files(_builder(str(folder), spec, text), spec.split, text)))
     else:
         files = found
+        _refuse_splits_together(folder, files, text)
     if not files:
         raise RolloutError(f"{folder}: holds no file ending in {SUFFIXES}{_named(left)}")
     taken = {os.path.abspath(path) for path in files}
     others = [path for path in (*found, *left) if os.path.abspath(path) not in taken]
     return Source(text, tuple(files), tuple(sorted(others)), spec.fields)
+
+
+def _refuse_splits_together(folder: Path, files: Sequence[Path], text: str) -> None:
+    """A data set's test split must not be trained on because it lies in the same folder."""
+    splits: dict[str, Path] = {}
+    for path in files:
+        words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
+        split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+        if split is not None:
+            splits.setdefault(split, path)
+    if len(splits) > 1:
+        listed = ", ".join(f"{name} ({path.relative_to(folder)})" for name, path in splits.items())
+        raise RolloutError(
+            f"{text}: holds files of several splits: {listed}; name one, as in {folder}:{next(iter(splits))}, or give "
+            "a folder or files of one split"
+        )
 
 
 def _named(left: Sequence[Path]) -> str:

@@ -182,11 +182,11 @@ def test_a_folder_with_configurations_and_splits(tmp_path: Path) -> None:
     folder = repository(tmp_path / "repo")
     assert [row["question"] for row in rows_of(f"{folder}:main:test")] == ["main test 0", "main test 1"]
     assert len(open_source(f"{folder}:main:test").not_read) == 4
-    assert len(rows_of(folder)) == 8
     for source, message in (
         (f"{folder}:main:dev", "has no split 'dev'; its splits are train, test; name one, as in .*:train"),
         (f"{folder}:other:train", "`datasets` can't open it .*'other' not found.*main"),
         (f"{folder}/README.md:train", "is a file and has no splits"),
+        (f"{folder}", "holds files of several splits: test .*, train .*; name one"),
     ):
         with pytest.raises(RolloutError, match=message):
             open_source(source)
@@ -427,3 +427,25 @@ def test_large_files_are_streamed(tmp_path: Path, name: str) -> None:
     assert sum(1 for _ in read_rows(path)) == 30_000
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 20_000  # KiB
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"), "train .*test|test .*train"),
+        (("data/train/0.jsonl", "data/val/0.jsonl"), "train"),
+        (("math_dev.jsonl", "math_train.jsonl"), "validation .*train"),
+        (("step_1.jsonl", "step_2/train.jsonl"), None),
+        (("latest-1.jsonl", "retrained.jsonl", "devices.jsonl"), None),
+        (("test_cases/1.jsonl", "test_cases/2.jsonl"), None),
+    ],
+)
+def test_splits_in_a_folder_are_not_read_together(tmp_path: Path, names: tuple[str, ...], splits: str | None) -> None:
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text('{"prompt": "a"}\n')
+    if splits is None:
+        assert len(open_source(tmp_path / "set").files) == len(names)
+        return
+    with pytest.raises(RolloutError, match=f"set: holds files of several splits: .*({splits}).*name one"):
+        open_source(tmp_path / "set")
