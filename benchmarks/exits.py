@@ -31,6 +31,7 @@ from tests.integration.tiny import write_model, write_random_rollouts  # noqa: E
 _INTERRUPTED = 75
 _KINDS = ("last step", "early stop", "SIGTERM", "started again")
 _STEPS_BEFORE_SIGTERM = 3
+_SAID_EVERY = 25
 
 
 def main() -> None:
@@ -44,11 +45,16 @@ def main() -> None:
         _prepare(folder)
         started = time.monotonic()
         with ThreadPoolExecutor(given.at_once) as threads:
-            ended = [
-                end for ends in threads.map(lambda i: _training(folder, i), range(given.trainings)) for end in ends
-            ]
+            ended: list[tuple[str, int, bool]] = []
+            for number, ends in enumerate(threads.map(lambda i: _training(folder, i), range(given.trainings)), start=1):
+                ended += ends
+                if number % _SAID_EVERY == 0:
+                    right = sum(whole and code in (0, _INTERRUPTED) for _, code, whole in ended)
+                    print(
+                        f"{number} of {given.trainings} trainings, {right} of {len(ended)} processes right", flush=True
+                    )
         minutes = (time.monotonic() - started) / 60
-    print(f"{len(ended)} trainings, {given.at_once} at a time, {minutes:.1f} minutes\n")
+    print(f"{given.trainings} trainings in {len(ended)} processes, {given.at_once} at a time, {minutes:.1f} minutes\n")
     print("| ended by | processes | exit code | with another | artifact whole |")
     print("|---|---|---|---|---|")
     for kind in _KINDS:
@@ -79,7 +85,7 @@ def _training(folder: Path, number: int) -> list[tuple[str, int, bool]]:
     argv = ["train-teacher", "--base", folder / "base", "--rollouts", folder / "rollouts.parquet"]
     argv += ["--base-log-probs", folder / "log-probs", "--loss", "sapo", "--learning-rate", "1e-3"]
     argv += ["--global-batch-size", "32", "--micro-batch-size", "16", "--checkpoints", "1", "--output", output]
-    argv += ["--epochs", "20" if kind == "SIGTERM" else "1"]
+    argv += ["--epochs", "6" if kind == "SIGTERM" else "1"]
     argv += ["--max-kl", "1e-9"] if kind == "early stop" else []
     process = _run(log, *argv)
     if kind != "SIGTERM":
