@@ -27,9 +27,13 @@ _FOLLOWS = re.compile(
 )
 """In errors of ranks that wait for one that is gone."""
 _USAGE = re.compile(r"^[\w./-]+( [\w-]+)*: error: (.+)")
-"""How argparse ends, Megatron's too."""
+"""How argparse ends, Megatron's too, after a line that begins with `usage:`."""
+_SLURM = re.compile(r"^(srun|slurmstepd(-[\w.-]+)?): ")
+"""What SLURM says of a step: that a task ended, and how. `srun: error: ...` has the form of argparse's errors."""
 _CRASH = re.compile(r"^(Fatal Python error: .+|terminate called .+|free\(\): .+|.*: Assertion .* failed\.)")
 _TABLE_ROW = re.compile(r"^\s+rank\s+: (\d+).*\n\s+exitcode\s+: -(\d+)", re.MULTILINE)
+_JOB = "[job] "
+"""What the program around a stage puts before its own lines in the stage's log."""
 _MOST_LINES = 8
 _TAIL_LINES = 20
 
@@ -58,10 +62,19 @@ def why_it_failed(output: str) -> str:
     Args:
         output: of all processes, in the order in which they wrote it.
     """
-    lines = output.splitlines()
+    own = own_lines(output)
     return (
-        error_message(lines) or _usage(lines) or _raised(output) or "\n".join(_without_launcher(lines)[-_TAIL_LINES:])
+        error_message(own)
+        or _usage(own)
+        or _raised("\n".join(own))
+        # With SLURM's lines, which may be all that is known.
+        or "\n".join(_without_launcher(output.splitlines())[-_TAIL_LINES:])
     )
+
+
+def own_lines(output: str) -> list[str]:
+    """The lines without those of srun and slurmstepd, which may stand between any two of a message."""
+    return [line for line in output.splitlines() if not _SLURM.match(line)]
 
 
 def describe_code(code: int) -> str:
@@ -73,7 +86,9 @@ def describe_code(code: int) -> str:
 
 
 def _usage(lines: Sequence[str]) -> str:
-    found = [match[2] for line in lines if (match := _USAGE.match(_RANK.sub("", line)))]
+    bare = [_RANK.sub("", line) for line in lines]
+    start = next((number for number, line in enumerate(bare) if line.startswith("usage:")), len(bare))
+    found = [match[2] for line in bare[start:] if (match := _USAGE.match(line))]
     return found[-1] if found else ""
 
 
@@ -167,10 +182,10 @@ def _launched(output: str) -> bool:
 
 
 def _without_launcher(lines: Sequence[str]) -> list[str]:
-    """The lines without torchrun's own, which come last."""
+    """The lines without torchrun's own, which come last, and those of the job."""
     for number, line in enumerate(lines):
         if _LAUNCHER.match(line):
             start = max(i for i in range(number) if lines[i].strip() == _TRACEBACK) if number else 0
             lines = lines[:start]
             break
-    return [line for line in lines if line.strip() and not _LAUNCHER_LOG.match(line)]
+    return [line for line in lines if line.strip() and not _LAUNCHER_LOG.match(line) and not line.startswith(_JOB)]

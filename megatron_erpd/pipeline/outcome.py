@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import finish_artifact
 from megatron_erpd.pipeline.artifacts import Artifacts
-from megatron_erpd.pipeline.failure import describe_code, why_it_failed
+from megatron_erpd.pipeline.failure import describe_code, own_lines, why_it_failed
 from megatron_erpd.pipeline.processes import error_message, no_room_for_logs
 from megatron_erpd.pipeline.slurm_watch import read_from
 from megatron_erpd.pipeline.stages import Stage
@@ -52,7 +52,7 @@ def judge(artifacts: Artifacts, stage: Stage, code: int, log: Path, start: int =
         output = read_from(log, start)
     except OSError as error:
         return Outcome(False, why=f"{problem}\n{log} can't be read: {error.strerror}")
-    own = error_message(output.splitlines())
+    own = error_message(own_lines(output))
     if code == 0:
         return Outcome(False, why="\n".join(filter(None, [problem, own])), own_error=bool(own))
     return Outcome(False, why=own or no_room_for_logs(log) or why_it_failed(output) or problem, own_error=bool(own))

@@ -203,7 +203,7 @@ class StageJob:
             self._say(f"{self.stage.name} was stopped; what is saved stays")
             return 1
         if named and (code == 2 or _USERS_FAULT.search(read_from(self.log, start))):
-            raise StageError(f"{self.stage.name} failed: {named}\n(not queued again: it would fail again)")
+            raise StageError(f"{self.stage.name} failed: {named}\nnot queued again, as it would fail again")
         ended = f"its command ended with {describe_code(code)}" if code else "its artifact is not complete"
         self._requeue(self.why_ended or ended, outcome.why)
 

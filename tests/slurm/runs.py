@@ -70,14 +70,14 @@ class Run:
     def state(self, name: str) -> str:
         return state_of(self.number(name))
 
-    def ends(self, name: str, seconds: float = 60) -> str:
+    def ends(self, name: str, seconds: float = 120) -> str:
         """Waits for the end of a job and returns its state."""
         self.until(lambda: self.number(name) not in queued(), seconds, f"{name} ends")
         return self.state(name)
 
     def starts(self, name: str, restart: int = 0) -> None:
         """Waits until a job's stage runs, in that start."""
-        self.until(lambda: "started" in self.log(name, restart), 40, f"{name} starts")
+        self.until(lambda: "started" in self.log(name, restart), 60, f"{name} starts")
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds

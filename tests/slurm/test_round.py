@@ -39,6 +39,6 @@ def test_a_round_of_interrupted_jobs_ends_with_the_weights_of_an_undisturbed_run
         run.cancel()
     end(undisturbed)
 
-    assert end(start("submit", recipe, "--output", run.root)).count(": done\n") == len(STAGES) - 1
+    assert end(start("submit", recipe, "--output", run.root)).count(": done, because ") == len(STAGES) - 1
     assert_same_results(run.root, tmp_path / "run")
     assert {name: len(steps) for name, steps in trainings(run.root).items()} == {"round-01/teacher": STEPS}

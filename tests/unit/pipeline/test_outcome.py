@@ -105,6 +105,39 @@ def launcher(*ranks: tuple[int, str]) -> str:
             "usage: x\ntrain_teacher.py: error: argument --lr: invalid float\n" + launcher((0, "2 (pid: 5)")),
             "argument --lr: invalid float",
         ),
+        # Around a rank's error, what SLURM says of the step; of a task that said nothing, it is all that there is.
+        (
+            traceback("RuntimeError: out of luck") + "srun: error: n1: task 0: Exited with exit code 1\n",
+            "RuntimeError: out of luck\n  at step.py, line 3, in loss",
+        ),
+        (
+            "slurmstepd-gpu-07.cluster: error: *** STEP 17.0 ON gpu-07 CANCELLED AT now ***\n"
+            + traceback(OWN, "[rank1]: ")
+            + launcher((1, "1 (pid: 5)"))
+            + "srun: error: gpu-07: task 0: Exited with exit code 1\nsrun: Terminating StepId=17.0\n",
+            "rank 1: ValueError: row 3\n  of file x\n  at step.py",
+        ),
+        (
+            'Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):\n  File "a.py", line 3 in wait\n'
+            "srun: error: n2: task 1: Aborted\nsrun: error: n1: task 0: Aborted\n",
+            "Fatal Python error: Aborted\n  at a.py, line 3, in wait",
+        ),
+        (
+            traceback(OWN).replace("ValueError", "srun: error: n2: task 1: Killed\nValueError"),
+            "ValueError: row 3\n  of file x\n  at step.py",
+        ),
+        ("error: no rows\nsrun: error: n1: task 0: Exited with exit code 2\n  give some\n", "no rows\n  give some"),
+        (
+            "usage: x\nx: error: argument --lr: invalid float\nsrun: error: n1: task 0: Exited with exit code 2\n",
+            "argument --lr: invalid float",
+        ),
+        (
+            "[job] a, start 1 of job 17 on n1\n"
+            "step 3\nslurmstepd: error: Detected 1 oom_kill event in StepId=17.0\nsrun: error: n1: task 0: Killed\n",
+            "step 3\nslurmstepd: error: Detected 1 oom_kill event in StepId=17.0\nsrun: error: n1: task 0: Killed",
+        ),
+        # The form of argparse's errors, but no usage.
+        ("ld: error: no -lcuda\n" + traceback(OWN), "ValueError: row 3\n  of file x\n  at step.py"),
         # Nothing of the kind: the last lines, without the launcher's.
         ("a\nb\n" + launcher((0, "1 (pid: 5)")), "a\nb"),
         (traceback(GONE, "[rank0]: "), f"rank 0: {GONE}\n  at step.py"),
