@@ -18,7 +18,7 @@ STEPS = 60
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_round_of_interrupted_jobs_ends_with_the_weights_of_an_undisturbed_run(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -27,7 +27,7 @@ def test_a_round_of_interrupted_jobs_ends_with_the_weights_of_an_undisturbed_run
     assert all(f"{name}: job " in said for name in STAGES)
     undisturbed = start("run", recipe, "--output", tmp_path / "run")  # while the jobs wait
     try:
-        tasks = interrupt_all(run, dict.fromkeys(TRAINS, METRICS), 400)
+        tasks = interrupt_all(run, dict.fromkeys(TRAINS, METRICS), 600)
         assert run.state("report") == "COMPLETED", run.logs()
         assert [task.name for task in tasks if task.interrupted < len(WAYS)] == []
         starts = {task.name: [run.log(task.record.name, i, task.number) for i in range(3)] for task in tasks}
