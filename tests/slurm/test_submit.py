@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from megatron_erpd.errors import ErpdError
 from megatron_erpd.pipeline.slurm_queue import slurm
 from megatron_erpd.pipeline.slurm_submit import read_submitted
 from tests.disk import Disk
 from tests.slurm.cluster import Cluster
-from tests.slurm.recipes import end, start, write_recipe
+from tests.slurm.recipes import start, write_recipe
 from tests.slurm.runs import Run
 
 STAGES = ["base", "base-log-probs", "base-log-probs-slices", "export", "report", "rollouts", "teacher"]
@@ -39,17 +42,22 @@ def test_of_two_submissions_at_once_one_submits_and_the_other_leaves_all_alone(
 
 def test_a_full_disk_submits_nothing_that_is_not_whole(cluster: Cluster, disk: Disk, tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path, sbatch=["--hold"]), Run(disk.folder / "full")
-    command = ("submit", recipe, "--output", run.root)
+    disk.resize(16)
+    process = start("submit", recipe, "--output", run.root)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and str(run.root) in said and "make room" in said and "Traceback" not in said
+    # A disk that is found to be full only when the jobs' files are written.
+    stages = [run.stage(f"held-{i}", slurm={"sbatch": ["--hold"]}) for i in range(8)]
+    names = ",".join(f"test/{stage.name}" for stage in stages)
     try:
         for pages in (1, 4, 16):
             disk.resize(pages)
-            process = start(*command)
-            said = process.communicate(timeout=120)[0]
-            assert process.returncode == 2 and "No space left on device); make room" in said, said
-            assert str(run.root) in said and "Traceback" not in said
-            assert slurm("squeue", "--noheader", "--name", ",".join(f"full/{name}" for name in STAGES)) == ""
+            with pytest.raises((OSError, ErpdError), match="No space left on device"):
+                run.submit(*stages)
+            assert slurm("squeue", "--noheader", "--name", names) == ""
         disk.resize(1000)
-        end(start(*command))
-        assert sorted(read_submitted(run.root)) == STAGES
+        run.submit(*stages)
+        assert sorted(read_submitted(run.root)) == [stage.name for stage in stages]
+        assert len(slurm("squeue", "--noheader", "--name", names).splitlines()) == len(stages)
     finally:
         run.cancel()
