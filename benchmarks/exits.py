@@ -2,28 +2,33 @@
 
     .venv/bin/python benchmarks/exits.py --trainings 300
 
-Each is a process of its own, `megatron-erpd train-teacher` on a model of two layers: a third to its last step, a third
-to an early stop, a third is interrupted by SIGTERM and started again. While a step is made, the thread that collates
-batches is at work on the next. Ends with exit code 1 if any process ended with another code than its own, or left no
-whole artifact.
+Each is a process of its own that runs `megatron-erpd train-teacher` on a model of two layers and leaves through the end
+of the interpreter: a third after its last step, a third after an early stop, a third is interrupted by SIGTERM and
+started again. While a step is made, the thread that collates batches is at work on the next. The processes are forked
+from this one, which has imported Megatron, so that hundreds take minutes. Ends with exit code 1 if any process ended
+with another code than its own, or left no whole artifact.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
+import argparse
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from megatron_erpd import cli  # noqa: E402
 from megatron_erpd.errors import StageError  # noqa: E402
 from megatron_erpd.manifest import verify_manifest  # noqa: E402
 from tests.integration.tiny import write_model, write_random_rollouts  # noqa: E402
@@ -31,7 +36,15 @@ from tests.integration.tiny import write_model, write_random_rollouts  # noqa: E
 _INTERRUPTED = 75
 _KINDS = ("last step", "early stop", "SIGTERM", "started again")
 _STEPS_BEFORE_SIGTERM = 3
+_POLL_SECONDS = 0.02
 _SAID_EVERY = 25
+
+Training = Generator[int, int, None]
+"""Gives the process that it waits for, and is sent its exit code."""
+
+
+class InChild(BaseException):
+    """Leaves all that the parent was doing, in a process that was forked to run a command."""
 
 
 def main() -> None:
@@ -40,20 +53,13 @@ def main() -> None:
     parser.add_argument("--trainings", type=int, default=300, help="how many (default: 300)")
     parser.add_argument("--at-once", type=int, default=2, help="how many side by side (default: 2)")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="exits-") as name:
-        folder = Path(name)
-        _prepare(folder)
-        started = time.monotonic()
-        with ThreadPoolExecutor(given.at_once) as threads:
-            ended: list[tuple[str, int, bool]] = []
-            for number, ends in enumerate(threads.map(lambda i: _training(folder, i), range(given.trainings)), start=1):
-                ended += ends
-                if number % _SAID_EVERY == 0:
-                    right = sum(whole and code in (0, _INTERRUPTED) for _, code, whole in ended)
-                    print(
-                        f"{number} of {given.trainings} trainings, {right} of {len(ended)} processes right", flush=True
-                    )
-        minutes = (time.monotonic() - started) / 60
+    folder = Path(tempfile.mkdtemp(prefix="exits-"))
+    _prepare(folder)
+    _import_megatron()
+    started = time.monotonic()
+    ended: list[tuple[str, int, bool]] = []
+    _run_all([_training(folder, number, ended) for number in range(given.trainings)], given.at_once, ended)
+    minutes = (time.monotonic() - started) / 60
     print(f"{given.trainings} trainings in {len(ended)} processes, {given.at_once} at a time, {minutes:.1f} minutes\n")
     print("| ended by | processes | exit code | with another | artifact whole |")
     print("|---|---|---|---|---|")
@@ -64,41 +70,80 @@ def main() -> None:
         whole = "" if kind == "SIGTERM" else f"{sum(whole for *_, whole in of_kind)}"
         listed = ", ".join(f"{count} x {code}" for code, count in sorted(others.items())) or "0"
         print(f"| {kind} | {len(of_kind)} | {expected} | {listed} | {whole} |")
-    sys.exit(any(not whole or code not in (0, _INTERRUPTED) for _, code, whole in ended))
+    shutil.rmtree(folder)
+    sys.exit(not all(_is_right(*end) for end in ended))
+
+
+def _run_all(trainings: list[Training], at_once: int, ended: list[tuple[str, int, bool]]) -> None:
+    waiting, running, done = trainings[::-1], dict[int, Training](), 0
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            training = waiting.pop()
+            running[next(training)] = training
+        pid, status = os.wait()
+        training = running.pop(pid)
+        try:
+            running[training.send(os.waitstatus_to_exitcode(status))] = training
+        except StopIteration:
+            done += 1
+            if done % _SAID_EVERY == 0:
+                right = sum(_is_right(*end) for end in ended)
+                print(f"{done} of {len(trainings)} trainings, {right} of {len(ended)} processes right", flush=True)
+
+
+def _is_right(kind: str, code: int, whole: bool) -> bool:
+    return whole and code == (_INTERRUPTED if kind == "SIGTERM" else 0)
 
 
 def _prepare(folder: Path) -> None:
     """The base policy, its rollouts and log-probs."""
     write_model(folder / "hf")
     write_random_rollouts(folder / "rollouts.parquet", num_prompts=32)
-    _run(folder / "import.log", "import", "--hf", folder / "hf", "--output", folder / "base").wait()
     data = ["--base", folder / "base", "--rollouts", folder / "rollouts.parquet"]
-    output = folder / "log-probs"
-    code = _run(folder / "precompute.log", "precompute", *data, "--kind", "token", "--output", output).wait()
-    if code != 0:
-        sys.exit((folder / "precompute.log").read_text())
+    for argv in (
+        ["import", "--hf", folder / "hf", "--output", folder / "base"],
+        ["precompute", *data, "--kind", "token", "--output", folder / "log-probs"],
+    ):
+        log = folder / f"{argv[0]}.log"
+        _, status = os.waitpid(_fork(log, *argv), 0)
+        if status != 0:
+            sys.exit(log.read_text())
 
 
-def _training(folder: Path, number: int) -> list[tuple[str, int, bool]]:
-    """How a training ended, its exit code, and whether its artifact is whole; of an interrupted one, both times."""
+def _import_megatron() -> None:
+    """What a training imports, once for all."""
+
+    import megatron_erpd.training.model
+    import megatron_erpd.training.train  # noqa: F401
+
+
+def _training(folder: Path, number: int, ended: list[tuple[str, int, bool]]) -> Training:
+    """A training; how it ended, its exit code, and whether its artifact is whole go to `ended`, of an interrupted one
+    for both processes."""
     kind, output, log = _KINDS[number % 3], folder / f"teacher-{number}", folder / f"teacher-{number}.log"
     argv = ["train-teacher", "--base", folder / "base", "--rollouts", folder / "rollouts.parquet"]
     argv += ["--base-log-probs", folder / "log-probs", "--loss", "sapo", "--learning-rate", "1e-3"]
     argv += ["--global-batch-size", "32", "--micro-batch-size", "16", "--checkpoints", "1", "--output", output]
     argv += ["--epochs", "6" if kind == "SIGTERM" else "1"]
     argv += ["--max-kl", "1e-9"] if kind == "early stop" else []
-    process = _run(log, *argv)
-    if kind != "SIGTERM":
-        code = process.wait()
-        return [(kind, code, _is_whole(output, log, code, 0))]
-    while process.poll() is None and _steps(output) < _STEPS_BEFORE_SIGTERM:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    code = process.wait()
-    if code != _INTERRUPTED:
-        print(f"{output.name} ended with {code}:\n{log.read_text()[-4000:]}", flush=True)
-    again = _run(log, *argv).wait()
-    return [(kind, code, True), ("started again", again, _is_whole(output, log, again, 0))]
+    process = _fork(log, *argv)
+    if kind == "SIGTERM":
+        while _steps(output) < _STEPS_BEFORE_SIGTERM and _lives(process):
+            time.sleep(_POLL_SECONDS)
+        os.kill(process, signal.SIGTERM)
+        code = yield process
+        if code != _INTERRUPTED:
+            print(f"{output.name} ended with {code}:\n{log.read_text()[-4000:]}", flush=True)
+        ended.append((kind, code, True))
+        kind, process = "started again", _fork(log, *argv)
+    code = yield process
+    ended.append((kind, code, _is_whole(output, log, code)))
+    shutil.rmtree(output / "megatron", ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether a child has not ended; it is not waited for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _steps(output: Path) -> int:
@@ -108,24 +153,34 @@ def _steps(output: Path) -> int:
         return 0
 
 
-def _is_whole(output: Path, log: Path, code: int, expected: int) -> bool:
+def _is_whole(output: Path, log: Path, code: int) -> bool:
     try:
         verify_manifest(output)
         whole = True
     except StageError as error:
         whole = False
         print(error, flush=True)
-    if code != expected or not whole:
+    if code != 0 or not whole:
         print(f"{output.name} ended with {code}:\n{log.read_text()[-4000:]}", flush=True)
     return whole
 
 
-def _run(log: Path, *argv: object) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with log.open("ab") as file:
-        command = [sys.executable, "-m", "megatron_erpd.cli", *map(str, argv)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+def _fork(log: Path, *argv: object) -> int:
+    """Starts `megatron-erpd` with these arguments; returns its process."""
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())
+    raise InChild(*map(str, argv))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InChild as child:
+        arguments = list(child.args)
+    else:
+        sys.exit()
+    cli.main(arguments)
