@@ -36,6 +36,8 @@ from megatron_erpd.pipeline.slurm_watch import Watch, read_from
 from megatron_erpd.pipeline.stages import Stage
 
 _POLL_SECONDS = 0.1
+_TRY_SECONDS = 1.0
+"""From one attempt to tell the stage's processes of a signal to the next, where they were not there yet."""
 _LOCK_SECONDS = 30.0
 """How often a job looks whether the stage is still its own."""
 _SOON_SECONDS = 5.0
@@ -164,19 +166,20 @@ class StageJob:
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL)
         files = [self.log, self.stage.output]
         watch = Watch(files, self.record.hang_minutes * 60)
-        told, patience = 0.0, slurm_patience(self.record.signal_seconds)
+        asked, tried, told, patience = 0.0, 0.0, False, slurm_patience(self.record.signal_seconds)
         looked = time.monotonic()
         while (code := process.poll()) is None:
             time.sleep(_POLL_SECONDS)
             now = time.monotonic()
-            if self.signals and not told:
-                told = now
+            if self.signals and not asked:
+                asked = now
                 self._say(f"signal {signal.Signals(self.signals[0]).name}: telling the stage to save and to end")
-                self._tell(signal.SIGTERM)
-            elif told and now - told > patience:
+            if asked and now - asked > patience:
                 self._say(f"the stage has not ended in {patience:.0f} s after it was told to")
                 self._kill(process)
-            elif not told and watch.hangs():
+            elif asked and not told and now - tried > _TRY_SECONDS:
+                told, tried = self._tell(signal.SIGTERM), now
+            elif not asked and watch.hangs():
                 self.why_ended = f"hung: no output and no file for {self.record.hang_minutes:g} minutes"
                 self._say(f"{self.why_ended}; its stacks follow")
                 self._tell(signal.SIGABRT)
@@ -259,16 +262,20 @@ class StageJob:
             time.sleep(_POLL_SECONDS)
         return bool(self.signals)
 
-    def _tell(self, number: signal.Signals) -> None:
-        """Signals all processes of the stage, on all nodes; not this one.
+    def _tell(self, number: signal.Signals) -> bool:
+        """Signals all processes of the stage, on all nodes; not this one. Returns whether there were any: the step that
+        srun makes may not be there yet, or may have ended by itself.
 
         By the number of the step: SLURM takes a SIGKILL for the job to be its cancellation.
         """
         try:
-            if steps := steps_of(self.only_this):
+            steps = steps_of(self.only_this)
+            if steps:
                 slurm("scancel", f"--signal={number.name.removeprefix('SIG')}", *steps)
-        except StageError as error:  # it may have ended by itself
+            return bool(steps)
+        except StageError as error:
             self._say(str(error))
+            return False
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         self._tell(signal.SIGKILL)

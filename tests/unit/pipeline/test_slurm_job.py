@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,39 @@ def test_an_interrupted_slice_of_sampling_keeps_its_parts(
     assert (folder / "rollouts-00001-of-00003.parquet").read_text() == "rows"
     assert not begin(seed=2)  # with other settings it is put aside
     assert not folder.exists()
+
+
+def test_a_signal_before_srun_has_made_its_step_is_told_again(
+    job: StageJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_job, "_TRY_SECONDS", 0.1)
+    (tmp_path / "a.log").touch()
+    answers = [[], StageError("squeue failed: Invalid job id specified"), ["17.0"]]
+    told: list[tuple[str, ...]] = []
+
+    def steps(job_id: str) -> list[str]:
+        answer = answers.pop(0)
+        if isinstance(answer, StageError):
+            raise answer
+        return answer
+
+    def tell(*command: str) -> str:
+        told.append(command)
+        (tmp_path / "end").touch()
+        return ""
+
+    monkeypatch.setattr(slurm_job, "steps_of", steps)
+    monkeypatch.setattr(slurm_job, "slurm", tell)
+    popen = subprocess.Popen
+
+    def started(*args: Any, **more: Any) -> subprocess.Popen[bytes]:
+        job.signals.append(signal.SIGUSR1)
+        return popen(*args, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    wait = f"while [ ! -e {tmp_path / 'end'} ]; do sleep 0.05; done; exit 7"
+    assert job._execute(["bash", "-c", wait], 0) == 7
+    assert told == [("scancel", "--signal=TERM", "17.0")] and not answers
 
 
 def test_scontrol_that_dies_with_its_job_has_queued_it_again(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
