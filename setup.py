@@ -49,5 +49,5 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["megatron-erpd = megatron_erpd.cli:main"]},
+    entry_points={"console_scripts": ["megatron-erpd = megatron_erpd.commands.cli:main"]},
 )

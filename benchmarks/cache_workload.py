@@ -44,7 +44,7 @@ class Sizes:
 
 def make_policies(root: Path, sizes: Sizes) -> None:
     """`base`, `teacher` and `rollouts.parquet` in a folder."""
-    from megatron_erpd.training.import_checkpoint import import_checkpoint
+    from megatron_erpd.commands.import_checkpoint import import_checkpoint
 
     for name, noise in (("base", 0.0), ("teacher", 0.002)):
         _write_model(root / f"hf-{name}", sizes, noise)
@@ -68,7 +68,7 @@ def make_policies(root: Path, sizes: Sizes) -> None:
 
 def make_caches(root: Path, micro_batch_size: int) -> None:
     """`base-log-probs` and `cache` of what `make_policies` made."""
-    from megatron_erpd.training.precompute import precompute
+    from megatron_erpd.commands.precompute import precompute
 
     data = ["--base", f"{root}/base", "--rollouts", f"{root}/rollouts.parquet"]
     data += ["--micro-batch-size", str(micro_batch_size)]

@@ -39,9 +39,9 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from megatron_erpd.checkpoint.hf_config import read_model_shape  # noqa: E402
-from megatron_erpd.checkpoint.param_map import hf_shapes  # noqa: E402
-from megatron_erpd.checkpoint.shard_writer import ShardWriter, plan_files, write_index  # noqa: E402
+from megatron_erpd.checkpoint.hugging_face.writer import ShardWriter, plan_files, write_index  # noqa: E402
+from megatron_erpd.checkpoint.mapping.config import read_model_shape  # noqa: E402
+from megatron_erpd.checkpoint.mapping.param_map import hf_shapes  # noqa: E402
 
 WHOLE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 18, "vocab_size": 32768}
 QUICK = {"hidden_size": 2048, "intermediate_size": 7168, "num_hidden_layers": 17, "vocab_size": 32768}
@@ -173,7 +173,7 @@ def convert(verb: str, root: Path, source: Path, processes: int) -> dict[str, fl
     output = root / {"import": "base", "export": "export"}[verb]
     flags = ["--hf", str(source)] if verb == "import" else ["--checkpoint", f"model={root / 'base'}"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "megatron_erpd.cli", verb, *flags]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "megatron_erpd.commands.cli", verb, *flags]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     os.sync()
     begin = time.monotonic()

@@ -28,7 +28,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_erpd import cli  # noqa: E402
+from megatron_erpd.commands import cli  # noqa: E402
 from megatron_erpd.errors import StageError  # noqa: E402
 from megatron_erpd.manifest import verify_manifest  # noqa: E402
 from tests.integration.tiny import write_model, write_random_rollouts  # noqa: E402
@@ -112,9 +112,6 @@ def _prepare(folder: Path) -> None:
 
 def _import_megatron() -> None:
     """What a training imports, once for all."""
-
-    import megatron_erpd.training.model
-    import megatron_erpd.training.train  # noqa: F401
 
 
 def _training(folder: Path, number: int, ended: list[tuple[str, int, bool]]) -> Training:

@@ -83,7 +83,7 @@ def _measure(folder: Path, count: int) -> float:
 
 def _finish(folder: Path) -> None:
     from megatron_erpd.checkpoint import meeting
-    from megatron_erpd.training.arguments import process_store
+    from megatron_erpd.model.arguments import process_store
 
     with meeting.meeting(process_store()):
         meeting.first(lambda: None)  # all are here

@@ -57,14 +57,14 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.cache_workload import Sizes, make_caches, make_policies, open_many_rows  # noqa: E402
+from megatron_erpd.data.batch import BatchSource  # noqa: E402
 from megatron_erpd.data.replay_dataset import BatchOrder  # noqa: E402
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts  # noqa: E402
+from megatron_erpd.model.heads import HiddenStates  # noqa: E402
 from megatron_erpd.settings import Layout  # noqa: E402
 from megatron_erpd.teacher_cache.parts import Part  # noqa: E402
 from megatron_erpd.teacher_cache.reader import CacheReader  # noqa: E402
-from megatron_erpd.training.batch import BatchSource  # noqa: E402
-from megatron_erpd.training.cache_rows import token_row, topk_rows  # noqa: E402
-from megatron_erpd.training.heads import HiddenStates  # noqa: E402
+from megatron_erpd.teacher_cache.rows import token_row, topk_rows  # noqa: E402
 
 QUICK = Sizes(hidden=256, layers=4, vocab=4096, num_rollouts=96, prompt=16, response=192)
 WHOLE = Sizes(hidden=512, layers=8, vocab=16384, num_rollouts=256, prompt=32, response=480)
@@ -188,8 +188,8 @@ def precompute_against_forward(root: Path, sizes: Sizes, repeats: int) -> list[F
 
 def cost_of_target(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
     """Signal, projection and top-k from the logits of two policies."""
+    from megatron_erpd.precompute.scores import Scores
     from megatron_erpd.settings import PrecomputeSettings
-    from megatron_erpd.training.scores import Scores
     from megatron_erpd.vocab_parallel import VocabShard
 
     scores = Scores(PrecomputeSettings(delta=0.05), ["base", "teacher"], VocabShard.dense(sizes.vocab))
@@ -208,8 +208,8 @@ def cost_of_target(root: Path, sizes: Sizes, repeats: int) -> list[Figure]:
 
 def time_forward(root: Path) -> float:
     """Seconds for one policy over all rollouts, with the logits of all tokens."""
-    from megatron_erpd.training.forward_pass import batch_groups, run_forward
-    from megatron_erpd.training.model import load_weights
+    from megatron_erpd.model.model import load_weights
+    from megatron_erpd.precompute.forward import batch_groups, run_forward
 
     layout, rollouts = Layout(micro_batch_size=MICRO_BATCH), read_rollouts(root / "rollouts.parquet")
 
@@ -225,9 +225,9 @@ def time_forward(root: Path) -> float:
 
 def time_precompute(root: Path, policies: Sequence[str], settings: dict[str, Any], output: Path) -> float:
     """Seconds for everything after the model's construction, until all rows are on disk."""
+    from megatron_erpd.commands.precompute import _cache_meta
+    from megatron_erpd.precompute import passes as cache_passes
     from megatron_erpd.settings import PrecomputeSettings
-    from megatron_erpd.training import cache_passes
-    from megatron_erpd.training.precompute import _cache_meta
 
     layout, rollouts = Layout(micro_batch_size=MICRO_BATCH), read_rollouts(root / "rollouts.parquet")
     folders = {name: root / name for name in policies}
@@ -245,8 +245,8 @@ def in_stage(root: Path, rollouts: Rollouts, layout: Layout, run: Callable[[Any]
     """Seconds of `run` with a model, in a stage's process."""
     from megatron.training import get_args
 
-    from megatron_erpd.training.model import build_frozen_model, model_config
-    from megatron_erpd.training.runtime import initialize, stage_process
+    from megatron_erpd.model.model import build_frozen_model, model_config
+    from megatron_erpd.model.runtime import initialize, stage_process
 
     flags: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
     with stage_process() as store:
@@ -298,7 +298,7 @@ def read_epoch(root: Path, rank: int = 0, size: int = 1) -> float:
 
 def training_rate(root: Path, sizes: Sizes) -> float:
     """Rollouts per second of stage 2: the time of more steps less that of fewer."""
-    from megatron_erpd.training.train import distill
+    from megatron_erpd.commands.train import distill
 
     seconds, steps = [], (2, 6)
     for count in steps:

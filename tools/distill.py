@@ -8,8 +8,8 @@ The first `--` keeps torchrun from taking `--signal` for a flag of its own. Mega
 follow after a second one. `--help` tells all flags; `megatron-erpd distill` is the same command.
 """
 
-from megatron_erpd.pipeline.program import run_command
-from megatron_erpd.training.train import distill
+from megatron_erpd.commands.train import distill
+from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":
     run_command(distill)

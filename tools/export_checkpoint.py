@@ -6,8 +6,8 @@
 Any number of processes will do. `--help` tells all flags; `megatron-erpd export` is the same command.
 """
 
-from megatron_erpd.pipeline.program import run_command
-from megatron_erpd.training.export_checkpoint import export_checkpoints
+from megatron_erpd.commands.export_checkpoint import export_checkpoints
+from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":
     run_command(export_checkpoints)

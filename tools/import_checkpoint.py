@@ -5,8 +5,8 @@
 Any number of processes will do. `--help` tells all flags; `megatron-erpd import` is the same command.
 """
 
-from megatron_erpd.pipeline.program import run_command
-from megatron_erpd.training.import_checkpoint import import_checkpoint
+from megatron_erpd.commands.import_checkpoint import import_checkpoint
+from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":
     run_command(import_checkpoint)

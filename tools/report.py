@@ -5,8 +5,8 @@
 `--help` tells all flags; `megatron-erpd report` is the same command.
 """
 
-from megatron_erpd.pipeline.commands import report
-from megatron_erpd.pipeline.program import run_command
+from megatron_erpd.commands.one_process import report
+from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":
     run_command(report)

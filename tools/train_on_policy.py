@@ -6,7 +6,7 @@
 Megatron's own flags follow after `--`. `--help` tells all flags; `megatron-erpd train-on-policy` is the same command.
 """
 
-from megatron_erpd.pipeline.program import run_command
+from megatron_erpd.launch.program import run_command
 from megatron_erpd.training.on_policy import train_on_policy
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Megatron's own flags follow after a second `--`. `--help` tells all flags;
 `megatron-erpd train-teacher` is the same command.
 """
 
-from megatron_erpd.pipeline.program import run_command
-from megatron_erpd.training.train import train_teacher
+from megatron_erpd.commands.train import train_teacher
+from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":
     run_command(train_teacher)

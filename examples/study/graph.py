@@ -248,8 +248,9 @@ def _run(job: Job) -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    from megatron_erpd.pipeline import commands
-    from megatron_erpd.training import export_checkpoint, import_checkpoint, on_policy, precompute, train
+    from megatron_erpd.commands import export_checkpoint, import_checkpoint, precompute, train
+    from megatron_erpd.commands import one_process as commands
+    from megatron_erpd.training import on_policy
 
     known: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,

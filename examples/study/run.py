@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.chdir(REPOSITORY)  # the verifier's path is relative to it
     root = given.output.resolve()
 
-    from megatron_erpd.pipeline.local import locked
+    from megatron_erpd.launch.local import locked
 
     with locked(root):
         study = Study(Graph(root))

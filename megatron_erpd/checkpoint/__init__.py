@@ -7,9 +7,9 @@ writes a model that is in memory. `sidecar` copies all that is not weights, `ver
 Nothing here imports Megatron until a model is handed in, so that `platform.enable_cpu()` can run first.
 """
 
-from megatron_erpd.checkpoint.hf_config import ModelShape, flags_to_argv, model_flags, read_model_shape
 from megatron_erpd.checkpoint.hf_export import export_hf_weights
-from megatron_erpd.checkpoint.sidecar import copy_sidecar
+from megatron_erpd.checkpoint.hugging_face.sidecar import copy_sidecar
+from megatron_erpd.checkpoint.mapping.config import ModelShape, flags_to_argv, model_flags, read_model_shape
 from megatron_erpd.checkpoint.stream_export import export_checkpoint
 from megatron_erpd.checkpoint.stream_import import write_checkpoint
 from megatron_erpd.checkpoint.verify import LogitComparison, compare_logits, compare_weights, megatron_logits

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from megatron_erpd.checkpoint.iterations import find_iteration, iteration_folder
-from megatron_erpd.checkpoint.sidecar import copy_files, read_tensor_list
+from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files, read_tensor_list
+from megatron_erpd.checkpoint.torch_dist.iterations import find_iteration, iteration_folder
 from megatron_erpd.errors import CheckpointError
 
 RUN_CONFIG = "run_config.yaml"

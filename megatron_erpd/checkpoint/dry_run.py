@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.checkpoint.hf_config import read_model_shape
-from megatron_erpd.checkpoint.parallel_layout import pipeline_flags
-from megatron_erpd.checkpoint.param_map import Split, Unit, units
-from megatron_erpd.checkpoint.parameter_count import VOCABULARY_MULTIPLE, count_parameters
-from megatron_erpd.checkpoint.rank_shards import Place, Sharding
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.mapping.parallel_layout import pipeline_flags
+from megatron_erpd.checkpoint.mapping.param_map import Split, Unit, units
+from megatron_erpd.checkpoint.mapping.parameter_count import VOCABULARY_MULTIPLE, count_parameters
+from megatron_erpd.checkpoint.mapping.rank_shards import Place, Sharding
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.settings import Layout
 

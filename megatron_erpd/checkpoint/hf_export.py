@@ -12,18 +12,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_erpd.checkpoint.export_plan import as_dtype, check_written, element_types, set_config_dtype
-from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
-from megatron_erpd.checkpoint.param_map import Unit, hf_shapes, units
-from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFile, ShardWriter, plan_files, write_index
-from megatron_erpd.checkpoint.shards import (
+from megatron_erpd.checkpoint.hugging_face.export_plan import as_dtype, check_written, element_types, set_config_dtype
+from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files
+from megatron_erpd.checkpoint.hugging_face.writer import (
+    DEFAULT_SHARD_BYTES,
+    PlannedFile,
+    ShardWriter,
+    plan_files,
+    write_index,
+)
+from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.mapping.param_map import Unit, hf_shapes, units
+from megatron_erpd.checkpoint.mapping.shards import (
     LocalShard,
     gather_objects,
     local_shards,
     missing_units,
     raise_together,
 )
-from megatron_erpd.checkpoint.sidecar import copy_files
 from megatron_erpd.errors import CheckpointError
 
 

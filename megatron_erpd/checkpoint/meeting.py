@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_erpd.checkpoint.shards import gather_objects
+from megatron_erpd.checkpoint.mapping.shards import gather_objects
 from megatron_erpd.errors import ErpdError, StageError
 from megatron_erpd.launcher import launch
 from megatron_erpd.manifest import (

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_erpd.checkpoint.shards import gather_objects, raise_together
+from megatron_erpd.checkpoint.mapping.shards import gather_objects, raise_together
 from megatron_erpd.errors import ErpdError, StageError, first_line, full_disk
 from megatron_erpd.launcher import Launch, check_meeting, launch, work_alone
 from megatron_erpd.progress import say_progress

@@ -17,16 +17,22 @@ from pathlib import Path
 
 import torch
 
-from megatron_erpd.checkpoint.export_plan import as_dtype, check_written, element_types, set_config_dtype
 from megatron_erpd.checkpoint.file_writer import Fill, require_space, sync_folder
-from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
-from megatron_erpd.checkpoint.hf_weights import HfWeights
-from megatron_erpd.checkpoint.param_map import Unit, hf_shapes, units
+from megatron_erpd.checkpoint.hugging_face.export_plan import as_dtype, check_written, element_types, set_config_dtype
+from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
+from megatron_erpd.checkpoint.hugging_face.writer import (
+    DEFAULT_SHARD_BYTES,
+    PlannedFile,
+    ShardWriter,
+    plan_files,
+    write_index,
+)
+from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.mapping.param_map import Unit, hf_shapes, units
+from megatron_erpd.checkpoint.mapping.shards import raise_problems
 from megatron_erpd.checkpoint.processes import Progress, do_together, process_rank, share
-from megatron_erpd.checkpoint.shard_writer import DEFAULT_SHARD_BYTES, PlannedFile, ShardWriter, plan_files, write_index
-from megatron_erpd.checkpoint.shards import raise_problems
-from megatron_erpd.checkpoint.sidecar import copy_files
-from megatron_erpd.checkpoint.torch_dist import TorchDistReader
+from megatron_erpd.checkpoint.torch_dist.reader import TorchDistReader
 from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.files import remove_unfinished, write_json

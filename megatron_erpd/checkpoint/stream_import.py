@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from megatron_erpd.checkpoint.file_writer import Fill, require_space
-from megatron_erpd.checkpoint.hf_config import read_model_shape
-from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
-from megatron_erpd.checkpoint.param_map import Unit, units
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.mapping.param_map import Unit, units
+from megatron_erpd.checkpoint.mapping.shards import raise_problems
 from megatron_erpd.checkpoint.processes import Progress, do_together, process_rank, share
-from megatron_erpd.checkpoint.shards import raise_problems
-from megatron_erpd.checkpoint.torch_dist_writer import (
+from megatron_erpd.checkpoint.torch_dist.writer import (
     BLOCK_BYTES,
     FILE_BYTES,
     Block,

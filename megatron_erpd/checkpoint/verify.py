@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_erpd.checkpoint.file_writer import PIECE_BYTES
-from megatron_erpd.checkpoint.hf_weights import HfWeights
-from megatron_erpd.checkpoint.param_map import Unit
-from megatron_erpd.checkpoint.shards import gather_objects, unwrap
-from megatron_erpd.checkpoint.torch_dist import TorchDistReader
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
+from megatron_erpd.checkpoint.mapping.param_map import Unit
+from megatron_erpd.checkpoint.mapping.shards import gather_objects, unwrap
+from megatron_erpd.checkpoint.torch_dist.reader import TorchDistReader
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference between two fp32 logits, as a fraction of the largest logit: rounding stays well below."""

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from megatron_erpd.checkpoint.hf_config import ModelShape, read_model_shape
-from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
-from megatron_erpd.checkpoint.iterations import BRIDGE_TRACKER, TRACKER, iteration_folder, latest_iteration
-from megatron_erpd.checkpoint.param_map import is_ignored, units
-from megatron_erpd.checkpoint.same_config import configuration_differences
-from megatron_erpd.checkpoint.shards import raise_problems
+from megatron_erpd.checkpoint.hugging_face.same_config import configuration_differences
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
+from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.mapping.param_map import is_ignored, units
+from megatron_erpd.checkpoint.mapping.shards import raise_problems
 from megatron_erpd.checkpoint.stream_export import unlike_table
-from megatron_erpd.checkpoint.torch_dist import METADATA, TorchDistReader
+from megatron_erpd.checkpoint.torch_dist.iterations import BRIDGE_TRACKER, TRACKER, iteration_folder, latest_iteration
+from megatron_erpd.checkpoint.torch_dist.reader import METADATA, TorchDistReader
 from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.model_folder import has_weights

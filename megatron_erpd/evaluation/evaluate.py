@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
-from megatron_erpd.data.step_lines import StepLines
 from megatron_erpd.evaluation.divergence import compare_policies
 from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_metrics, saved_metrics
 from megatron_erpd.evaluation.responses import accuracies, decode, prompt_means, respond, score, standard_error
@@ -20,9 +19,10 @@ from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
-from megatron_erpd.sampling.same_tokenizer import check_policies, check_rollouts
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import EvaluateSettings
+from megatron_erpd.sources.same_tokenizer import check_policies, check_rollouts
+from megatron_erpd.step_lines import StepLines
 
 __all__ = ["Evaluation", "PolicyMetrics", "evaluate_policies", "evaluate_policy", "read_metrics"]
 

@@ -16,6 +16,7 @@ from megatron_erpd.files import write_text
 from megatron_erpd.report import plots
 from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary
 from megatron_erpd.report.token_signal import SignalSample, read_signal
+from megatron_erpd.units import size
 
 SIGNAL_SHOWN_FULL = 4.0
 """Nats at which a token's colour is at its strongest."""
@@ -305,16 +306,6 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in decimal units."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def plain(value: Any) -> str:

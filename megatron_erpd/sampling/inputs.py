@@ -56,7 +56,7 @@ def read_digest(path: Path, how: Reading) -> str | None:
 
         return content_digest(path)
     if how == "source":
-        from megatron_erpd.data.sources import open_source, source_digest
+        from megatron_erpd.sources.files import open_source, source_digest
 
         source = open_source(str(path))
         if source.files != (path,) and not (path / MANIFEST).is_file():

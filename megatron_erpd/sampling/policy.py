@@ -12,7 +12,7 @@ import torch
 from megatron_erpd.content import is_junk
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.model_folder import read_tensors, refuse_adapter, weight_files
-from megatron_erpd.sampling.tokenizer import load_tokenizer, without_end
+from megatron_erpd.sources.tokenizer import load_tokenizer, without_end
 
 __all__ = ["Policy", "load_policy", "load_tokenizer", "policy_fingerprint", "reload_weights"]
 

@@ -35,7 +35,7 @@ def load_prompts(
     """Reads prompts.
 
     Args:
-        source: a file, folder or data set of the hub (`data/sources.py`) whose rows have `prompt` and, where wanted,
+        source: a file, folder or data set of the hub (`sources/files.py`) whose rows have `prompt` and, where wanted,
             `answer` and `metadata`; with `?prompt=question&answer=solution` behind it, rows that call them so, whose
             other fields become metadata. Or `reasoning-gym:TASK?size=100&seed=1&...`, whose further options are those
             of the task. Its seed is 0 where none is given, so the same text always means the same prompts.
@@ -76,8 +76,8 @@ def encode_prompts(
         RecipeError: the tokenizer has no chat template, or one that refuses a prompt or doesn't render all of it, or a
             chat is given without asking for one; the message names the row.
     """
-    from megatron_erpd.data.chat import Chat
     from megatron_erpd.data.schema import RowProblem
+    from megatron_erpd.sources.chat import Chat
 
     settings = settings or ChatSettings()
     chat, encoded = Chat(tokenizer, settings), []
@@ -123,9 +123,9 @@ def _placed(record: PromptRecord, place: str) -> PromptRecord:
 
 
 def _from_source(text: str) -> list[PromptRecord]:
-    from megatron_erpd.data.rows import read_rows
     from megatron_erpd.data.schema import RowProblem
-    from megatron_erpd.data.sources import open_source
+    from megatron_erpd.sources.files import open_source
+    from megatron_erpd.sources.rows import read_rows
 
     records = []
     try:
@@ -149,9 +149,9 @@ def _record(row: Mapping[str, Any], place: str, fields: Mapping[str, str]) -> Pr
     Args:
         fields: our names to the row's; with any, the row's other fields become metadata.
     """
-    from megatron_erpd.data.field_map import MISSING, lookup
-    from megatron_erpd.data.rows import TextRow, parsed
     from megatron_erpd.data.schema import RowProblem, check_storable
+    from megatron_erpd.sources.field_map import MISSING, lookup
+    from megatron_erpd.sources.rows import TextRow, parsed
 
     values = {name: lookup(row, fields.get(name, name)) for name in _FIELDS}
     if values["prompt"] is MISSING:
@@ -185,8 +185,8 @@ def _record(row: Mapping[str, Any], place: str, fields: Mapping[str, str]) -> Pr
 
 
 def _checked_prompt(prompt: Any, place: str) -> str | list[dict[str, Any]]:
-    from megatron_erpd.data.chat import checked_messages, refuse_written_messages
     from megatron_erpd.data.schema import RowProblem
+    from megatron_erpd.sources.chat import checked_messages, refuse_written_messages
 
     try:
         if isinstance(prompt, str) and prompt:

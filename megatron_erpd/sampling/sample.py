@@ -13,7 +13,6 @@ import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout, sample_id
-from megatron_erpd.data.tokenizers import tokenizer_digest
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
 from megatron_erpd.objectives.advantages import zero_variance_groups
@@ -25,6 +24,7 @@ from megatron_erpd.sampling.task import questions_digest
 from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
 from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
+from megatron_erpd.sources.tokenizers import tokenizer_digest
 
 REPORT = "report.json"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_erpd.content import module_file, program_digest
 from megatron_erpd.sampling.prompts import REASONING_GYM, PromptRecord
-from megatron_erpd.source_names import local_path
+from megatron_erpd.sources.names import local_path
 
 _SCORERS = {"math-verify": "math_answers.py", "reasoning-gym": "verifier_worker.py"}
 """Packages of the verifiers that come with the project, and the module that asks each."""

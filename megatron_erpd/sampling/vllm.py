@@ -14,8 +14,8 @@ import numpy as np
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.model_folder import read_tensors
-from megatron_erpd.sampling.tokenizer import check_end
 from megatron_erpd.sampling.types import Progress, Sample
+from megatron_erpd.sources.tokenizer import check_end
 
 
 class VllmEngine:

@@ -1,1 +1,1 @@
-"""The only package that imports `megatron.training`: models, batches, forward steps and the stages that run them."""
+"""Trainings: stage 1, stage 2 and on policy, their steps and what they watch."""

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import export_hf_weights
-from megatron_erpd.checkpoint.shards import gather_objects
+from megatron_erpd.checkpoint.mapping.shards import gather_objects
+from megatron_erpd.data.batch import BatchSource
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.errors import StageError
@@ -24,7 +25,6 @@ from megatron_erpd.sampling.policy import load_policy, reload_weights
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
-from megatron_erpd.training.batch import BatchSource
 
 
 @dataclass(frozen=True)

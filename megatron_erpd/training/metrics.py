@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.step_lines import keep_before
 from megatron_erpd.files import json_line
+from megatron_erpd.step_lines import keep_before
 
 _LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
 

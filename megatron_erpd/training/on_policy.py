@@ -12,21 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_erpd.checkpoint.hf_config import model_flags
+from megatron_erpd.checkpoint.mapping.config import model_flags
+from megatron_erpd.data.batch import pad_multiple
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.held_out import too_few
 from megatron_erpd.files import check_output
 from megatron_erpd.manifest import read_manifest, settings_identity
-from megatron_erpd.objectives.reduction import aggregate
-from megatron_erpd.objectives.replay import REPLAY_LOSSES
-from megatron_erpd.sampling.policy import load_tokenizer
-from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
-from megatron_erpd.sampling.task import task_identity
-from megatron_erpd.sampling.verifiers import Verifier
-from megatron_erpd.settings import OnPolicySettings
-from megatron_erpd.settings_arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
-from megatron_erpd.training.arguments import (
+from megatron_erpd.model.arguments import (
     add_layout_arguments,
     add_monitoring_arguments,
     layout_from_namespace,
@@ -34,10 +27,18 @@ from megatron_erpd.training.arguments import (
     rank,
     split_pass_through,
 )
+from megatron_erpd.objectives.reduction import aggregate
+from megatron_erpd.objectives.replay import REPLAY_LOSSES
+from megatron_erpd.sampling.policy import load_tokenizer
+from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
+from megatron_erpd.sampling.task import task_identity
+from megatron_erpd.sampling.verifiers import Verifier
+from megatron_erpd.settings import OnPolicySettings
+from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.training.fresh_rollouts import FreshBatches, Sampler
 from megatron_erpd.training.metrics import report, token_mean
 from megatron_erpd.training.replay_step import ReplayStep, sequence_advantages
-from megatron_erpd.training.run import ForwardStep, TrainingRun, pad_multiple, with_rates
+from megatron_erpd.training.run import ForwardStep, TrainingRun, with_rates
 
 
 def train_on_policy(argv: list[str]) -> None:
@@ -150,7 +151,7 @@ class OnPolicyRun(TrainingRun):
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
 
-        from megatron_erpd.training.model import build_frozen_model, load_weights, model_config
+        from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
 
         # The first rollouts are the checkpoint's, as those after a step are the model's that was just updated.
         model = build_frozen_model(model_config(args))
@@ -204,8 +205,8 @@ class OnPolicyStep(ReplayStep):
 
 
 def _step(run: OnPolicyRun, args: argparse.Namespace) -> ForwardStep:
+    from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
     from megatron_erpd.training.distill_step import live_base
-    from megatron_erpd.training.model import build_frozen_model, load_weights, model_config
 
     settings, frozen = run.settings, []
     if settings.kl_coefficient > 0:

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.collate import Batch
+from megatron_erpd.model.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
+from megatron_erpd.model.heads import Hidden, PolicyHead, TargetOf, policy_head
+from megatron_erpd.model.loss_guard import finite_loss
+from megatron_erpd.model.policies import forward_stage, join
 from megatron_erpd.objectives.off_policy import importance_correction, kl_penalty
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.signals import SignalTerm, combine, token_advantages
 from megatron_erpd.objectives.types import Aggregation, DivergenceKind, KlEstimator, LossOutput, ReplayInputs
 from megatron_erpd.settings import DistillSettings, ReplaySettings
-from megatron_erpd.training.context_parallel import context_parallel_rank, slice_batch, whole_sequence_loss
 from megatron_erpd.training.early_stop import EarlyStop
-from megatron_erpd.training.heads import Hidden, PolicyHead, TargetOf, policy_head
 from megatron_erpd.training.kl_budget import KlBudget
-from megatron_erpd.training.loss_guard import finite_loss
 from megatron_erpd.training.metrics import report, token_mean
-from megatron_erpd.training.policies import forward_stage, join
 
 LossFunction = Callable[[ReplayInputs], LossOutput]
 Advantages = Callable[[Batch], Tensor]

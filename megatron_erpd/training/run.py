@@ -17,8 +17,9 @@ import numpy as np
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import copy_sidecar
-from megatron_erpd.checkpoint.hf_config import model_flags
-from megatron_erpd.checkpoint.iterations import (
+from megatron_erpd.checkpoint.mapping.parameter_count import parameters_of
+from megatron_erpd.checkpoint.meeting import finish_together, first
+from megatron_erpd.checkpoint.torch_dist.iterations import (
     TRACKER,
     SaveIntervals,
     latest_iteration,
@@ -26,31 +27,27 @@ from megatron_erpd.checkpoint.iterations import (
     save_intervals,
     saved_iterations,
 )
-from megatron_erpd.checkpoint.meeting import finish_together, first
-from megatron_erpd.checkpoint.parameter_count import parameters_of
-from megatron_erpd.checkpoint.recovery import recover
+from megatron_erpd.checkpoint.torch_dist.recovery import recover
+from megatron_erpd.data.batch import BatchSource, TokenRow, pad_multiple
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
-from megatron_erpd.data.rewards import with_rewards
 from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
-from megatron_erpd.errors import NoRoom, RolloutError, StageError, StageInterrupted, has_no_room
-from megatron_erpd.manifest import METRICS, read_manifest, settings_identity
-from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
-from megatron_erpd.settings.learning_rates import describe_rates
-from megatron_erpd.training.advantages import Advantages
-from megatron_erpd.training.arguments import check_arguments, parse_megatron_arguments, rank
-from megatron_erpd.training.batch import BatchSource, TokenRow, open_rollouts
-from megatron_erpd.training.compatible import check_data
-from megatron_erpd.training.early_stop import Stop, read_stop
-from megatron_erpd.training.loss_guard import NonFiniteLoss
-from megatron_erpd.training.runtime import (
+from megatron_erpd.errors import NoRoom, StageError, StageInterrupted, has_no_room
+from megatron_erpd.manifest import METRICS, settings_identity
+from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
+from megatron_erpd.model.loss_guard import NonFiniteLoss
+from megatron_erpd.model.runtime import (
     common_flags,
     configure_head,
     keep_save_results_here,
     prepare_output,
     stage_process,
 )
+from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySettings, TrainingSettings
+from megatron_erpd.settings.learning_rates import describe_rates
+from megatron_erpd.training.advantages import Advantages
+from megatron_erpd.training.early_stop import Stop, read_stop
 
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
 
@@ -149,7 +146,7 @@ class TrainingRun(ABC):
             flags = self.megatron_flags()
             args = parse_megatron_arguments(self.base / "hf", self.layout, flags, self.pass_through, self.max_length)
             configure_head(self.layout)
-            from megatron_erpd.training.model import check_optimizer_fits, synchronize
+            from megatron_erpd.model.model import check_optimizer_fits, synchronize
 
             if rank() == 0:  # which has put the checkpoint in order; its error ends the others
                 check_optimizer_fits(self.output / "megatron", self.layout.expert_parallel)
@@ -207,7 +204,7 @@ class TrainingRun(ABC):
         from megatron.training.initialize import initialize_megatron
         from torch.distributed.checkpoint.api import CheckpointException
 
-        from megatron_erpd.training.model import model_config
+        from megatron_erpd.model.model import model_config
 
         if platform.is_cpu():
             # `pretrain` starts Megatron itself and would refuse a machine without CUDA.
@@ -428,35 +425,3 @@ def with_rates[S: TrainingSettings](settings: S, base: Path) -> S:
     if rank() == 0:
         print(f"learning rate {describe_rates(settings.learning_rate, settings.warmup_fraction, size)}", flush=True)
     return settings.with_rates(lambda: size)
-
-
-def pad_multiple(layout: Layout) -> int:
-    """What sequence lengths are rounded up to: shards of the sequence must be equal."""
-    shards = layout.tensor_parallel if layout.sequence_parallel else 1
-    return shards * (2 * layout.context_parallel if layout.context_parallel > 1 else 1)
-
-
-def load_data(path: Path, base: Path, scored: bool = True, rewards: Path | None = None) -> Rollouts:
-    """The rollouts of a stage, checked against the model; with `scored`, those that a verifier has scored.
-
-    Args:
-        rewards: an artifact of `megatron-erpd score`, whose rewards take the place of the rollouts' own.
-
-    Raises:
-        StageError, RolloutError: the base isn't an artifact, or the rollouts can't be used with it.
-        CheckpointError: the base's tokenizer can't be loaded.
-    """
-    read_manifest(base)
-    flags = model_flags(base / "hf")
-    rollouts = open_rollouts(path, int(flags["vocab_size"]), int(flags["max_position_embeddings"]))  # type: ignore[call-overload]
-    if rank() == 0:  # its error ends the others
-        for note in check_data(rollouts, path, base):
-            print(f"note: {note}", flush=True)
-    if rewards is not None:
-        rollouts = with_rewards(rollouts, path, rewards)
-    if not scored:
-        return rollouts
-    kept = np.flatnonzero(~np.isnan(rollouts.rewards))
-    if len(kept) == 0:
-        raise RolloutError(f"{rewards or path}: no rollout has a reward; score them with `megatron-erpd score`")
-    return rollouts if len(kept) == len(rollouts) else rollouts.select(kept)

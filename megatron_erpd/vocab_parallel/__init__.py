@@ -16,7 +16,6 @@ from megatron_erpd.vocab_parallel.log_probs import (
     token_log_probs_and_entropy,
     vocab_parallel_log_softmax,
 )
-from megatron_erpd.vocab_parallel.partial_sums import normalizer
 from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,
@@ -24,7 +23,7 @@ from megatron_erpd.vocab_parallel.projection import (
     project_shard,
     signal_law,
 )
-from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.shard import VocabShard, normalizer
 from megatron_erpd.vocab_parallel.targets import HiddenTarget, LiveTarget, Target
 from megatron_erpd.vocab_parallel.terms import IGNORED_TOKEN
 from megatron_erpd.vocab_parallel.token_terms import TokenTerms, token_terms

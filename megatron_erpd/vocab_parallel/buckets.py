@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.objectives.types import DivergenceKind
-from megatron_erpd.vocab_parallel.partial_sums import combine, weighted_sum
-from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
+from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, combine, weighted_sum
 from megatron_erpd.vocab_parallel.targets import TopKTarget
 
 

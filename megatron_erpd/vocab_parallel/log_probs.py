@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_erpd.vocab_parallel.partial_sums import normalizer
-from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.shard import VocabShard, normalizer
 from megatron_erpd.vocab_parallel.token_terms import token_terms
 
 

@@ -28,8 +28,7 @@ from megatron_erpd.objectives.signal_law import (
 )
 from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
 from megatron_erpd.vocab_parallel.log_probs import log_softmax_of
-from megatron_erpd.vocab_parallel.partial_sums import normalizer
-from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
+from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, normalizer
 
 
 @torch.no_grad()

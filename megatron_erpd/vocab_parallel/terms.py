@@ -28,8 +28,7 @@ from megatron_erpd.errors import TokenError
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel.buckets import RowGradient, bucket_gradient, bucket_terms, entry_logits
 from megatron_erpd.vocab_parallel.kernels import passes_for
-from megatron_erpd.vocab_parallel.partial_sums import combine, rescaled, weighted_sum
-from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
+from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, combine, rescaled, weighted_sum
 from megatron_erpd.vocab_parallel.targets import (
     FullTarget,
     TopKTarget,

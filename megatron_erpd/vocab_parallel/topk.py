@@ -8,8 +8,7 @@ from torch import Tensor
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import TopK as TopKTarget
 from megatron_erpd.vocab_parallel.chunks import local_blocks
-from megatron_erpd.vocab_parallel.partial_sums import joined, local_sums
-from megatron_erpd.vocab_parallel.shard import VocabShard
+from megatron_erpd.vocab_parallel.shard import VocabShard, joined, local_sums
 
 __all__ = ["NO_TOKEN", "TopKTarget", "exclude", "vocab_parallel_topk"]
 

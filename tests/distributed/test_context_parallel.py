@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.collate import Batch
+from megatron_erpd.model.context_parallel import gather_sequence, loss_once, rank_positions, slice_batch
 from megatron_erpd.objectives.replay import ce_loss, sapo_loss
 from megatron_erpd.objectives.types import LossOutput, ReplayInputs
-from megatron_erpd.training.context_parallel import gather_sequence, loss_once, rank_positions, slice_batch
 from tests.distributed.harness import run_ranks
 from tests.tolerances import FLOAT64
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from megatron_erpd.data.collate import Batch
+from megatron_erpd.model.context_parallel import rank_positions
+from megatron_erpd.model.heads import HiddenStates, response_positions
+from megatron_erpd.precompute.scores import Scores, hidden_rows, hidden_states, output_layer_digest
 from megatron_erpd.settings import PrecomputeSettings
-from megatron_erpd.training.context_parallel import rank_positions
-from megatron_erpd.training.heads import HiddenStates, response_positions
-from megatron_erpd.training.scores import Scores, hidden_rows, hidden_states, output_layer_digest
 from megatron_erpd.vocab_parallel import VocabShard
 from tests.distributed.harness import run_ranks
 from tests.tolerances import FP32

@@ -107,9 +107,9 @@ def test_triton_passes_beyond_2_to_the_31_entries() -> None:
 
 def test_a_round_on_nccl(tmp_path: Path) -> None:
     """Import, log-probs, replay and projection on one device; a stage each, as a user would call them."""
-    from megatron_erpd.training.import_checkpoint import import_checkpoint
-    from megatron_erpd.training.precompute import precompute
-    from megatron_erpd.training.train import distill, train_teacher
+    from megatron_erpd.commands.import_checkpoint import import_checkpoint
+    from megatron_erpd.commands.precompute import precompute
+    from megatron_erpd.commands.train import distill, train_teacher
     from tests.integration.tiny import write_model, write_random_rollouts
 
     write_model(tmp_path / "hf")

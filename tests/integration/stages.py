@@ -16,12 +16,12 @@ def run_stages(rank: int, world_size: int, stages: Stages) -> None:
     from megatron_erpd import platform
 
     platform.enable_cpu()
-    from megatron_erpd.pipeline.commands import select
-    from megatron_erpd.training.export_checkpoint import export_checkpoints
-    from megatron_erpd.training.import_checkpoint import import_checkpoint
+    from megatron_erpd.commands.export_checkpoint import export_checkpoints
+    from megatron_erpd.commands.import_checkpoint import import_checkpoint
+    from megatron_erpd.commands.one_process import select
+    from megatron_erpd.commands.precompute import precompute
+    from megatron_erpd.commands.train import distill, train_teacher
     from megatron_erpd.training.on_policy import train_on_policy
-    from megatron_erpd.training.precompute import precompute
-    from megatron_erpd.training.train import distill, train_teacher
 
     commands = {
         "import": import_checkpoint,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch.utils.cpp_extension  # noqa: F401  # logs at its import where there is nvcc and no GPU; Megatron imports it
 
-from megatron_erpd import cli
+from megatron_erpd.commands import cli
 from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout
 from tests.distributed.harness import run_ranks

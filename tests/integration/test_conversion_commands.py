@@ -23,7 +23,7 @@ from tests.integration.tiny import write_model, write_random_rollouts
 
 def erpd(*argv: object, code: int = 0) -> str:
     """Runs a command, which must end with this code; what it said."""
-    command = [sys.executable, "-m", "megatron_erpd.cli", *map(str, argv)]
+    command = [sys.executable, "-m", "megatron_erpd.commands.cli", *map(str, argv)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def _agree(rank: int, world_size: int, iteration: Path, sources: list[Path]) -> 
 
     platform.enable_cpu()
     from megatron_erpd.checkpoint.verify_checkpoint import Pair
-    from megatron_erpd.training.verify_logits import compare_on_prompts
+    from megatron_erpd.model.verify_logits import compare_on_prompts
 
     return [compare_on_prompts(Pair(iteration, source), [[1, 2, 3, 4]])[0].agrees() for source in sources]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.checkpoint.iterations import saved_iterations
+from megatron_erpd.checkpoint.torch_dist.iterations import saved_iterations
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest, verify_manifest
 from megatron_erpd.objectives.advantages import zero_variance_groups

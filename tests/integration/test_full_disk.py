@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_erpd.checkpoint.iterations import TRACKER, saved_iterations
-from megatron_erpd.checkpoint.recovery import damage
+from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, saved_iterations
+from megatron_erpd.checkpoint.torch_dist.recovery import damage
 from tests.disk import Disk
 from tests.integration.disks import assert_same_files, go_through, pages, run_into_the_end, run_well, tool
 from tests.integration.stages import make_round
@@ -67,8 +67,8 @@ def open_or_fail(path, mode="r", *given, opened=checkpointing.maybe_msc.open, **
     return opened(path, mode, *given, **options)
 
 checkpointing.maybe_msc.open = open_or_fail
-from megatron_erpd.pipeline.program import run_command
-from megatron_erpd.training.train import train_teacher
+from megatron_erpd.launch.program import run_command
+from megatron_erpd.commands.train import train_teacher
 run_command(train_teacher)
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.checkpoint.iterations import latest_iteration
+from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration
 from megatron_erpd.evaluation.strength import read_selection
 from megatron_erpd.manifest import verify_manifest
 from tests.disk import Disk
@@ -42,7 +42,7 @@ def to(output: Path) -> list[object]:
 
 def command(name: str, *argv: object) -> list[str]:
     """As a person types it: in as many processes as its flags ask for."""
-    return [sys.executable, "-m", "megatron_erpd.cli", name, *map(str, argv)]
+    return [sys.executable, "-m", "megatron_erpd.commands.cli", name, *map(str, argv)]
 
 
 def training(made: Path, output: Path, *flags: object) -> list[str]:

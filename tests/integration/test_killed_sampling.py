@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from megatron_erpd.commands import one_process as commands
 from megatron_erpd.manifest import MANIFEST, METRICS, read_manifest, verify_manifest
-from megatron_erpd.pipeline import commands
 from tests.distributed.harness import REPOSITORY
 from tests.unit.sampling.tiny_model import write_model
 
@@ -47,7 +47,7 @@ def task(tmp_path: Path) -> list[str]:
 
 
 def end_in_its_midst(number: signal.Signals, when: Callable[[], bool], *argv: str) -> None:
-    command = [sys.executable, "-m", "megatron_erpd.cli", *argv]
+    command = [sys.executable, "-m", "megatron_erpd.commands.cli", *argv]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, text=True, cwd=REPOSITORY, env=environment, **pipes)

@@ -43,7 +43,7 @@ def stages(inputs: Path, output: Path, layout: list[str]) -> Stages:
 def run_and_resume(rank: int, world_size: int, todo: Stages, alone: Path, spread: Path) -> None:
     """Runs stages, then asks from whose checkpoints a training could go on with which sizes."""
     run_stages(rank, world_size, todo)
-    from megatron_erpd.training.model import check_optimizer_fits
+    from megatron_erpd.model.model import check_optimizer_fits
 
     for artifact, other in ((alone, 2), (spread, 1)):
         with pytest.raises(LayoutError, match=f"can't give its optimizer's state to one with {other}"):

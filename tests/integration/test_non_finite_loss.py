@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_erpd.checkpoint.iterations import latest_iteration
+from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration
 from megatron_erpd.data.rollouts import read_rollouts
 from tests.distributed.harness import RankError, run_ranks
 from tests.integration.stages import run_stages

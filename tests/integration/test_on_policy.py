@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest
-from megatron_erpd.pipeline.planner import plan
-from megatron_erpd.pipeline.recipe import Recipe
-from megatron_erpd.pipeline.stages import settings_of
+from megatron_erpd.recipe.planner import plan
+from megatron_erpd.recipe.recipe import Recipe
+from megatron_erpd.recipe.stages import settings_of
 from megatron_erpd.training import on_policy
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages

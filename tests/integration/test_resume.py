@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd import platform
-from megatron_erpd.checkpoint.iterations import saved_iterations
+from megatron_erpd.checkpoint.torch_dist.iterations import saved_iterations
 from megatron_erpd.launcher import without_launcher
 from megatron_erpd.manifest import verify_manifest
 from tests.distributed.harness import REPOSITORY, run_ranks
@@ -87,8 +87,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.training import checkpointing
 from megatron_erpd import platform
-from megatron_erpd.pipeline.program import run_command
-from megatron_erpd.training.train import train_teacher
+from megatron_erpd.launch.program import run_command
+from megatron_erpd.commands.train import train_teacher
 
 where, saves = sys.argv.pop(1), []
 

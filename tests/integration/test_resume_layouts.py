@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.numpy import load_file
 
-from megatron_erpd.checkpoint.iterations import latest_iteration
+from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration
+from megatron_erpd.data.batch import BatchSource
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
-from megatron_erpd.training.batch import BatchSource
 from tests.distributed.harness import RankError, run_ranks
 from tests.integration.stages import make_round, run_stages
 from tests.tolerances import LAYOUT

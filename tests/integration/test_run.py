@@ -45,7 +45,7 @@ def score(record: dict[str, object], response: str) -> float:
 
 
 def run(recipe: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_erpd.cli", "run", str(recipe), "--output", str(output), *flags]
+    command = [sys.executable, "-m", "megatron_erpd.commands.cli", "run", str(recipe), "--output", str(output), *flags]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=500)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.checkpoint.iterations import latest_iteration, saved_iterations
+from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration, saved_iterations
+from megatron_erpd.commands import one_process as commands
 from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.data.schema import Rollout
 from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.strength import read_selection
 from megatron_erpd.manifest import verify_manifest
-from megatron_erpd.pipeline import commands
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import REPOSITORY, run_ranks
 from tests.integration.stages import Stages, run_stages

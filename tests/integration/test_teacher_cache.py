@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_erpd.data.batch import length_groups
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import CacheError, RecipeError, StageError
 from megatron_erpd.teacher_cache.reader import CacheReader
-from megatron_erpd.training.batch import length_groups
 from tests.distributed.harness import REPOSITORY, RankError, run_ranks
 from tests.integration.stages import Stages, make_round, run_stages
 from tests.integration.tiny import write_random_rollouts
@@ -104,7 +104,8 @@ def assert_close_rows(ours: Path, theirs: Path) -> None:
 
 
 def _precompute_with_free_disk(rank: int, world_size: int, argv: list[str], free: int) -> int:
-    from megatron_erpd.training import cache_passes, model
+    from megatron_erpd.model import model
+    from megatron_erpd.precompute import passes as cache_passes
 
     loads = []
     load, usage = model.load_weights, shutil.disk_usage
@@ -142,7 +143,7 @@ def test_slices_make_the_same_cache(made: Path, tmp_path: Path) -> None:
 
 
 def test_verify_looks_at_every_row(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_erpd.pipeline.verify_command import verify
+    from megatron_erpd.commands.verify import verify
 
     shutil.copytree(made / "hidden", tmp_path / "cache")
     verify([f"{tmp_path}/cache", "--rollouts", f"{made}/rollouts.parquet"])
@@ -188,7 +189,7 @@ def test_slices_of_another_teacher_are_refused(made: Path, tmp_path: Path) -> No
 
 
 def test_slices_and_a_global_eta_exclude_each_other(made: Path, tmp_path: Path) -> None:
-    from megatron_erpd.training.precompute import precompute as command
+    from megatron_erpd.commands.precompute import precompute as command
 
     argv = [*policies(made), *TARGET, "--output", f"{tmp_path}/cache", "--projection", "global"]
     with pytest.raises(RecipeError, match="--projection global looks for one eta"):
@@ -220,7 +221,7 @@ def test_hidden_states_of_more_rollouts_serve_a_slice(made: Path, tmp_path: Path
 
 
 def _precompute_without_forward(rank: int, world_size: int, argv: list[str]) -> int:
-    from megatron_erpd.training import policies as running
+    from megatron_erpd.model import policies as running
 
     calls = []
     forward = running.forward_stage
@@ -293,7 +294,7 @@ def test_a_run_that_stopped_in_a_table_goes_on_to_the_same_bits(
 
 
 def _precompute_and_tell_batches(rank: int, world_size: int, argv: list[str]) -> list[list[int]]:
-    from megatron_erpd.training import cache_passes
+    from megatron_erpd.precompute import passes as cache_passes
 
     told: list[list[int]] = []
     forward = cache_passes.run_forward
@@ -309,8 +310,8 @@ def _precompute_and_tell_batches(rank: int, world_size: int, argv: list[str]) ->
 
 def _precompute_and_stop(rank: int, world_size: int, argv: list[str], parts: int) -> None:
     """With parts of a row or two, in an uneven number of which a batch of four ends."""
+    from megatron_erpd.precompute import passes as cache_passes
     from megatron_erpd.teacher_cache import writer
-    from megatron_erpd.training import cache_passes
 
     publish, left = writer.CacheWriter._publish, parts
 
@@ -347,7 +348,7 @@ def test_two_programs_on_one_folder(made: Path, tmp_path: Path) -> None:
         precompute(*policies(made), *TARGET, "--output", f"{tmp_path}/cache")
     precompute(*policies(made), *TARGET, "--output", f"{tmp_path}/cache")
     with pytest.raises(StageError, match="already holds a finished artifact"):
-        from megatron_erpd.training.precompute import precompute as command
+        from megatron_erpd.commands.precompute import precompute as command
 
         command([*policies(made), *TARGET, "--output", f"{tmp_path}/cache"])
 

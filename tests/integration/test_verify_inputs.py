@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def erpd(*argv: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megatron_erpd.cli", *map(str, argv)]
+    command = [sys.executable, "-m", "megatron_erpd.commands.cli", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_erpd.pipeline.slurm_jobs import JobRecord
-from megatron_erpd.pipeline.slurm_queue import queued, slurm
-from megatron_erpd.pipeline.slurm_submit import read_submitted, record_file
+from megatron_erpd.slurm.jobs import JobRecord
+from megatron_erpd.slurm.queue import queued, slurm
+from megatron_erpd.slurm.submit import read_submitted, record_file
 from tests.slurm.runs import Run
 
 WAYS = ("the signal before the time limit", "SIGKILL of the stage's processes")

@@ -49,7 +49,7 @@ def write_recipe(folder: Path, steps: int = 1, **slurm: Any) -> Path:
 def start(*words: object) -> subprocess.Popen[str]:
     """Starts `megatron-erpd` with these arguments. A thread for each process, as jobs without `cpus_per_task` have."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = (sys.executable, "-m", "megatron_erpd.cli", *map(str, words))
+    command = (sys.executable, "-m", "megatron_erpd.commands.cli", *map(str, words))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, **pipes, text=True, cwd=REPOSITORY, env=environment)
 

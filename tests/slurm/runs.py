@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.pipeline.display import Display
-from megatron_erpd.pipeline.slurm_queue import queued, slurm, state_of
-from megatron_erpd.pipeline.slurm_status import show_jobs
-from megatron_erpd.pipeline.slurm_submit import cancel, read_submitted, submit_stages
-from megatron_erpd.pipeline.stages import Stage
+from megatron_erpd.launch.display import Display
+from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings import Layout, SlurmSettings
+from megatron_erpd.slurm.queue import queued, slurm, state_of
+from megatron_erpd.slurm.status import show_jobs
+from megatron_erpd.slurm.submit import cancel, read_submitted, submit_stages
 
 SCRIPT = Path(__file__).with_name("fake_stage.py")
 

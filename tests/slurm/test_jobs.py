@@ -14,8 +14,8 @@ import pytest
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import MANIFEST
-from megatron_erpd.pipeline.local import locked
-from megatron_erpd.pipeline.slurm_queue import slurm
+from megatron_erpd.slurm.queue import slurm
+from megatron_erpd.slurm.submit import refuse_queued_jobs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, processes_of
 
@@ -82,7 +82,7 @@ def test_a_job_whose_wrapper_is_killed_is_queued_again_and_fails_when_the_requeu
     shown: dict[str, str] = {}
     for restart in (0, 1):
         run.starts("a", restart)
-        wrapper = processes_of(f"slurm_job {run.root} a ")
+        wrapper = processes_of(f"slurm.job {run.root} a ")
         assert len(wrapper) == 1
         shown = run.shown(run.stage("a"))
         os.kill(wrapper[0], signal.SIGKILL)
@@ -107,8 +107,8 @@ def test_cancel_ends_the_jobs_of_its_run_and_no_others(run: Run, runs: dict[str,
     run.starts("a")
     number = run.number("a")
     # While it runs, nobody else gets at its stage.
-    with pytest.raises(StageError, match=rf"job {number} of .a. is in the queue"), locked(run.root):
-        pass
+    with pytest.raises(StageError, match=rf"job {number} of .a. is in the queue"):
+        refuse_queued_jobs(run.root)
     with pytest.raises(StageError, match=rf"other settings than these(?s:.*)\n  a, job {number}: .*settings"):
         run.submit(run.stage("a", waits=9, settings={"epochs": 2}))
     (run.root / "a" / "metrics.jsonl").write_text('{"iteration": 7, "stage1/loss": 0.25}\n')

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.manifest import METRICS, REQUEST
-from megatron_erpd.pipeline.stages import TRAINS
+from megatron_erpd.recipe.stages import TRAINS
 from tests.distributed.harness import REPOSITORY
 from tests.slurm.cluster import Cluster
 from tests.slurm.interruptions import WAYS, interrupt_all

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.manifest import METRICS
-from megatron_erpd.pipeline.stages import TRAINS
+from megatron_erpd.recipe.stages import TRAINS
 from tests.slurm.cluster import Cluster
 from tests.slurm.interruptions import WAYS, interrupt_all
 from tests.slurm.recipes import assert_same_results, end, start, trainings, write_recipe

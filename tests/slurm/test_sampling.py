@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_erpd.commands import one_process as commands
 from megatron_erpd.manifest import read_manifest, verify_manifest
-from megatron_erpd.pipeline import commands
-from megatron_erpd.pipeline.planner import plan
-from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.recipe.planner import plan
+from megatron_erpd.recipe.recipe import Recipe
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run
 from tests.unit.sampling.tiny_model import write_model

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.errors import ErpdError
-from megatron_erpd.pipeline.slurm_queue import slurm
-from megatron_erpd.pipeline.slurm_submit import read_submitted
+from megatron_erpd.slurm.queue import slurm
+from megatron_erpd.slurm.submit import read_submitted
 from tests.disk import Disk
 from tests.slurm.cluster import Cluster
 from tests.slurm.recipes import start, write_recipe

@@ -12,25 +12,28 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
 
 ORDER = [
-    *("__init__", "errors", "settings", "settings_arguments", "files", "progress", "content", "manifest"),
-    *("model_folder", "slices", "launcher", "source_names", "platform"),
-    *("objectives", "vocab_parallel", "data", "teacher_cache", "sampling", "checkpoint", "evaluation", "training"),
-    *("report", "pipeline", "cli"),
+    *("__init__", "errors", "settings", "files", "progress", "units", "step_lines", "content", "manifest"),
+    *("model_folder", "slices", "launcher", "platform", "objectives", "vocab_parallel", "data", "sources"),
+    *("teacher_cache", "sampling", "checkpoint", "evaluation", "model", "precompute", "training", "report"),
+    *("recipe", "plan", "launch", "slurm", "commands"),
 ]
 
 ONLY_IN = {
-    "megatron.training": {"training"},
-    "megatron": {"training", "checkpoint"},
-    "transformers": {"sampling", "evaluation", "checkpoint", "training", "report"},
+    "megatron.training": {"model", "precompute", "training", "launch", "commands"},
+    "megatron": {"model", "precompute", "training", "launch", "checkpoint", "commands"},
+    "transformers": {"sources", "sampling", "evaluation", "checkpoint", "model", "commands", "report"},
 }
 """Packages that may import a heavy library at all, at the top of a module or inside a function."""
 
 LIGHT = [
-    *("errors", "settings", "settings_arguments", "files", "progress", "content", "manifest", "model_folder"),
-    *("slices", "launcher", "source_names", "cli"),
-    *("pipeline/commands", "pipeline/program", "pipeline/recipe", "pipeline/recipe_file", "pipeline/slurm_job"),
+    *("errors", "settings", "settings/arguments", "files", "progress", "content", "manifest", "model_folder", "units"),
+    *("slices", "launcher", "sources/names", "commands/cli", "commands/one_process"),
+    *("launch/program", "recipe/recipe", "recipe/file", "slurm/job"),
 ]
 """Modules that a command line, or a job, loads before it knows what to do."""
+
+MOST_MODULES = 16
+"""In a folder, `__init__` counted: more is a heap, not a room."""
 
 
 def imports(path: Path) -> set[str]:
@@ -56,6 +59,11 @@ def layer(path: Path) -> str:
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_folder_is_a_room():
+    folders = {path.parent for path in modules()}
+    assert {folder: n for folder in folders if (n := len(list(folder.glob("*.py")))) > MOST_MODULES} == {}
 
 
 def test_every_package_has_its_place():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_erpd.data.field_map import PRESETS
-from megatron_erpd.pipeline.recipe import Recipe
+from megatron_erpd.recipe.recipe import Recipe
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.verifiers import Verifier
+from megatron_erpd.sources.field_map import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

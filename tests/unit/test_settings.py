@@ -22,7 +22,7 @@ from megatron_erpd.settings import (
     Settings,
     parse_settings,
 )
-from megatron_erpd.settings_arguments import add_settings_arguments, settings_from_namespace, settings_to_argv
+from megatron_erpd.settings.arguments import add_settings_arguments, settings_from_namespace, settings_to_argv
 
 MODELS: list[type[Settings]] = [
     *(Layout, ReplaySettings, OnPolicySettings, SampleSettings, ImportSettings),

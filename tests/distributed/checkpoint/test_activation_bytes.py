@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.checkpoint import model_flags
-from megatron_erpd.checkpoint.hf_config import read_model_shape
-from megatron_erpd.pipeline.activations import MicroBatch, layer_bytes
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.plan.activations import MicroBatch, layer_bytes
 from megatron_erpd.settings import Layout
 from tests.distributed.checkpoint.tiny_models import build_megatron_model, set_layout
 from tests.distributed.harness import run_cases

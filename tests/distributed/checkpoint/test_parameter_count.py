@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.checkpoint import model_flags
-from megatron_erpd.checkpoint.hf_config import read_model_shape
-from megatron_erpd.checkpoint.parameter_count import count_parameters, parameters_per_process
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.mapping.parameter_count import count_parameters, parameters_per_process
 from tests.distributed.checkpoint.tiny_models import (
     MIXTURES,
     MODELS,

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megatron_erpd.checkpoint.dry_run import dry_run
-from megatron_erpd.checkpoint.hf_config import model_flags, read_model_shape
-from megatron_erpd.checkpoint.parallel_layout import pipeline_flags
-from megatron_erpd.checkpoint.rank_shards import Sharding
+from megatron_erpd.checkpoint.mapping.config import model_flags, read_model_shape
+from megatron_erpd.checkpoint.mapping.parallel_layout import pipeline_flags
+from megatron_erpd.checkpoint.mapping.rank_shards import Sharding
 from megatron_erpd.settings import Layout
 from tests.distributed.checkpoint.published import PUBLISHED
 from tests.distributed.checkpoint.tiny_models import build_megatron_model, save_hf_model, set_layout

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import compare_weights, export_checkpoint, write_checkpoint
 from megatron_erpd.checkpoint.bridge import export_with_bridge, hf_source, import_with_bridge
-from megatron_erpd.checkpoint.iterations import find_iteration, iteration_folder, latest_iteration
+from megatron_erpd.checkpoint.torch_dist.iterations import find_iteration, iteration_folder, latest_iteration
 from megatron_erpd.errors import CheckpointError
 from tests.distributed.checkpoint.tiny_models import save_hf_model
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megatron_erpd.checkpoint.dry_run import DryRun, dry_run
 from megatron_erpd.checkpoint.dry_run_tables import print_dry_run
-from megatron_erpd.checkpoint.hf_config import read_model_shape
-from megatron_erpd.checkpoint.parameter_count import active_parameters, count_parameters
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters, count_parameters
 from megatron_erpd.errors import CheckpointError, LayoutError
 from megatron_erpd.settings import Layout
 from tests.distributed.checkpoint.published import LLAMA_31_70B, PUBLISHED, QWEN3_235B_A22B

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_erpd.checkpoint import gguf
-from megatron_erpd.checkpoint.gguf import unpacked_gguf
-from megatron_erpd.checkpoint.hf_config import read_model_shape
-from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
-from megatron_erpd.checkpoint.sources import resolve_source
+from megatron_erpd.checkpoint.hugging_face import gguf
+from megatron_erpd.checkpoint.hugging_face.gguf import unpacked_gguf
+from megatron_erpd.checkpoint.hugging_face.sources import resolve_source
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.errors import CheckpointError
 
 needs_gguf = pytest.mark.skipif(

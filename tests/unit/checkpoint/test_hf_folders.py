@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_erpd.checkpoint.hf_weights import HfWeights
-from megatron_erpd.checkpoint.shard_writer import ShardWriter, plan_files, write_index
-from megatron_erpd.checkpoint.sidecar import copy_sidecar, read_tensor_list
+from megatron_erpd.checkpoint.hugging_face.sidecar import copy_sidecar, read_tensor_list
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
+from megatron_erpd.checkpoint.hugging_face.writer import ShardWriter, plan_files, write_index
 from megatron_erpd.checkpoint.verify import compare_logits, compare_weights
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.manifest import file_digest

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_erpd.checkpoint import iterations
-from megatron_erpd.checkpoint.iterations import (
+from megatron_erpd.checkpoint.torch_dist.iterations import (
     TRACKER,
     find_iteration,
     latest_iteration,
@@ -19,6 +18,7 @@ from megatron_erpd.checkpoint.iterations import (
     saved_iterations,
     take_iteration,
 )
+from megatron_erpd.checkpoint.torch_dist.reader import iterations
 from megatron_erpd.errors import CheckpointError
 
 

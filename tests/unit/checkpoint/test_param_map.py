@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_erpd.checkpoint.families import FAMILIES, ModelShape
-from megatron_erpd.checkpoint.hf_weights import HfWeights, check_tensors
-from megatron_erpd.checkpoint.param_map import Segment, Unit, by_query_group, gate_then_up, hf_shapes, units
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
+from megatron_erpd.checkpoint.mapping.families import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.mapping.param_map import Segment, Unit, by_query_group, gate_then_up, hf_shapes, units
 
 SHAPE = ModelShape(
     family=FAMILIES["Qwen2ForCausalLM"],

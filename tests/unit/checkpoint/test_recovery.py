@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.checkpoint import write_checkpoint
-from megatron_erpd.checkpoint.iterations import TRACKER, iteration_folder, latest_iteration
-from megatron_erpd.checkpoint.recovery import damage, recover
+from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, iteration_folder, latest_iteration
+from megatron_erpd.checkpoint.torch_dist.recovery import damage, recover
 from megatron_erpd.errors import CheckpointError
 from tests.distributed.checkpoint.tiny_models import save_hf_model
 

@@ -13,7 +13,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
-from megatron_erpd.checkpoint.sources import HUB_FILES, resolve_source
+from megatron_erpd.checkpoint.hugging_face.sources import HUB_FILES, resolve_source
 from megatron_erpd.errors import CheckpointError
 
 

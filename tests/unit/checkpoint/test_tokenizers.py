@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from megatron_erpd.checkpoint.sidecar import copy_files, copy_sidecar
-from megatron_erpd.checkpoint.tokenizer_report import describe_tokenizer
+from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files, copy_sidecar
+from megatron_erpd.checkpoint.hugging_face.tokenizer_report import describe_tokenizer
 from megatron_erpd.errors import CheckpointError
 
 TEXTS = ("the cat sat on the mat", "  two  spaces and a\nline", "ünïcode \N{SNOWMAN}", "<s>not special?</s>", "")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import copy_sidecar, export_checkpoint, write_checkpoint
 from megatron_erpd.checkpoint.verify_checkpoint import Pair, find_pair, verify_checkpoint
+from megatron_erpd.commands.verify import verify
 from megatron_erpd.errors import CheckpointError
-from megatron_erpd.pipeline.verify_command import verify
 from tests.distributed.checkpoint.tiny_models import save_hf_model
 
 

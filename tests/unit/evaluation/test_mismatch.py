@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_erpd import cli
+from megatron_erpd.commands import cli
 from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.evaluation.mismatch import MISMATCH, NUM_WORST, Mismatch, measure_mismatch, read_mismatch

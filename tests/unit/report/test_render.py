@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_erpd.commands import one_process as commands
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
-from megatron_erpd.pipeline import commands
 from megatron_erpd.report.render import duration, render_report, shortened, size, tint
 from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
 

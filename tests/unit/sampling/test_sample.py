@@ -5,7 +5,7 @@ import pytest
 
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import RecipeError, RolloutError, StageError
-from megatron_erpd.pipeline.identity import sample_request
+from megatron_erpd.recipe.identity import sample_request
 from megatron_erpd.sampling import parts
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.sample import make_engine, sample_rollouts

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_erpd.commands import one_process as commands
 from megatron_erpd.data.rewards import with_rewards
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.manifest import read_manifest, verify_manifest
-from megatron_erpd.pipeline import commands
 from megatron_erpd.sampling import parts, scoring
 from megatron_erpd.sampling.inputs import input_digests
 

@@ -11,11 +11,11 @@ from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout
 from megatron_erpd.errors import CacheError
 from megatron_erpd.manifest import input_digest, write_manifest
+from megatron_erpd.model.compatible import SOURCE_POLICY, check_data
 from megatron_erpd.teacher_cache.finalize import finalize
 from megatron_erpd.teacher_cache.format import CacheMeta
+from megatron_erpd.teacher_cache.rows import open_cache
 from megatron_erpd.teacher_cache.writer import CacheWriter
-from megatron_erpd.training.cache_rows import open_cache
-from megatron_erpd.training.compatible import SOURCE_POLICY, check_data
 from tests.integration.tiny import VOCAB_SIZE, write_model
 
 

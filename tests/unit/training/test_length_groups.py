@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_erpd.data.batch import BatchSource, length_groups
 from megatron_erpd.data.rollouts import read_rollouts
-from megatron_erpd.training.batch import BatchSource, length_groups
 from tests.integration.tiny import write_random_rollouts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.training.cache_rows import parse_policies
+from megatron_erpd.teacher_cache.rows import parse_policies
 
 
 def test_names_and_folders() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_erpd.data.batch import BatchSource, TokenRow
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.objectives.signals import combine, parse_signal
-from megatron_erpd.training.batch import BatchSource, TokenRow
-from megatron_erpd.training.cache_rows import shuffled_rows
+from megatron_erpd.teacher_cache.rows import shuffled_rows
 from tests.integration.tiny import write_random_rollouts
 
 SIGNAL = parse_signal("0.5*teacher/base + base/unlearned")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.collate import Batch
+from megatron_erpd.model.heads import HiddenStates, response_positions
 from megatron_erpd.objectives.projection import project_per_token
 from megatron_erpd.objectives.signals import combine, parse_signal
+from megatron_erpd.precompute.scores import Scores, hidden_rows, hidden_states
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.training import distill_step
-from megatron_erpd.training.heads import HiddenStates, response_positions
-from megatron_erpd.training.scores import Scores, hidden_rows, hidden_states
 from megatron_erpd.vocab_parallel import VocabShard, chunks
 from tests.tolerances import FP32, PROJECTION_KL_FP32
 

@@ -1,0 +1,142 @@
+"""How a model's layers, heads and experts are dealt to the ranks of a layout, and layouts that don't fit.
+
+Experts are whole on their rank: Megatron's expert tensor parallelism is always 1 here, so that expert parallelism takes
+its ranks from tensor, context and data parallelism together.
+"""
+
+from __future__ import annotations
+
+from megatron_erpd.checkpoint.mapping.families import ModelShape
+from megatron_erpd.errors import LayoutError
+from megatron_erpd.settings import Layout
+
+
+def check_layout(
+    shape: ModelShape,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    expert_parallel: int = 1,
+    virtual_stages: int = 1,
+) -> None:
+    """Refuses sizes that don't divide what they split.
+
+    Raises:
+        LayoutError: names the size, what it must divide and the values that would do.
+    """
+    undivided = _undivided(shape, tensor_parallel)
+    if undivided is not None:
+        good = [str(n) for n in range(1, shape.num_heads + 1) if _undivided(shape, n) is None]
+        raise LayoutError(f"tensor parallel size {tensor_parallel} does not divide {undivided}; use {_either(good)}")
+    if expert_parallel != 1 and not shape.num_experts:
+        raise LayoutError(
+            f"expert parallel size {expert_parallel}, but {shape.family.name} is no mixture of experts; use 1"
+        )
+    if shape.num_experts and (expert_parallel < 1 or shape.num_experts % expert_parallel):
+        raise LayoutError(
+            f"expert parallel size {expert_parallel} does not divide the model's {shape.num_experts} experts; "
+            f"use {_choices(shape.num_experts)}"
+        )
+    if virtual_stages > 1 and pipeline_parallel == 1:
+        raise LayoutError(f"{virtual_stages} chunks per pipeline stage need pipeline parallelism; use 1")
+    stage_layers(shape.num_layers, pipeline_parallel, virtual_stages)
+
+
+def _undivided(shape: ModelShape, tensor_parallel: int) -> str | None:
+    """What of a model can't be split by tensor parallelism.
+
+    Key/value heads may be fewer than ranks: Megatron splits their projections all the same, and gathers the outputs.
+    """
+    heads, groups = shape.num_heads, shape.num_query_groups
+    if tensor_parallel < 1 or heads % tensor_parallel:
+        return f"the model's {heads} attention heads"
+    if groups % tensor_parallel and tensor_parallel % groups:
+        return f"the model's {groups} key/value heads, nor is it a multiple of them"
+    if (rows := shape.query_size + 2 * shape.key_value_size) % tensor_parallel:
+        return f"the {rows} rows of the query, key and value projections"
+    if not shape.num_experts and shape.ffn_hidden_size % tensor_parallel:
+        return f"the model's {shape.ffn_hidden_size} rows of the feed-forward layer"
+    return None
+
+
+def check_expert_groups(shape: ModelShape, layout: Layout, trains: bool) -> None:
+    """Refuses a layout whose ranks can't be grouped by experts, or under which Megatron won't train a mixture.
+
+    Raises:
+        LayoutError: expert parallelism doesn't divide the ranks of a pipeline stage, or a mixture is to be trained
+            under tensor parallelism without sequence parallelism.
+    """
+    ranks = layout.num_processes // layout.pipeline_parallel
+    if ranks % layout.expert_parallel:
+        raise LayoutError(
+            f"expert parallel size {layout.expert_parallel} does not divide the {ranks} processes of a pipeline stage "
+            f"(TP {layout.tensor_parallel} x CP {layout.context_parallel} x DP {layout.data_parallel}); use "
+            f"{_choices(ranks)}, or more data parallelism"
+        )
+    if trains and shape.num_experts and layout.tensor_parallel > 1 and not layout.sequence_parallel:
+        raise LayoutError(
+            "Megatron trains a mixture of experts under tensor parallelism only with sequence parallelism (every rank "
+            "would route all tokens otherwise); set sequence_parallel: true (--sequence-parallel)"
+        )
+
+
+def stage_layers(num_layers: int, pipeline_parallel: int, virtual_stages: int = 1) -> list[list[range]]:
+    """The layers of every pipeline stage, chunk by chunk, as Megatron deals them.
+
+    Chunk `i` of all stages comes before chunk `i + 1` of any. Where the layers can't be dealt evenly, the last chunk
+    has one less, or the first and the last have: `pipeline_flags` tells Megatron.
+
+    Raises:
+        LayoutError: neither gives every chunk a layer.
+    """
+    found = _deal(num_layers, pipeline_parallel, virtual_stages)
+    if found is not None:
+        return found
+    words = f"pipeline parallel size {pipeline_parallel}"
+    if virtual_stages != 1:
+        words += f" with {virtual_stages} chunks each"
+    good = [str(n) for n in range(1, num_layers + 1) if _deal(num_layers, n, virtual_stages)]
+    raise LayoutError(
+        f"{words} does not divide the model's {num_layers} layers, nor with one layer less on the last stage or on the "
+        f"first and last; use {_either(good) if good else 'fewer chunks'}"
+    )
+
+
+def pipeline_flags(num_layers: int, pipeline_parallel: int, virtual_stages: int = 1) -> dict[str, object]:
+    """Megatron's arguments for layers that aren't dealt evenly: the embedding and the output layer count as layers."""
+    spare = _spare(num_layers, pipeline_parallel, virtual_stages) or 0
+    flags = ("account_for_loss_in_pipeline_split", "account_for_embedding_in_pipeline_split")
+    return dict.fromkeys(flags[:spare], True)
+
+
+def _spare(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int | None:
+    """How many layers short of an even split: 0, 1 (on the last stage) or 2 (on the first too); None if more."""
+    chunks = pipeline_parallel * virtual_stages
+    if chunks < 1 or virtual_stages < 1:
+        return None
+    for spare in (0, 1, 2):
+        per_chunk, rest = divmod(num_layers + spare, chunks)
+        # The first and the last chunk are one when there is one; otherwise each can spare a layer if it has two.
+        if rest == 0 and per_chunk > bool(spare):
+            return spare
+    return None
+
+
+def _deal(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> list[list[range]] | None:
+    spare = _spare(num_layers, pipeline_parallel, virtual_stages)
+    if spare is None:
+        return None
+    chunks = pipeline_parallel * virtual_stages
+    sizes = [(num_layers + spare) // chunks] * chunks
+    sizes[-1] -= spare > 0
+    sizes[0] -= spare > 1
+    ends = [sum(sizes[: i + 1]) for i in range(chunks)]
+    ranges = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [ranges[stage::pipeline_parallel] for stage in range(pipeline_parallel)]
+
+
+def _choices(*counts: int) -> str:
+    return _either([str(n) for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts)])
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

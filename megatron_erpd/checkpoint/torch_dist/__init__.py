@@ -1,0 +1,1 @@
+"""Megatron's `torch_dist` checkpoints, read and written without a model."""

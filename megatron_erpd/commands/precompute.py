@@ -1,0 +1,182 @@
+"""The precompute stage: what the policies say about the fixed rollouts, computed once on any layout.
+
+One policy is in memory at a time. Each runs once over the rollouts; where the target q needs several policies, the
+hidden states of all but the last are put on disk, and the last one's pass makes q from these and its own. So a rollout
+costs a forward pass per policy, whatever is kept of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+from megatron_erpd.checkpoint.mapping.config import model_flags
+from megatron_erpd.data.rollouts import Rollouts
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.evaluation.strength import Selection, read_selection
+from megatron_erpd.files import check_output
+from megatron_erpd.manifest import input_digest, read_manifest, settings_identity
+from megatron_erpd.model.arguments import (
+    add_layout_arguments,
+    check_arguments,
+    layout_from_namespace,
+    rank,
+    split_pass_through,
+)
+from megatron_erpd.model.compatible import check_compatible, load_data
+from megatron_erpd.model.runtime import PRECOMPUTE_FLAGS, initialize, prepare_output, stage_process, untrained_flags
+from megatron_erpd.objectives.signals import parse_signal, policies_of
+from megatron_erpd.precompute.passes import CachePasses, hidden_dtype
+from megatron_erpd.precompute.slices import begin_slice, begin_whole, close_cache, merge_slices, rows_of_slice
+from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
+from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
+from megatron_erpd.slices import add_slice_arguments
+from megatron_erpd.sources.tokenizers import chat_template_digest
+from megatron_erpd.teacher_cache.format import CacheMeta
+from megatron_erpd.teacher_cache.rows import check_policies, parse_policies
+from megatron_erpd.teacher_cache.writer import exclusive
+
+
+def precompute(argv: list[str]) -> None:
+    """Writes a teacher cache: log-probs of the rollouts' tokens and, for --kind topk, the target distribution.
+
+    With --kind token and no --policy it holds the base policy's log-probs, which every training stage needs; with
+    --signal none the base policy's top-k rows besides, which an exact KL penalty needs. An interrupted run goes on with
+    the rollouts that it has not written.
+    """
+    parser = _parser()
+    own, pass_through = split_pass_through(argv)
+    namespace = parser.parse_args(own)
+    check_output(namespace.output)
+    settings = settings_from_namespace(namespace, PrecomputeSettings)
+    layout = layout_from_namespace(namespace)
+    policies = {"base": namespace.base, **parse_policies(namespace.policy)}
+    selection = read_selection(namespace.selection) if namespace.selection else None
+    resolved = resolve_signal(settings, selection)
+    if settings.has_signal or settings.signal == AUTO_SIGNAL:
+        check_policies(policies_of(parse_signal(resolved.signal)), policies)
+    for folder in policies.values():
+        read_manifest(folder)
+    check_compatible(policies)
+    _check_flags(namespace, settings)
+    rollouts = load_data(namespace.rollouts, namespace.base, scored=False)
+
+    identity = settings_identity(settings, pass_through, precision=layout.precision)
+    inputs = {"rollouts": namespace.rollouts, "base": namespace.base}
+    inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
+    inputs |= {"selection": namespace.selection} if namespace.selection else {}
+    inputs |= {"hidden": namespace.hidden} if namespace.hidden else {}
+    meta = _cache_meta(resolved, settings.signal, layout, policies, rollouts)
+    summary = {} if selection is None else {**selection.figures(), "signal": resolved.signal}
+    if namespace.merge_slices:
+        begin_whole(namespace.output, identity, inputs)
+        merge_slices(namespace.output, meta, rollouts, summary)
+        return
+    output = namespace.output
+    if namespace.slice is not None:
+        rows = rows_of_slice(namespace.slice, rollouts.lengths)
+        rollouts, output = rollouts.select(rows), begin_slice(output, namespace.slice, identity, inputs)
+        identity = {**identity, "slice": str(namespace.slice)}
+    # Two programs on one folder: the second is told at once, before it looks at what the first is writing.
+    longest = int(rollouts.lengths.max())
+    check_arguments(namespace.base / "hf", layout, untrained_flags(PRECOMPUTE_FLAGS), pass_through, longest)
+    with exclusive(output) if rank() == 0 else nullcontext(), stage_process() as store:
+        prepare_output(output, "precompute", identity, inputs, namespace.verify_inputs)
+        if selection is not None and rank() == 0:
+            print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)
+        initialize(namespace.base / "hf", layout, PRECOMPUTE_FLAGS, pass_through, longest, store)
+        passes = CachePasses(resolved, layout, meta, policies, rollouts, output, namespace.hidden)
+        passes.run()
+        close_cache(passes, summary)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-erpd precompute",
+        description=precompute.__doc__,
+        epilog="example: megatron-erpd precompute --base runs/a/base --policy teacher=runs/a/teacher "
+        "--rollouts runs/a/rollouts --output runs/a/cache --signal strong --delta 0.5",
+    )
+    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
+    parser.add_argument("--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR")
+    parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
+    parser.add_argument(
+        "--selection", type=Path, help="what `megatron-erpd select` wrote: reported here, and read by --signal auto"
+    )
+    parser.add_argument(
+        "--hidden",
+        type=Path,
+        metavar="CACHE",
+        help="a cache of the same policies that was made with --keep-hidden: q is made from its hidden states, without "
+        "a forward pass",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+    add_slice_arguments(parser, "score", "the rollouts")
+    add_settings_arguments(parser, PrecomputeSettings, "cache")
+    add_layout_arguments(parser)
+    add_verify_inputs(parser)
+    return parser
+
+
+def _check_flags(namespace: argparse.Namespace, settings: PrecomputeSettings) -> None:
+    sliced = namespace.slice is not None or namespace.merge_slices
+    if sliced and settings.has_signal and settings.projection == "global":
+        raise RecipeError(
+            "--slice: --projection global looks for one eta for all rollouts, which no slice sees; take per_token, or "
+            "compute the whole cache in one job"
+        )
+    if namespace.hidden is None:
+        return
+    if settings.kind != "topk" or settings.keep_hidden:
+        raise RecipeError("--hidden: makes a target q of kept hidden states; take --kind topk without --keep-hidden")
+
+
+def resolve_signal(settings: PrecomputeSettings, selection: Selection | None) -> PrecomputeSettings:
+    """The settings with the selection's recommendation in place of `signal: auto`.
+
+    Raises:
+        RecipeError: auto without a selection.
+    """
+    if settings.signal != AUTO_SIGNAL:
+        return settings
+    if selection is None:
+        raise RecipeError(
+            "--signal auto: is decided by the teacher's reward on held-out prompts; give --selection DIR, which "
+            "`megatron-erpd select` writes, or name the signal"
+        )
+    return settings.model_copy(update={"signal": selection.signal})
+
+
+def _cache_meta(
+    settings: PrecomputeSettings, asked: str, layout: Layout, policies: dict[str, Path], rollouts: Rollouts
+) -> CacheMeta:
+    """What the cache is made from.
+
+    Args:
+        settings: with the signal that was chosen.
+        asked: the signal that was asked for, which may be `auto`.
+    """
+    base = policies["base"] / "hf"
+    flags = model_flags(base)
+    vocab_size = int(flags["vocab_size"])  # type: ignore[call-overload]
+    topk, keep = settings.kind == "topk", settings.keep_hidden
+    projection = {"mode": settings.projection, "delta": settings.delta, "eta_max": settings.eta_max}
+    return CacheMeta(
+        kind=settings.kind,
+        policies=tuple(policies),
+        fingerprints={name: input_digest(folder) for name, folder in policies.items()},
+        vocab_size=vocab_size,
+        precision=layout.precision,
+        tokenizer_digest=rollouts.tokenizer_digest,
+        chat_template_digest=chat_template_digest(base),
+        # Nothing in a token cache depends on a signal; but a student with `auto` asks which one was chosen.
+        signal=settings.signal if topk or asked == AUTO_SIGNAL else None,
+        signal_requested=asked if asked == AUTO_SIGNAL else None,
+        projection={**projection, "clip": settings.projection_clip} if settings.has_signal else None,
+        k=min(settings.k, vocab_size) if topk else None,
+        topk_dtype=settings.topk_dtype,
+        hidden_size=int(flags["hidden_size"]) if keep else None,  # type: ignore[call-overload]
+        hidden_dtype=hidden_dtype(layout) if keep else None,
+        rollouts_digest=rollouts.digest(),
+    )

@@ -1,0 +1,319 @@
+"""What can be known to be wrong before anything runs. All of it is told at once.
+
+`run`, `submit` and their dry runs ask the same. What depends on the machine that a stage will run on (GPUs, what is
+installed in a container) is judged where that is known: for `run` here; for a job only what holds on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.files import check_output
+from megatron_erpd.launch.preflight_tasks import Task, task_problems
+from megatron_erpd.launch.processes import Slots
+from megatron_erpd.launcher import missing_interface
+from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.recipe.recipe import Imported, Recipe
+from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage
+from megatron_erpd.settings import ImportSettings, TemplateSettings
+from megatron_erpd.sources.names import is_there, local_path
+
+_TRIED_ROWS = 64
+"""Of a file of rollouts, rows that are read for a trial."""
+
+
+def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, *, prepared: bool | None = None) -> None:
+    """Checks paths, folders, the model and its layouts, batch sizes, Megatron's flags, prompts, verifiers, lengths,
+    engines, processes, disk and monitoring.
+
+    What `prepare` will write is checked when it is there. Takes seconds: those of loading the tokenizer and each
+    verifier, and of importing Megatron where it is given flags.
+
+    Args:
+        slots: what this machine has, where the stages run on it; None for jobs.
+        prepared: whether what lies in the folder of `prepare` is what it will be; default: whether it is an artifact.
+
+    Raises:
+        RecipeError: a line for each problem.
+    """
+    made = [s.output for s in stages if s.command == "prepare"]
+    if prepared or (prepared is None and all((folder / MANIFEST).is_file() for folder in made)):
+        made = []
+    model = _model(stages, made)
+    problems = [
+        *_output_problems(recipe, stages),
+        *_missing_paths(stages, made),
+        *_model_problems(stages, model),
+        *_disk_problems(recipe, stages, model),
+        *_batch_problems(stages),
+        *_precision_problems(stages),
+        *_device_problems(stages, slots),
+        *_flag_problems(recipe, stages, slots, model),
+        *_data_problems(recipe, stages, slots, model, made),
+        *([f"monitoring.{recipe.monitoring.problem}"] if recipe.monitoring.problem else []),
+    ]
+    if problems:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+        raise RecipeError(f"{recipe.name}: the run can't start:\n{lines}")
+
+
+def _output_problems(recipe: Recipe, stages: Sequence[Stage]) -> Iterator[str]:
+    """Folders that can't be written."""
+    folders = {"output": [recipe.folder, *(stage.output for stage in stages)]}
+    if recipe.monitoring.wandb_dir:
+        folders["monitoring.wandb_dir"] = [Path(recipe.monitoring.wandb_dir)]
+    for key, places in folders.items():
+        for folder in places:
+            try:
+                check_output(folder)
+            except RecipeError as error:
+                yield f"{key}: {error}"
+                break  # of many folders in one that can't be written, one is enough
+
+
+def _missing_paths(stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> Iterator[str]:
+    pending = [*to_be_prepared, *(s.output for s in stages if s.command != "prepare")]
+    for stage in stages:
+        for name, given in stage.inputs.items():
+            path = local_path(given) if name in ("prompts", "source") else given
+            if path is not None and not path.exists() and not _is_in(path, pending):
+                yield f"{stage.name}: {name} {path}: no such file or folder; check the path in the recipe"
+
+
+def _is_in(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def _model(stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> Path | None:
+    """The Hugging Face folder of the first base, where there is one already."""
+    folder = next(stage.inputs["hf"] for stage in stages if stage.command == "import")
+    return folder if folder.is_dir() and not _is_in(folder, to_be_prepared) else None
+
+
+def _model_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[str]:
+    """Whether the model can be read and converted, and divides over every layout."""
+    if model is None:
+        return
+    if not (model / "config.json").is_file():
+        yield f"model {model}: has no config.json; give a Hugging Face folder"
+        return
+    from megatron_erpd.checkpoint.mapping.config import model_flags, read_model_shape
+    from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
+    from megatron_erpd.model_folder import read_tensors
+    from megatron_erpd.sources.tokenizer import load_tokenizer
+
+    for check in (read_tensors, load_tokenizer):
+        try:
+            check(model)
+        except ErpdError as error:
+            yield f"model: {error}"
+    told = set[tuple[int, ...]]()
+    for stage in stages:
+        if stage.command not in (*RUNS_MODEL, "import"):
+            continue
+        layout, trains = stage.layout, stage.command in TRAINS
+        sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
+        key = (*sizes, layout.num_processes, layout.sequence_parallel, trains)
+        if key in told:
+            continue
+        told.add(key)
+        try:
+            model_flags(model, *sizes)
+            if stage.command != "import":
+                check_expert_groups(read_model_shape(model), layout, trains)
+        except ErpdError as error:
+            yield f"{stage.name}: {error}"
+
+
+def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) -> Iterator[str]:
+    """A disk on which the checkpoints and exports that are still to be written can't all be. Caches aren't counted:
+    their size follows from the rollouts."""
+    from megatron_erpd.checkpoint.mapping.config import read_model_shape
+    from megatron_erpd.checkpoint.mapping.parameter_count import count_parameters
+    from megatron_erpd.model_folder import read_tensors
+    from megatron_erpd.plan.disk import disk_plan
+
+    if model is None:
+        return
+    try:
+        shape = read_model_shape(model)
+        files = {stored.path for stored in read_tensors(model).values()}
+    except ErpdError:
+        return  # told of the model
+    per_parameter = round(sum(path.stat().st_size for path in files) / count_parameters(shape))
+    done = {stage.name for stage in stages if (stage.output / MANIFEST).is_file()}
+    found = disk_plan(recipe.folder, stages, done, shape, per_parameter, None)
+    begun = [stage.output for stage in stages if stage.name not in done]
+    needed = found.needed - sum(p.stat().st_size for folder in begun for p in folder.rglob("*") if p.is_file())
+    if needed > found.free:
+        yield (
+            f"output: {recipe.folder}: the run's checkpoints and exports still take {needed / 1e9:.3g} GB, and "
+            f"{found.free / 1e9:.3g} GB are free on its disk; make room, give another folder, or keep fewer checkpoints"
+        )
+
+
+def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    for stage in stages:
+        batch, name, layout = stage.settings.get("global_batch_size"), "global_batch_size", stage.layout
+        if stage.command == "train-on-policy":
+            batch = stage.settings["prompts_per_update"] * stage.settings["num_rollouts"]
+            name = "prompts_per_update x num_rollouts ="
+        together = layout.micro_batch_size * layout.data_parallel
+        if batch and batch % together:
+            yield (
+                f"{stage.name}: {name} {batch} is not a multiple of micro_batch_size "
+                f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them"
+            )
+
+
+def _precision_problems(stages: Sequence[Stage]) -> Iterator[str]:
+    """Trainings that would read log-probs of another precision than their own."""
+    made = {stage.output: stage for stage in stages if stage.command == "precompute"}
+    for stage in stages:
+        for name in ("base-log-probs", "cache"):
+            source = made.get(stage.inputs[name]) if stage.command in TRAINS and name in stage.inputs else None
+            if source is not None and source.layout.precision != stage.layout.precision:
+                yield (
+                    f"{stage.name}: trains in {stage.layout.precision} on log-probs that {source.name} computes in "
+                    f"{source.layout.precision}; give both stages one precision"
+                )
+
+
+def _device_problems(stages: Sequence[Stage], slots: Slots | None) -> Iterator[str]:
+    """What the machine that a stage runs on lacks, as far as it is known."""
+    several = False
+    for stage in stages:
+        several |= stage.num_processes > 1
+        if slots is not None and slots.gpus and stage.num_gpus > len(slots.gpus):
+            what = "its layout" if stage.gpus_per_process == 1 else "tensor_parallel"
+            yield (
+                f"{stage.name}: {what} needs {stage.num_gpus} GPUs, this machine has {len(slots.gpus)}; choose a "
+                "smaller one"
+            )
+        if stage.command in RUNS_MODEL:
+            yield from _layout_problems(stage, slots)
+        elif stage.settings.get("engine") == "vllm" and _lacks("vllm", stage, slots):
+            yield (
+                f"{stage.name}: engine vllm: vLLM isn't installed; pip install 'megatron-erpd[vllm]', or take engine "
+                "transformers"
+            )
+    if slots is not None and several and (why := missing_interface()):
+        yield why
+
+
+def _layout_problems(stage: Stage, slots: Slots | None) -> Iterator[str]:
+    layout = stage.layout
+    on_cpu = slots is not None and not slots.gpus
+    if layout.context_parallel > 1:
+        what = f"{stage.name}: context_parallel {layout.context_parallel}:"
+        if on_cpu:
+            yield f"{what} needs a GPU, and this machine has none that can be used; set it to 1"
+        elif _lacks("transformer_engine", stage, slots):
+            yield f"{what} needs Transformer Engine, which isn't installed; install it, or set it to 1"
+    if layout.kernels == "triton" and on_cpu and "TRITON_INTERPRET" not in os.environ:
+        yield f"{stage.name}: kernels triton: needs a GPU, and this machine has none that can be used; take auto"
+
+
+def _is_our_python(stage: Stage, slots: Slots | None) -> bool:
+    """Whether a stage runs with this interpreter, so that what is installed is known."""
+    return slots is not None or not (stage.slurm.container_image or stage.slurm.python)
+
+
+def _lacks(module: str, stage: Stage, slots: Slots | None) -> bool:
+    return _is_our_python(stage, slots) and importlib.util.find_spec(module) is None
+
+
+def _flag_problems(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, model: Path | None) -> Iterator[str]:
+    """Megatron's own flags, as its parser reads them."""
+    with_flags = [stage for stage in stages if stage.megatron and _is_our_python(stage, slots)]
+    if not with_flags:
+        return
+    from megatron_erpd.launch.flag_check import Flags, check_flags
+
+    hf = str(model) if model and (model / "config.json").is_file() else None
+    asked = {
+        stage.name: Flags(
+            stage.name,
+            stage.command,
+            stage.settings,
+            stage.layout.model_dump(mode="json"),
+            hf,
+            list(stage.megatron),
+            runs_here=slots is not None,
+        )
+        for stage in with_flags
+        if not stage.name.startswith("round-")  # which differ by their data alone
+    }
+    try:
+        found = check_flags(list(asked.values()))
+    except ErpdError as error:
+        yield f"megatron: {error}"
+        return
+    by_problem: dict[str, list[str]] = {}
+    for name, problems in found.items():
+        for problem in problems:
+            by_problem.setdefault(problem, []).append(name)
+    own = _overridden(recipe.stages)
+    for problem, names in by_problem.items():
+        flag = problem.partition(":")[0].strip("-")
+        place = f"stages.{names[0]}.megatron" if flag in own.get(names[0], ()) else "megatron"
+        yield f"{place}: {problem} (for {', '.join(names)})"
+
+
+def _overridden(overrides: Mapping[str, object]) -> dict[str, set[str]]:
+    """The names of the flags that stages have of their own, by the stages."""
+    return {
+        name.replace("_", "-"): {flag.strip("-").replace("_", "-") for flag in getattr(section, "megatron", {})}
+        for name, section in overrides.items()
+    }
+
+
+def _data_problems(
+    recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, model: Path | None, to_be_prepared: Sequence[Path]
+) -> Iterator[str]:
+    """Prompts, verifiers and rollouts of the user's own."""
+    first = [stage for stage in stages if not stage.name.startswith("round-")]
+    scorer = next((str(stage.settings["verifier"]) for stage in first if stage.command == "score"), None)
+    found = [(Task.of(stage, recipe.rounds, scorer), stage) for stage in first]
+    tasks = [(task, stage) for task, stage in found if task is not None]
+    # A verifier may want what this machine lacks: a GPU, or what a container has installed.
+    runs = slots is not None or all(_is_our_python(s, slots) and not s.slurm.gpus_per_node for _, s in tasks)
+    yield from task_problems([task for task, _ in tasks], model, runs, to_be_prepared)
+    if isinstance(recipe.rollouts, Imported):
+        stage = next(stage for stage in stages if stage.command == "import-rollouts")
+        if all(is_there(path) and not _is_in(path, to_be_prepared) for path in stage.inputs.values()):
+            yield from _import_problems(recipe.rollouts, stage, model)
+
+
+def _import_problems(section: Imported, stage: Stage, model: Path | None) -> Iterator[str]:
+    """Whether the first rows of the user's rollouts can be read, and are no longer than the model takes."""
+    from megatron_erpd.checkpoint.mapping.config import context_lengths
+    from megatron_erpd.sources.importers import try_rollouts
+    from megatron_erpd.sources.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(stage.inputs["tokenizer"])
+    except ErpdError as error:
+        if stage.inputs["tokenizer"] != model:  # told of the model
+            yield f"rollouts.tokenizer: {error}"
+        return
+    read_alike = ImportSettings.model_fields.keys() - TemplateSettings.model_fields.keys() - {"format"}
+    options = {**section.model_dump(include=set(read_alike)), "template": section}
+    fields = {"preset": section.format, "field_map": section.fields}
+    try:
+        length, place = try_rollouts(str(stage.inputs["source"]), _TRIED_ROWS, tokenizer=tokenizer, **fields, **options)
+    except ErpdError as error:
+        yield f"rollouts.file: {error}"
+        return
+    if model is None:
+        return
+    try:
+        positions, _ = context_lengths(model)
+    except ErpdError:
+        return  # told of the model
+    if length > positions:
+        yield f"rollouts.file: {place}: has {length} tokens, and the model {positions} positions; leave out such rows"

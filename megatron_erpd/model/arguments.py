@@ -1,0 +1,247 @@
+"""From a Hugging Face folder, a layout and a stage's own flags to Megatron's parsed and validated arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_erpd import platform
+from megatron_erpd.checkpoint.mapping.config import flags_to_argv, model_flags, read_model_shape
+from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
+from megatron_erpd.checkpoint.processes import meeting_store
+from megatron_erpd.errors import LayoutError, RecipeError
+from megatron_erpd.launcher import check_meeting, launch, work_alone
+from megatron_erpd.settings import Layout, Monitoring
+from megatron_erpd.settings.arguments import add_settings_arguments, settings_from_namespace
+
+MEGATRON_DEFAULTS = {"tokenizer_type": "NullTokenizer"}
+
+
+def split_pass_through(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A stage's own flags, and the Megatron flags that the user gave after `--`."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings_arguments(parser, Layout, "layout")
+
+
+def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings_arguments(parser, Monitoring, "monitoring")
+
+
+def monitoring_from_namespace(namespace: argparse.Namespace) -> Monitoring:
+    """What the flags gave.
+
+    Raises:
+        RecipeError: it can't be done here.
+    """
+    monitoring = settings_from_namespace(namespace, Monitoring)
+    if monitoring.problem:
+        raise RecipeError("--" + monitoring.problem.replace("_", "-", 1))
+    return monitoring
+
+
+def layout_from_namespace(namespace: argparse.Namespace) -> Layout:
+    """The layout that the flags gave; under a launcher, data parallelism is what the processes leave over.
+
+    Raises:
+        LayoutError: the number of processes is not the product of the layout's sizes, or the launcher's variables are
+            wrong.
+    """
+    layout = settings_from_namespace(namespace, Layout)
+    launched = launch()
+    world_size = launched.world_size
+    if namespace.data_parallel is None:
+        model_size = layout.num_processes
+        layout = layout.model_copy(update={"data_parallel": max(1, world_size // model_size)})
+    if layout.num_processes != world_size:
+        raise LayoutError(
+            f"TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP {layout.context_parallel} x DP "
+            f"{layout.data_parallel} needs {layout.num_processes} processes, {world_size} were started; start with "
+            f"`torchrun --nproc-per-node {layout.num_processes}` or change the layout's flags"
+        )
+    if not torch.distributed.is_initialized():
+        check_meeting(launched, needs_device=not platform.is_cpu())
+    return layout
+
+
+def rank() -> int:
+    return launch().rank
+
+
+def process_store() -> torch.distributed.Store | None:
+    """Where the processes of a stage meet; that of a process alone is in memory, so that no port is needed. None where
+    they have met."""
+    if torch.distributed.is_initialized():
+        return None
+    launched = launch()
+    if launched.world_size > 1:
+        return meeting_store(launched)
+    work_alone()
+    return torch.distributed.HashStore()
+
+
+def parse_megatron_arguments(
+    hf_folder: Path, layout: Layout, run_flags: Mapping[str, object], pass_through: list[str], max_length: int
+) -> argparse.Namespace:
+    """Megatron's arguments, validated and set globally.
+
+    Args:
+        hf_folder: folder with the model's `config.json`; all architecture flags are derived from it.
+        layout: parallel sizes, micro-batch size and precision.
+        run_flags: what the stage itself decides, as Megatron's argument names.
+        pass_through: the user's own Megatron flags; they win over the platform's defaults.
+        max_length: longest sequence in the data, in tokens.
+
+    Raises:
+        RecipeError: a flag of the user's is unknown, or contradicts the checkpoint or the stage's settings.
+        CheckpointError, LayoutError: from `own_flags`.
+    """
+    fixed = own_flags(hf_folder, layout, run_flags, pass_through, max_length)
+    platform.enable_cpu()
+    # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training.arguments import parse_and_validate_args
+
+    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
+    dataset_utils.compile_helpers = lambda: None
+
+    saved, sys.argv = sys.argv, [sys.argv[0], *megatron_argv(fixed, pass_through)]
+    try:
+        args = parse_and_validate_args(args_defaults=MEGATRON_DEFAULTS)
+    except AssertionError as error:  # how Megatron says that settings don't go together
+        raise RecipeError(f"Megatron refuses these settings: {error}") from error
+    finally:
+        sys.argv = saved
+    # Micro-batches are padded to their own longest rollout; pipeline stages tell each other the shape.
+    args.variable_seq_lengths = True
+    return args
+
+
+def own_flags(
+    hf_folder: Path, layout: Layout, run_flags: Mapping[str, object], pass_through: list[str], max_length: int
+) -> dict[str, object]:
+    """The flags that follow from a checkpoint, a layout and a stage; arguments as in `parse_megatron_arguments`.
+
+    Raises:
+        RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
+        CheckpointError: from `model_flags`.
+        LayoutError: from `model_flags`, or there is no context parallelism here.
+    """
+    check_expert_groups(read_model_shape(hf_folder), layout, trains=bool(run_flags.get("train_iters")))
+    fixed = {
+        **model_flags(
+            hf_folder,
+            layout.tensor_parallel,
+            layout.pipeline_parallel,
+            layout.expert_parallel,
+            max_length=max_length,
+            # Matrix units want a multiple of 128 columns; on a CPU padding only costs time.
+            make_vocab_size_divisible_by=1 if platform.is_cpu() else 128,
+        ),
+        **_layout_flags(layout, max_length),
+        **run_flags,
+    }
+    _refuse_contradictions(fixed, pass_through)
+    check_context_parallel(layout)
+    return fixed
+
+
+def check_arguments(
+    hf_folder: Path, layout: Layout, run_flags: Mapping[str, object], pass_through: list[str], max_length: int
+) -> None:
+    """Raises what `parse_megatron_arguments` would, as far as it can be told before a stage has written anything or
+    waited for other ranks."""
+    megatron_argv(own_flags(hf_folder, layout, run_flags, pass_through, max_length), pass_through)
+
+
+def megatron_argv(fixed: Mapping[str, object], pass_through: list[str]) -> list[str]:
+    """Megatron's command line: what this machine can run, what follows from the stage, and the user's own flags.
+
+    Raises:
+        RecipeError: Megatron has no such flag, or the flag takes no such value.
+    """
+    from megatron_erpd.model.megatron_flags import flag_problems
+
+    if problems := flag_problems(pass_through):
+        raise RecipeError("\n  ".join(problems))
+    here = _platform_flags()
+    if "num_experts" in fixed and here["transformer_impl"] == "transformer_engine":
+        # All experts of a rank in one kernel; elsewhere one after another.
+        here["moe_grouped_gemm"] = True
+    return [*flags_to_argv(here), *flags_to_argv(fixed), *pass_through]
+
+
+def check_context_parallel(layout: Layout) -> None:
+    """Whether this machine can shard sequences.
+
+    Raises:
+        LayoutError: it can't.
+    """
+    if layout.context_parallel == 1:
+        return
+    lacks = "a GPU" if platform.is_cpu() else "" if _installed("transformer_engine") else "Transformer Engine"
+    if lacks:
+        raise LayoutError(
+            f"context_parallel {layout.context_parallel}: needs {lacks}, which there is none of here; set it to 1"
+        )
+
+
+def _platform_flags() -> dict[str, object]:
+    """What this machine can run: Transformer Engine's layers and fused kernels where they are installed."""
+    if platform.is_cpu():
+        return dict(platform.CPU_MEGATRON_FLAGS)
+    flags: dict[str, object] = {"distributed_backend": "nccl"}
+    if not _installed("fused_weight_gradient_mlp_cuda"):  # built with Apex; Megatron's output layer asks for it
+        flags["no_gradient_accumulation_fusion"] = True
+    if _installed("transformer_engine"):
+        return {**flags, "transformer_impl": "transformer_engine"}
+    local = {name: value for name, value in platform.CPU_MEGATRON_FLAGS.items() if name != "use_cpu_initialization"}
+    return {**local, **flags}
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _layout_flags(layout: Layout, max_length: int) -> dict[str, object]:
+    unit = layout.tensor_parallel * layout.context_parallel * 2
+    length = -(-max_length // unit) * unit
+    return {
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "context_parallel_size": layout.context_parallel,
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": layout.sequence_parallel and layout.tensor_parallel > 1,
+        "micro_batch_size": layout.micro_batch_size,
+        "bf16": layout.precision == "bf16",
+        "seq_length": length,
+    }
+
+
+def _refuse_contradictions(fixed: Mapping[str, object], pass_through: list[str]) -> None:
+    ours = {"--" + name.replace("_", "-"): value for name, value in fixed.items()}
+    for item in pass_through:
+        flag = item.split("=", 1)[0]
+        if flag.startswith("--wandb-"):
+            raise RecipeError(
+                f"{flag}: Megatron's flags count as settings of the result, which monitoring is not; give "
+                "monitoring.wandb_project in the recipe, or --wandb-project before the `--` of a training"
+            )
+        if flag in ours:
+            raise RecipeError(
+                f"{flag}: follows from the checkpoint, the layout or the stage's settings (it is {ours[flag]}) and "
+                "can't be given again; change it there"
+            )

@@ -1,0 +1,121 @@
+"""Building models and loading their weights, without an optimizer where none is needed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_erpd import platform
+from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
+from megatron_erpd.errors import CheckpointError, LayoutError
+from megatron_erpd.model.layer_spec import local_block_spec
+from megatron_erpd.vocab_parallel import VocabShard
+
+
+def model_config(args: argparse.Namespace) -> GPTModelConfig:
+    """The model that the arguments describe: Transformer Engine's layers where installed, else the local ones."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    if args.transformer_impl == "local":
+        config.transformer_layer_spec = _local_spec
+    return config
+
+
+def _local_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+    return local_block_spec(config.transformer, vp_stage)
+
+
+def build_frozen_model(config: GPTModelConfig) -> torch.nn.Module:
+    """This rank's part of a model that is only run forward: no DDP, no gradients, evaluation mode."""
+    builder = GPTModelBuilder(config)
+    model = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False)[0]
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def unwrap(model: Any) -> Any:
+    """The GPTModel under DDP and mixed-precision wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def vocab_shard(model: Any, vocab_size: int) -> VocabShard:
+    """The vocabulary range that this tensor-parallel rank's output layer holds.
+
+    Args:
+        model: a GPTModel of a last pipeline stage, wrapped or not.
+        vocab_size: true size of the vocabulary, without padding rows.
+    """
+    width = unwrap(model).output_layer.output_size_per_partition
+    start = mpu.get_tensor_model_parallel_rank() * width
+    return VocabShard(start, start + width, vocab_size, mpu.get_tensor_model_parallel_group())
+
+
+def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> int:
+    """Loads the weights of an artifact's Megatron checkpoint into a model of any layout; returns the iteration.
+
+    Raises:
+        CheckpointError: the checkpoint or the iteration is missing.
+    """
+    checkpoint = artifact / "megatron"
+    if iteration is None:
+        iteration = latest_iteration(checkpoint)
+    folder = iteration_folder(checkpoint, iteration)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such iteration; {checkpoint} holds {saved_iterations(checkpoint)}")
+    load_iteration(model, folder)
+    return iteration
+
+
+def load_iteration(model: Any, folder: Path) -> None:
+    """Loads an `iter_...` folder's weights into a model of any layout, under the local or Transformer Engine's layers.
+
+    Raises:
+        CheckpointError: the model has a parameter that the checkpoint lacks.
+    """
+    core = unwrap(model)
+    # Each kind of layers has FP8 states (empty, where there is no FP8) of modules that the other has not.
+    loaded, _, absent = dist_checkpointing.load(
+        {"model": core.sharded_state_dict()}, str(folder), strict=StrictHandling.RETURN_UNEXPECTED
+    )
+    kept = core.load_state_dict(loaded["model"], strict=False)
+    lacking = sorted({key for key in (*absent, *kept.missing_keys, *kept.unexpected_keys) if "_extra_state" not in key})
+    if lacking:
+        raise CheckpointError(f"{folder}: is of another model: {lacking[0]} and {len(lacking) - 1} more don't fit")
+
+
+def check_optimizer_fits(checkpoint: Path, expert_parallel: int) -> None:
+    """Refuses to go on from a checkpoint whose optimizer Megatron can't load; one that isn't there yet is fine.
+
+    With expert parallelism it chains an optimizer for the experts to that of the other parameters, without it there is
+    one for all, and it reads the state of neither as the other's.
+
+    Raises:
+        LayoutError: the checkpoint was saved with experts spread over ranks and these aren't, or the reverse.
+    """
+    if not (checkpoint / TRACKER).is_file():
+        return
+    folder = iteration_folder(checkpoint, latest_iteration(checkpoint))
+    saved = dist_checkpointing.load_common_state_dict(str(folder))["args"].expert_model_parallel_size
+    if (saved > 1) != (expert_parallel > 1):
+        raise LayoutError(
+            f"{folder}: was saved with expert parallel size {saved}, and Megatron can't give its optimizer's state to "
+            f"one with {expert_parallel}; go on with expert_parallel {'above 1' if saved > 1 else '1'}, or delete the "
+            "training's folder to begin anew"
+        )
+
+
+def synchronize() -> None:
+    """All ranks are here, and what they wrote is on disk."""
+    if not platform.is_cpu():
+        torch.cuda.synchronize()
+    torch.distributed.barrier()

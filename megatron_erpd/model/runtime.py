@@ -1,0 +1,151 @@
+"""Starting and ending a stage's process: output folder, Megatron's global state, process groups."""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_erpd import platform
+from megatron_erpd.checkpoint import meeting
+from megatron_erpd.checkpoint.torch_dist.iterations import read_of_latest
+from megatron_erpd.data import prefetch
+from megatron_erpd.manifest import Reads, begin_artifact
+from megatron_erpd.model.arguments import parse_megatron_arguments, process_store, rank
+from megatron_erpd.sampling.inputs import input_digests
+from megatron_erpd.settings import Layout
+from megatron_erpd.vocab_parallel import chunks
+from megatron_erpd.vocab_parallel.kernels import kernels_for, set_kernels
+
+
+def prepare_output(
+    output: Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    verify: bool = False,
+    reads: Reads | None = read_of_latest,
+) -> None:
+    """Takes the output folder for a stage (`manifest.begin_artifact`), on the one rank that decides, for which the
+    others wait.
+
+    Args:
+        verify: also compare what of the inputs is read with their manifests, each rank a share of the files.
+        reads: which files of an input are read.
+
+    Raises:
+        StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files; or a
+            file of an input is not the one that its manifest recorded.
+    """
+    meeting.first(lambda: _begin(output, stage, settings, inputs))
+    if verify:
+        meeting.verify_together(inputs.values(), reads)
+
+
+def _begin(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
+    begin_artifact(output, stage, settings, input_digests(stage, inputs))
+
+
+def initialize(
+    hf_folder: Path,
+    layout: Layout,
+    run_flags: Mapping[str, object],
+    pass_through: list[str],
+    max_length: int,
+    store: torch.distributed.Store | None,
+) -> argparse.Namespace:
+    """Megatron's global state for a stage that does not train: arguments, process groups, seeds."""
+    args = parse_megatron_arguments(hf_folder, layout, untrained_flags(run_flags), pass_through, max_length)
+    configure_head(layout)
+    from megatron.training.initialize import initialize_megatron
+
+    initialize_megatron(allow_no_cuda=platform.is_cpu(), store=store)
+    return args
+
+
+PRECOMPUTE_FLAGS: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
+"""What scoring tells Megatron."""
+
+
+def untrained_flags(run_flags: Mapping[str, object]) -> dict[str, object]:
+    """Megatron flags of a stage that does not train."""
+    return {**common_flags(), "eval_interval": 1, "eval_iters": 0, "save_interval": 1, "lr": 1.0, **run_flags}
+
+
+def configure_head(layout: Layout) -> None:
+    """Chooses the kernels and the chunks of the output layer for this process, and says so."""
+    set_kernels(layout.kernels)
+    chunks.set_chunk_bytes(layout.head_chunk_mib * 2**20)
+    if rank() == 0:
+        kernels = kernels_for(torch.device(platform.device()))
+        print(f"output layer: {kernels} kernels, logits in chunks of {layout.head_chunk_mib} MiB", flush=True)
+
+
+def common_flags() -> dict[str, object]:
+    """Megatron flags that are the same for every stage."""
+    return {
+        "ckpt_format": "torch_dist",
+        "dataloader_type": "external",
+        "calculate_per_token_loss": True,
+        "no_create_attention_mask_in_dataloader": True,
+        # The other dispatcher refuses sequences of varying length, also in models without experts.
+        "moe_token_dispatcher_type": "alltoall",
+        # Reruns of a step would update the KL controller twice; NaNs are still checked.
+        "rerun_mode": "disabled",
+    }
+
+
+def keep_save_results_here(args: argparse.Namespace) -> None:
+    """Has synchronous saves of checkpoints pass their results on within this process.
+
+    Megatron passes them through a helper process, which only asynchronous saves need. It starts with the first save and
+    imports all of this anew: seconds for every rank, which is much of a small run on a CPU.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = None if args.async_save else queue.SimpleQueue()
+
+
+@contextmanager
+def stage_process() -> Iterator[torch.distributed.Store | None]:
+    """A stage's use of this process: gives the store to meet in, and clears Megatron's global state afterwards.
+
+    A process group that the caller made before the stage is used and stays, and so do Megatron's groups in it: further
+    stages of the same layout take them over (gloo keeps the threads of a group that is dropped). Otherwise all groups
+    are left. After an error no group is: the process is about to end, and leaving could wait for ranks that are gone.
+    Threads are ended however the stage ends.
+    """
+    inherited = torch.distributed.is_initialized()
+    try:
+        store = process_store()
+        with meeting.meeting(store):
+            yield store
+    finally:
+        prefetch.close_all()
+        _close_tensorboard()
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training.global_vars import destroy_global_vars
+
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    if not inherited:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _close_tensorboard() -> None:
+    """Ends the thread that writes for TensorBoard, which Megatron leaves to itself."""
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    writer = global_vars and global_vars.get_tensorboard_writer()
+    if writer:
+        with suppress(OSError):  # a full disk, which has ended the thread; whoever writes what counts says so
+            writer.close()

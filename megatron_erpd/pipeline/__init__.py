@@ -1,1 +1,0 @@
-"""Recipes, the stages that they mean, and running them on this machine."""

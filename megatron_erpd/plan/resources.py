@@ -1,0 +1,334 @@
+"""What a recipe will need, known before anything runs: stages, memory, the teacher cache, disk.
+
+Read are the recipe, the model's `config.json`, the prompts, and the footers of Parquet files with rollouts, as far as
+they are there. What can't be known yet is told, and the rest is planned.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters, count_parameters
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.plan.cache import (
+    CacheOption,
+    Speed,
+    cache_options,
+    forward_flop,
+    recommendation,
+    training_flop,
+)
+from megatron_erpd.plan.disk import DiskPlan, disk_plan
+from megatron_erpd.plan.gpu_fit import GpuFit, Gpus, gpu_fit
+from megatron_erpd.plan.memory import StageMemory, frozen_policies, reads_hidden, stage_memory, uncounted_flags
+from megatron_erpd.plan.times import RolloutSize, StageTime, measured_speed, stage_times
+from megatron_erpd.recipe.artifacts import Artifacts
+from megatron_erpd.recipe.planner import plan
+from megatron_erpd.recipe.recipe import Imported, Recipe
+from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage, dependencies
+from megatron_erpd.recipe.verdicts import Verdict, judge_all
+from megatron_erpd.settings.learning_rates import describe_rates
+from megatron_erpd.sources.names import is_there, local_path
+
+TERAFLOPS_PER_DEVICE = 400.0
+"""What an H100 reaches in bf16 at 40% of its peak of 989."""
+_HF_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage as it will run."""
+
+    name: str
+    command: str
+    num_processes: int
+    layout: str
+    reads: list[str]
+    is_done: bool
+    verdict: str
+    """What `run` would do with it, and why: `again, because epochs: 1.0 -> 2.0`."""
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """A round's rollouts; `is_upper_bound` where the responses aren't sampled yet.
+
+    Attributes:
+        longest: tokens of the longest, with its prompt.
+    """
+
+    num_rollouts: int
+    prompt_tokens: int | None
+    response_tokens: int
+    longest: int
+    is_upper_bound: bool
+    source: str
+
+    @property
+    def response_share(self) -> float:
+        """Response tokens among all that run through the model; 1 where the prompts aren't known."""
+        return self.response_tokens / (self.response_tokens + (self.prompt_tokens or 0))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a rollout, with its prompt where that is known."""
+        return (self.response_tokens + (self.prompt_tokens or 0)) / max(1, self.num_rollouts)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The base model, without padding rows of the vocabulary."""
+
+    architecture: str
+    parameters: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run will need. Sizes are in bytes; the cache is that of one round."""
+
+    name: str
+    stages: list[StageRow]
+    model: ModelSize | None
+    data: DataSize | None
+    memory: list[StageMemory]
+    times: list[StageTime]
+    gpus: GpuFit | None
+    """Where GPUs were asked about."""
+    teraflops_per_device: float
+    """Of the times and the rates."""
+    speed_source: str
+    """Where that is from, in words."""
+    cache: list[CacheOption]
+    recommendation: str | None
+    disk: DiskPlan
+    learning_rates: dict[str, str]
+    """Of each training: the rate, and whether it is given or why it is chosen."""
+    notes: list[str]
+    """What isn't known, and what is assumed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, with the sums that the tables show."""
+        found = asdict(self)
+        for row, memory in zip(found["memory"], self.memory, strict=True):
+            row["total"] = memory.total
+        if self.gpus:
+            found["gpus"] = self.gpus.to_json()
+        return found | {"disk": found["disk"] | {"needed": self.disk.needed, "fits": self.disk.fits}}
+
+
+def estimate(
+    recipe: Recipe,
+    teraflops_per_device: float | None = None,
+    gpus: Gpus | None = None,
+    sequence_length: int | None = None,
+) -> Resources:
+    """Plans a recipe. Nothing is run, and nothing is written.
+
+    Args:
+        teraflops_per_device: what a device reaches, in units of 1e12 operations per second; for rates and times.
+            Default: what a finished training of the run has measured, else `TERAFLOPS_PER_DEVICE`.
+        gpus: to check the stages' memory against, and to propose layouts for.
+        sequence_length: tokens of the longest rollout. Default: counted, else bounded by the recipe.
+
+    Raises:
+        RecipeError, CheckpointError, LayoutError: the recipe, the model or a layout can't be used (see `plan`).
+    """
+    if teraflops_per_device is not None and not teraflops_per_device > 0:
+        raise RecipeError(f"--teraflops-per-device {teraflops_per_device:g}: give a number above 0")
+    if sequence_length is not None and sequence_length < 1:
+        raise RecipeError(f"--sequence-length {sequence_length}: give 1 or more")
+    stages, notes = plan(recipe), list[str]()
+    verdicts = judge_all(stages, Artifacts(recipe.folder, checksums=False))
+    # What comes back from `replaced/` is counted as if it were still to be made.
+    done = {stage.name for stage in stages if verdicts[stage.name].folder == stage.output}
+    shape, hf_dtype, context = _model(stages, notes)
+    data = _data(recipe, stages, verdicts, notes, context)
+    longest = sequence_length or (data.longest if data else None)
+    counts = (data.num_rollouts, data.response_tokens) if data else None
+    disk = disk_plan(recipe.folder, stages, done, shape, hf_dtype, counts)
+    rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
+    speed, source = _speed(teraflops_per_device, [stage for stage in stages if stage.name in done], shape, rollouts)
+    cache, advice = _cache(recipe, stages, shape, data, disk, speed)
+    if ignored := uncounted_flags(stages):
+        notes.append(f"{', '.join(ignored)} of Megatron's change the memory in ways that are not counted")
+    return Resources(
+        name=recipe.name,
+        stages=[_row(stage, stages, verdicts[stage.name]) for stage in stages],
+        model=ModelSize(shape.family.name, count_parameters(shape), shape.hidden_size, shape.vocab_size)
+        if shape
+        else None,
+        data=data,
+        memory=[stage_memory(s, shape, longest) for s in stages if s.command in RUNS_MODEL] if shape else [],
+        times=stage_times(stages, done, shape, rollouts, speed) if shape else [],
+        gpus=_gpus(stages, shape, longest, gpus, notes),
+        teraflops_per_device=speed,
+        speed_source=source,
+        cache=cache,
+        recommendation=advice,
+        disk=disk,
+        learning_rates=_learning_rates(stages, shape),
+        notes=notes,
+    )
+
+
+def _learning_rates(stages: Sequence[Stage], shape: ModelShape | None) -> dict[str, str]:
+    found = {}
+    for stage in (stage for stage in stages if stage.command in TRAINS):
+        rate, warmup = stage.settings["learning_rate"], stage.settings["warmup_fraction"]
+        known = shape is not None or rate is not None
+        size = count_parameters(shape) if shape else 0
+        unknown = "by the model's size, which isn't known yet"
+        found[stage.name] = describe_rates(rate, warmup, size) if known else unknown
+    return found
+
+
+def _speed(
+    given: float | None, done: Sequence[Stage], shape: ModelShape | None, rollouts: RolloutSize | None
+) -> tuple[float, str]:
+    """What a device reaches, in teraflop/s, and where that is from. `done`: the stages that are."""
+    if given is not None:
+        return given, "given"
+    measured = measured_speed(done, shape, rollouts) if shape else None
+    if measured:
+        return measured.teraflops, f"measured by {measured.stage}, which is done"
+    return TERAFLOPS_PER_DEVICE, "assumed: bf16 on an H100 at 40% of its peak"
+
+
+def _gpus(
+    stages: Sequence[Stage], shape: ModelShape | None, longest: int | None, gpus: Gpus | None, notes: list[str]
+) -> GpuFit | None:
+    if gpus is None:
+        return None
+    if shape is None or longest is None:
+        missing = "model" if shape is None else "length of the rollouts (--sequence-length)"
+        notes.append(f"whether the stages fit {gpus.count} x {gpus.name} can't be known without the {missing}")
+        return None
+    return gpu_fit([stage for stage in stages if stage.command in RUNS_MODEL], shape, longest, gpus)
+
+
+def _row(stage: Stage, stages: Sequence[Stage], verdict: Verdict) -> StageRow:
+    before = dependencies(stage, list(stages))
+    outputs = [s.output for s in stages]
+    own = [str(path) for path in stage.inputs.values() if not any(path.is_relative_to(o) for o in outputs)]
+    sizes = stage.layout
+    parts = {"TP": sizes.tensor_parallel, "PP": sizes.pipeline_parallel, "CP": sizes.context_parallel}
+    parts |= {"DP": sizes.data_parallel, "EP": sizes.expert_parallel}
+    words = [f"{name} {size}" for name, size in parts.items() if size > 1] + [sizes.precision]
+    layout = ", ".join(words) if stage.command in RUNS_MODEL else ""
+    if stage.gpus_per_process > 1:  # a sampler's, in one process
+        layout = f"TP {stage.gpus_per_process}"
+    reads = [*before, *own]
+    return StageRow(stage.name, stage.command, stage.num_processes, layout, reads, verdict.is_done, verdict.describe())
+
+
+def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None, int, int | None]:
+    """The model's geometry, the bytes of a parameter in its Hugging Face folder, and its context in tokens."""
+    folder = next(stage.inputs["hf"] for stage in stages if stage.command == "import")
+    prepared = any(stage.command == "prepare" and folder.is_relative_to(stage.output) for stage in stages)
+    if not (folder / "config.json").is_file():
+        if not prepared:
+            raise RecipeError(
+                f"model {folder}: has no config.json; give the Hugging Face folder (a plan reads this file alone, the "
+                "weights may come later)"
+            )
+        notes.append(f"the model {folder} is not prepared yet: memory, cache and checkpoints can't be known")
+        return None, 0, None
+    shape = read_model_shape(folder)
+    config = json.loads((folder / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in _HF_TYPES:
+        notes.append(f"{folder}/config.json names no dtype: exports are taken for float32")
+    return shape, _HF_TYPES.get(dtype, 4), config.get("max_position_embeddings")
+
+
+def _data(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    verdicts: Mapping[str, Verdict],
+    notes: list[str],
+    context: int | None,
+) -> DataSize | None:
+    """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
+    from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts, longest_rollout
+    from megatron_erpd.sources.files import source_files
+
+    stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))
+    section, place, columns = recipe.rollouts, str(stage.output), {}
+    # Imported rollouts count without the file that they came from.
+    finished = (stage.output / MANIFEST).is_file() and verdicts[stage.name].word in ("done", "blocked")
+    files: Any = stage.output
+    if isinstance(section, Imported) and not finished:
+        names = {"prompt": PROMPT, "response": RESPONSE}
+        place = str(stage.inputs["source"])
+        columns = {name: section.fields.get(ours, ours) for name, ours in names.items()}
+        path = local_path(place)
+        files = source_files(place) if path is None or path.exists() else []
+    if finished or isinstance(section, Imported):
+        count = count_rollouts(files, **columns)
+        if count:
+            sizes = (count.num_rollouts, count.prompt_tokens, count.response_tokens, longest_rollout(files, **columns))
+            return DataSize(*sizes, is_upper_bound=False, source=place)
+        why = "hold no columns of token ids to count" if files else "are not there yet"
+        notes.append(f"the rollouts {place} {why}: the size of the whole data set can't be known")
+        return None
+    prompts, longest_prompt = _prompts(stage)
+    if prompts is None:
+        notes.append(
+            f"the prompts {stage.inputs['prompts']} are not there yet, and rollouts.num_prompts is not given: the size "
+            "of the whole data set can't be known"
+        )
+        return None
+    if longest_prompt is None:
+        notes.append(f"the prompts {stage.inputs['prompts']} are not there yet: sequences are taken without them")
+    rollouts, response = prompts * section.num_rollouts, section.max_new_tokens
+    longest = min((longest_prompt or 0) + response, context or sys.maxsize)
+    source = f"{prompts} prompts x {section.num_rollouts} rollouts x {response} tokens"
+    return DataSize(rollouts, None, rollouts * response, longest, is_upper_bound=True, source=source)
+
+
+def _prompts(stage: Stage) -> tuple[int | None, int | None]:
+    """Prompts of a round that is still to be sampled, and a bound on the tokens of the longest: a token is a byte or
+    more. None while their file isn't there; a round's number may still be given."""
+    from megatron_erpd.sampling.prompts import load_prompts
+
+    wanted: int | None = stage.settings["num_prompts"]
+    if not is_there(stage.inputs.get("prompts")):
+        return wanted, None
+    records = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], wanted)
+    return len(records), max(len(json.dumps(record["prompt"], ensure_ascii=False).encode()) for record in records)
+
+
+def _cache(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    shape: ModelShape | None,
+    data: DataSize | None,
+    disk: DiskPlan,
+    teraflops: float,
+) -> tuple[list[CacheOption], str | None]:
+    """The teacher cache of the first round and its alternatives, and which to choose."""
+    maker = next((s for s in stages if s.name == "cache"), None)
+    if maker is None:
+        return [], recommendation(None, [], None, disk.free)
+    if shape is None:
+        return [], None
+    reader = next(s for s in stages if s.inputs.get("cache") == maker.output)
+    parameters, share = active_parameters(shape), data.response_share if data else 1.0
+    flop = forward_flop(parameters, frozen_policies(maker)), training_flop(parameters, frozen_policies(reader))
+    speeds = [teraflops * 1e12 * s.num_processes / f * share for s, f in zip((maker, reader), flop, strict=True)]
+    policies = ["base", *(name.removeprefix("policy-") for name in maker.inputs if name.startswith("policy-"))]
+    counts = (data.num_rollouts, data.response_tokens) if data else None
+    sizes = (shape.vocab_size, shape.hidden_size)
+    options = cache_options(policies, recipe.cache, *sizes, counts, Speed(*speeds), reads_hidden(reader))
+    others = sum(item.bytes or 0 for item in disk.items if item.stage != maker.name and not item.is_there)
+    form = "projection" if any(d.form == "projection" for d in recipe.distillations().values()) else "policy_gradient"
+    return options, recommendation(form, options, others if disk.is_complete else None, disk.free)

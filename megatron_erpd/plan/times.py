@@ -1,0 +1,141 @@
+"""How long the stages of a run will take: operations over speed, which is given or was measured by finished stages."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_erpd.checkpoint.mapping.families import ModelShape
+from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters
+from megatron_erpd.manifest import read_manifest
+from megatron_erpd.plan.activations import recompute_of
+from megatron_erpd.plan.cache import forward_flop, training_flop
+from megatron_erpd.plan.memory import frozen_policies, global_batch_size, micro_batches
+from megatron_erpd.recipe.stages import Stage
+
+ITERATION_TIME, WORLD_SIZE = "iteration-time", "world-size"
+"""Names of Megatron's in a training's `metrics.jsonl`: seconds of a step, and processes."""
+
+
+@dataclass(frozen=True)
+class RolloutSize:
+    """Rollouts of a round, and how many tokens they have on average, the prompt's among them."""
+
+    count: int
+    mean_tokens: float
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """What a stage will take.
+
+    Attributes:
+        seconds: None where it can't be known.
+        is_done: the stage has taken this time.
+        flop: floating-point operations of all devices; None where they aren't counted.
+    """
+
+    stage: str
+    seconds: float | None
+    is_done: bool
+    flop: float | None
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """What a device reached in a finished training of the run, in units of 1e12 operations per second."""
+
+    stage: str
+    teraflops: float
+
+
+def stage_flop(stage: Stage, shape: ModelShape, rollouts: RolloutSize) -> float | None:
+    """Operations of a stage on a round's rollouts; None for stages whose time isn't a matter of operations.
+
+    Forward 2 per parameter and token, and 2 per query element and earlier token for each of attention's two products,
+    over the mean of earlier tokens; backward twice that; once more forward where all layers are recomputed.
+    """
+    tokens = _tokens(stage, rollouts)
+    if tokens is None:
+        return None
+    parameters, frozen = active_parameters(shape), frozen_policies(stage)
+    attention = 2 * shape.num_layers * shape.query_size * rollouts.mean_tokens  # half of the square is masked
+    if stage.command == "precompute":
+        return tokens * (forward_flop(parameters, frozen) + frozen * attention)
+    again = recompute_of(stage.megatron).granularity == "full"
+    per_token = training_flop(parameters, frozen) + again * forward_flop(parameters)
+    return tokens * (per_token + (3 + again + frozen) * attention)
+
+
+def bubble(stage: Stage, rollouts: RolloutSize) -> float:
+    """Time of a pipeline's pass over that without waiting at its ends: 1 + (PP - 1) / micro-batches (Narayanan et al.,
+    2021, arXiv 2104.04473, section 2.2). A pass is an optimizer step; of precompute, all rollouts."""
+    together = stage.layout.micro_batch_size * stage.layout.data_parallel
+    count = micro_batches(stage) if global_batch_size(stage) else math.ceil(rollouts.count / together)
+    return 1 + (stage.layout.pipeline_parallel - 1) / max(1, count)
+
+
+def stage_times(
+    stages: Sequence[Stage],
+    done: Collection[str],
+    shape: ModelShape,
+    rollouts: RolloutSize | None,
+    teraflops: float,
+) -> list[StageTime]:
+    """Times of all stages; done ones as their manifests have them.
+
+    Args:
+        done: names of those.
+        teraflops: that a device reaches.
+    """
+    found = []
+    for stage in stages:
+        took = _took(stage.output) if stage.name in done else None
+        flop, estimated = stage_flop(stage, shape, rollouts) if rollouts else None, None
+        if rollouts and flop is not None:
+            estimated = flop * bubble(stage, rollouts) / (teraflops * 1e12 * stage.num_processes)
+        found.append(StageTime(stage.name, estimated if took is None else took, took is not None, flop))
+    return found
+
+
+def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSize | None) -> MeasuredSpeed | None:
+    """The speed of the last finished training on fixed rollouts that has logged its steps; None where none has.
+
+    The median step counts: the first ones are slow, and a save now and then is.
+    """
+    for stage in reversed(done):
+        batch, metrics = stage.settings.get("global_batch_size"), stage.output / "metrics.jsonl"
+        if rollouts is None or batch is None or not metrics.is_file():
+            continue
+        rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if ITERATION_TIME in row]
+        flop = stage_flop(stage, shape, rollouts)
+        if not rows or flop is None or any(WORLD_SIZE not in row for row in rows):
+            continue
+        seconds = statistics.median(row[ITERATION_TIME] * row[WORLD_SIZE] for row in rows)
+        step = flop * bubble(stage, rollouts) / _iterations(stage, rollouts)
+        return MeasuredSpeed(stage.name, step / seconds / 1e12)
+    return None
+
+
+def _tokens(stage: Stage, rollouts: RolloutSize) -> float | None:
+    """That run through the model."""
+    if stage.command == "precompute":
+        return rollouts.count * rollouts.mean_tokens
+    if "epochs" in stage.settings and stage.name != "warm-up":  # which has demonstrations of its own
+        batch = global_batch_size(stage)
+        assert batch is not None
+        return _iterations(stage, rollouts) * batch * rollouts.mean_tokens
+    return None  # on policy the sampling takes most of the time
+
+
+def _iterations(stage: Stage, rollouts: RolloutSize) -> int:
+    return max(1, math.ceil(stage.settings["epochs"] * rollouts.count / stage.settings["global_batch_size"]))
+
+
+def _took(output: Path) -> float | None:
+    seconds = read_manifest(output).summary.get("seconds")
+    return float(seconds) if isinstance(seconds, int | float) else None

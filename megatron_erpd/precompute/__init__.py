@@ -1,0 +1,1 @@
+"""What frozen policies say about the rollouts, written to a teacher cache."""

@@ -1,0 +1,169 @@
+"""What is kept of a batch, from policies' hidden states, a chunk of response tokens at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_erpd.data.collate import Batch, gather_response_rows
+from megatron_erpd.model.context_parallel import gather_sequence, slice_batch
+from megatron_erpd.model.heads import HiddenStates, at_positions, response_positions, to_grid
+from megatron_erpd.model.projected_target import base_and_signal_of, signal_bytes
+from megatron_erpd.objectives.signals import SignalTerm, parse_signal
+from megatron_erpd.settings import PrecomputeSettings
+from megatron_erpd.vocab_parallel import (
+    Projection,
+    VocabShard,
+    apply_eta,
+    kl_from_base,
+    normalizer,
+    project_shard,
+    token_chunks,
+    token_log_probs,
+    vocab_parallel_log_softmax,
+    vocab_parallel_topk,
+)
+
+Place = tuple[int, int]
+"""A rank in its context-parallel group, and the group's size."""
+
+
+class Scores:
+    """Rows of a teacher cache from hidden states. Every rank of a last pipeline stage computes the same.
+
+    All methods take whole batches and this context-parallel rank's hidden states, and give whole rows.
+
+    Args:
+        settings: signal and projection.
+        names: the policies, `base` among them.
+        shard: this rank's vocabulary range.
+        place: this rank's in its context-parallel group, and the group's size.
+    """
+
+    def __init__(
+        self, settings: PrecomputeSettings, names: list[str], shard: VocabShard, place: Place = (0, 1)
+    ) -> None:
+        self.settings = settings
+        self.place = place
+        self.names = names
+        self.shard = shard
+        self.terms: tuple[SignalTerm, ...] = parse_signal(settings.signal) if settings.has_signal else ()
+        self.eta: float | None = None
+        """One for all tokens, where the projection is global."""
+        self.k = min(settings.k, shard.vocab_size)
+
+    def log_probs(self, batch: Batch, hidden: HiddenStates) -> list[np.ndarray]:
+        """Each rollout's log-probs of its response tokens, `[R]`."""
+        local = slice_batch(batch, *self.place)
+        positions = response_positions(local)
+        labels = at_positions(local.labels, positions)
+        parts = [
+            token_log_probs(logits[0], labels[part], self.shard) for part, logits in self.chunks(positions, [hidden])
+        ]
+        return _rows(torch.cat(parts), positions, local, batch, self.place)
+
+    def target(
+        self, batch: Batch, policies: Sequence[HiddenStates], with_log_probs: bool = False
+    ) -> dict[str, list[np.ndarray]]:
+        """By name one array per rollout: q's top-k `indices`, `log_probs` `[R, K]`, `tail_log_prob`, `eta` and
+        `target_kl`, KL(q || pi_0), `[R]`.
+
+        Args:
+            policies: in the order of `names`.
+            with_log_probs: `policy_log_probs` too, what `log_probs` gives of the last policy, from the same logits.
+        """
+        local = slice_batch(batch, *self.place)
+        positions = response_positions(local)
+        labels = at_positions(local.labels, positions)
+        parts = []
+        for part, logits in self.chunks(positions, policies):
+            parts.append(self._target(logits))
+            if with_log_probs:
+                parts[-1]["policy_log_probs"] = token_log_probs(logits[-1], labels[part], self.shard)
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: _rows(values, positions, local, batch, self.place) for name, values in columns.items()}
+
+    def chunks(self, positions: Tensor, policies: Sequence[HiddenStates]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Each policy's logits `[c, v/tp]` of some of the response tokens, until all have been seen."""
+        for part in token_chunks(len(positions), signal_bytes(len(policies), self.shard)):
+            yield part, [policy.logits(positions[part]) for policy in policies]
+
+    def base_and_signal(self, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shards of log pi_0 and the signal on a chunk, `[n, v/tp]`."""
+        normalizers = [normalizer(self.shard.values(x), self.shard) for x in chunk]
+        return base_and_signal_of(self.names, self.terms, self.settings.projection_clip, chunk, normalizers, self.shard)
+
+    def _target(self, chunk: Sequence[Tensor]) -> dict[str, Tensor]:
+        eta, log_q, kl = self._projection(chunk)
+        top = vocab_parallel_topk(log_q, self.k, self.shard)
+        return {
+            "indices": top.indices,
+            "log_probs": top.log_probs,
+            "tail_log_prob": top.tail_log_prob,
+            "eta": eta,
+            "target_kl": kl,
+        }
+
+    def _projection(self, chunk: Sequence[Tensor]) -> Projection:
+        """q on a chunk; without a signal the base policy itself, at eta 0."""
+        if not self.settings.has_signal:
+            base = vocab_parallel_log_softmax(chunk[self.names.index("base")], self.shard).float()
+            return Projection(base.new_zeros(len(base)), base, base.new_zeros(len(base)))
+        base, signal = self.base_and_signal(chunk)
+        if self.eta is None:
+            return project_shard(base, signal, self.shard, self.settings.delta, self.settings.eta_max)
+        log_q = apply_eta(base, signal, self.eta, self.shard)
+        eta = log_q.new_full(log_q.shape[:1], self.eta)
+        return Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
+
+
+def hidden_rows(batch: Batch, hidden: HiddenStates, place: Place = (0, 1)) -> list[Tensor]:
+    """Each rollout's hidden states from which its response tokens are predicted, `[R, h]`, on the CPU."""
+    grid = hidden.rows.unflatten(0, (batch.tokens.shape[1] // place[1], -1)).transpose(0, 1)
+    whole = _whole(grid, *place)
+    return [whole[b][mask].cpu() for b, mask in enumerate(batch.loss_mask > 0)]
+
+
+def hidden_states(batch: Batch, rows: Sequence[Tensor], weight: Tensor, place: Place = (0, 1)) -> HiddenStates:
+    """The inverse of `hidden_rows`: this context-parallel rank's `[s * b, h]`, 0 where no response is predicted."""
+    mask = batch.loss_mask > 0
+    grid = weight.new_zeros((*mask.shape, weight.shape[1]))
+    for b, row in enumerate(rows):
+        grid[b, mask[b]] = row.to(weight.device, weight.dtype)
+    local = slice_batch(Batch(grid, grid, grid, grid, batch.row_indices), *place).tokens
+    return HiddenStates(local.transpose(0, 1).flatten(0, 1), weight)
+
+
+def output_layer_digest(weight: Tensor, shard: VocabShard) -> str:
+    """SHA-256 over the CRC-32 of every row of the whole output layer, as float32; one all-gather.
+
+    Args:
+        weight: this rank's `[v/tp, h]`. Padding rows don't count: the digest is the same under any layout.
+    """
+    rows = weight[: shard.valid_columns].detach().float().cpu().numpy()
+    crcs = torch.zeros(shard.vocab_size, dtype=torch.float64)
+    own = torch.tensor([float(zlib.crc32(row.tobytes())) for row in rows], dtype=torch.float64)
+    crcs[shard.start : shard.start + len(own)] = own  # whole numbers below 2^32, and zeros of the other ranks
+    summed = shard.all_reduce_sum(crcs.to(weight.device)).cpu().numpy().astype("<u4")
+    return hashlib.sha256(summed.tobytes()).hexdigest()
+
+
+def _rows(values: Tensor, positions: Tensor, local: Batch, batch: Batch, place: Place) -> list[np.ndarray]:
+    """Values of response tokens `[n, ...]` as one array per rollout."""
+    grid = to_grid(values, positions, local)
+    return gather_response_rows(_whole(grid, *place), batch)
+
+
+def _whole(grid: Tensor, rank: int, size: int) -> Tensor:
+    """`[b, s / cp, ...]` of this rank as `[b, s, ...]`; one all-gather where sequences are split."""
+    if size == 1:
+        return grid
+    from megatron.core import mpu
+
+    whole = gather_sequence(grid.movedim(1, -1).contiguous(), mpu.get_context_parallel_group(), rank, size)
+    return whole.movedim(-1, 1)

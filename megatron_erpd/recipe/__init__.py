@@ -1,0 +1,1 @@
+"""Recipes, the stages that they mean, and which of their artifacts are there already."""

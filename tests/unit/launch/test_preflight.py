@@ -1,0 +1,437 @@
+"""What is known to be wrong before anything runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.launch import preflight_tasks
+from megatron_erpd.launch.preflight import check_recipe
+from megatron_erpd.launch.processes import Slots
+from megatron_erpd.manifest import write_manifest
+from megatron_erpd.recipe.planner import plan
+from megatron_erpd.recipe.recipe import Recipe
+from megatron_erpd.sampling import prompts
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+SAMPLED = {"prompts": "prompts.jsonl", "max_new_tokens": 8}
+
+
+TASK = """
+def score(record, response):
+    return float(record["answer"] in response)
+
+def forgets_to_return(record, response):
+    float(record["answer"] in response)
+
+def not_finite(record, response):
+    return float("nan")
+
+def fails(record, response):
+    return record["metadata"]["solution"] == response
+
+def text(record, response):
+    return "right"
+
+def only_boxed(record, response):
+    return float(response.split("boxed{")[1].startswith(record["answer"]))
+
+def verdict_on_announced_only(record, response):
+    return 1.0 if "The answer is " + record["answer"] in response else None
+
+def some_prompts(record, response):
+    return float(record["answer"]) if record["answer"] != "2" else None
+"""
+
+
+def write_model(folder: Path, **changed: Any) -> None:
+    """A model's configuration, the header of its weights, and a tokenizer with a token for each letter."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changed}))
+    save_file({"model.norm.weight": np.zeros(16, np.float32)}, folder / "model.safetensors")
+    words = {letter: i for i, letter in enumerate(["<unk>", "<eos>", *"0123456789+=?!abcdefghijk"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def problems(tmp_path, monkeypatch):
+    """Checks a recipe whose inputs are all good but for what a test changes."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "task.py").write_text(TASK)
+
+    def check(gpus: int = 0, jobs: bool = False, **sections: Any) -> str:
+        recipe = Recipe(
+            **{
+                "name": "mine",
+                "model": "model",
+                "rollouts": {**SAMPLED, "verifier": "python:task.py:score"},
+                "teacher": {},
+                "student": {},
+                "evaluation": {"prompts": "prompts.jsonl", "max_new_tokens": 8},
+                **sections,
+            }
+        )
+        slots = None if jobs else Slots(gpus=[str(i) for i in range(gpus)], cores=2)
+        try:
+            check_recipe(recipe, plan(recipe), slots)
+        except RecipeError as error:
+            return str(error)
+        return ""
+
+    return check
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Says which modules there are."""
+    found = importlib.util.find_spec
+
+    def say(**modules: bool) -> None:
+        def find(name: str, *more: Any) -> Any:
+            return (found("json") if modules[name] else None) if name in modules else found(name, *more)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
+
+    return say
+
+
+def test_a_good_recipe_passes(problems):
+    assert problems() == ""
+
+
+def test_everything_is_told_at_once(problems):
+    text = problems(
+        model="modle",
+        rollouts={"prompts": "train.jsonl", "verifier": "python:tusk.py:score"},
+        evaluation={"prompts": "prompts.jsonl", "verifier": "python:task.py:scroe"},
+        layout={"micro_batch_size": 24, "tensor_parallel": 2},
+        gpus=1,
+    )
+    assert text.startswith("mine: the run can't start:\n")
+    for expected in (
+        "base: hf modle: no such file or folder",
+        "rollouts: prompts train.jsonl: no such file or folder",
+        "rewards: verifier tusk.py: no such file or folder",
+        "scroe",
+        "teacher: global_batch_size 256 is not a multiple of micro_batch_size 24 x data_parallel 1 = 24",
+        "student: its layout needs 2 GPUs, this machine has 1",
+    ):
+        assert expected in text
+
+
+def test_a_sampler_that_needs_more_gpus_than_there_are(problems, installed):
+    installed(vllm=True)
+    sampled = {**SAMPLED, "verifier": "python:task.py:score", "engine": "vllm"}
+    assert problems(gpus=4, rollouts={**sampled, "tensor_parallel": 4}) == ""
+    text = problems(gpus=4, rollouts={**sampled, "tensor_parallel": 8})
+    assert "rollouts: tensor_parallel needs 8 GPUs, this machine has 4" in text and text.count("\n") == 1
+
+
+def test_a_layout_that_does_not_divide_the_model(problems):
+    assert "base-log-probs:" in problems(layout={"tensor_parallel": 3})
+    text = problems(stages={"teacher": {"layout": {"pipeline_parallel": 4}}})
+    assert "teacher:" in text and "base-log-probs:" not in text
+
+
+def test_an_architecture_that_is_not_supported(problems):
+    Path("model/config.json").write_text(json.dumps({**CONFIG, "architectures": ["BloomForCausalLM"]}))
+    assert "BloomForCausalLM" in problems()
+
+
+def test_a_folder_that_holds_no_model(problems):
+    Path("model/config.json").unlink()
+    assert "model model: has no config.json" in problems()
+
+
+def test_prompts_that_can_not_be_read(problems):
+    Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n{"answer": "2"}\n')
+    assert "prompts.jsonl:2: has no 'prompt'" in problems()
+
+
+def test_what_prepare_writes_is_checked_when_it_is_there(problems):
+    sections = {"prepare": "python task.py {output}", "model": "prepare/model"}
+    assert problems(**sections) == ""
+    prepared = Path("runs/mine/prepare")
+    prepared.mkdir(parents=True)
+    write_manifest(prepared, "prepare", {}, {})
+    assert "base: hf runs/mine/prepare/model: no such file or folder" in problems(**sections)
+
+
+def test_monitoring_that_is_not_installed(problems, installed):
+    for there in (False, True):
+        installed(wandb=there)
+        text = problems(monitoring={"wandb_project": "erpd"})
+        assert ("monitoring.wandb_project: wandb isn't installed; pip install wandb" in text) != there
+    assert problems() == ""
+
+
+def test_one_precision_for_a_training_and_the_log_probs_that_it_reads(problems):
+    text = problems(stages={"teacher": {"layout": {"precision": "bf16"}}})
+    assert "teacher: trains in bf16 on log-probs that base-log-probs computes in fp32" in text
+    stages = ("base-log-probs", "teacher", "cache", "student")
+    assert problems(stages={stage: {"layout": {"precision": "bf16"}} for stage in stages}) == ""
+    assert "student: trains in fp32 on log-probs that cache computes in bf16" in problems(
+        stages={"cache": {"layout": {"precision": "bf16"}}}
+    )
+
+
+def test_what_prepare_wrote_before_is_not_looked_at_before_it_runs_again(problems):
+    prepared = Path("runs/mine/prepare")
+    prepared.mkdir(parents=True)
+    (prepared / "prompts.jsonl").write_text("no JSON")
+    sections = {"prepare": "python task.py {output}", "rollouts": {**SAMPLED, "prompts": "prepare/prompts.jsonl"}}
+    sections["rollouts"]["verifier"] = "python:task.py:score"
+    assert problems(**sections) == ""
+    write_manifest(prepared, "prepare", {}, {})
+    assert "rollouts.prompts: runs/mine/prepare/prompts.jsonl:1" in problems(**sections)
+
+
+def test_a_folder_that_can_not_be_written(problems, tmp_path):
+    (tmp_path / "file").write_text("")
+    text = problems(output="file/below")
+    assert text.count("\n") == 1 and "output: file/below: can't be written (Not a directory" in text
+    assert "monitoring.wandb_dir: file: can't be written" in problems(
+        monitoring={"wandb_project": "p", "wandb_dir": "file"}
+    )
+
+
+def test_a_disk_that_is_too_small(problems, monkeypatch):
+    free = 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    assert "output: runs/mine: the run's checkpoints and exports still take " in problems()
+    free = 10**9
+    assert problems() == ""
+    free = 10**5  # what an interrupted training has saved counts
+    assert "keep fewer checkpoints" in problems()
+    Path("runs/mine/round-01/teacher").mkdir(parents=True)
+    with Path("runs/mine/round-01/teacher/shard").open("wb") as file:
+        file.truncate(10**8)
+    assert problems() == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "model: model: has neither model.safetensors"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"x"), "model.safetensors: not a readable"),
+        (lambda model: (model / "tokenizer.json").unlink(), "model: model: holds no tokenizer"),
+        (lambda model: (model / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    ],
+)
+def test_a_model_that_is_not_whole(problems, spoil, expected):
+    spoil(Path("model"))
+    assert expected in problems()
+
+
+def test_experts_that_the_layout_does_not_spread(problems):
+    assert "base-log-probs: expert parallel size 2" in problems(layout={"expert_parallel": 2, "data_parallel": 2})
+
+
+def test_context_parallelism_is_refused_where_it_is_known_that_there_is_none(problems, installed):
+    layout = {"layout": {"context_parallel": 2}, "slurm": {"gpus_per_node": 2}}
+    assert "teacher: context_parallel 2: needs a GPU" in problems(**layout)
+    for there in (False, True):
+        installed(transformer_engine=there)
+        for where in ({"gpus": 2}, {"jobs": True}):
+            assert ("context_parallel 2: needs Transformer Engine" in problems(**layout, **where)) != there
+    # What a container has isn't known here.
+    installed(transformer_engine=False)
+    assert problems(jobs=True, layout=layout["layout"], slurm={"container_image": "image", "gpus_per_node": 2}) == ""
+
+
+def test_an_engine_that_is_not_installed(problems, installed):
+    sections = {"rollouts": {**SAMPLED, "verifier": "python:task.py:score", "engine": "vllm"}}
+    for there in (False, True):
+        installed(vllm=there)
+        assert ("rollouts: engine vllm: vLLM isn't installed" in problems(**sections)) != there
+    installed(vllm=False)
+    assert "vLLM isn't installed" in problems(jobs=True, **sections)
+    assert problems(jobs=True, **sections, stages={"rollouts": {"slurm": {"python": "/opt/vllm/bin/python"}}}) == ""
+
+
+def test_kernels_that_need_a_gpu(problems, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "teacher: kernels triton: needs a GPU" in problems(layout={"kernels": "triton"})
+    assert problems(layout={"kernels": "triton"}, gpus=1) == problems(layout={"kernels": "triton"}, jobs=True) == ""
+
+
+def test_an_interface_that_this_machine_has_not(problems, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib77")
+    assert "GLOO_SOCKET_IFNAME is ib77" in problems(layout={"tensor_parallel": 2})
+    assert problems() == problems(layout={"tensor_parallel": 2}, jobs=True) == ""
+
+
+def lengths(rollouts: int, evaluation: int) -> dict[str, Any]:
+    return {
+        "rollouts": {**SAMPLED, "max_new_tokens": rollouts, "verifier": "python:task.py:score"},
+        "evaluation": {"prompts": "prompts.jsonl", "max_new_tokens": evaluation},
+    }
+
+
+def test_lengths_beyond_the_positions(problems):
+    Path("prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "10+10=", "answer": "20"}\n')
+    assert problems(**lengths(58, 58)) == ""
+    text = problems(**lengths(59, 60))
+    assert "rollouts.max_new_tokens 59: prompts.jsonl:2 has 6 tokens, together 65" in text
+    assert "the model has 64 positions; lower it to 58" in text
+    assert "evaluation.max_new_tokens 60: " in text
+    controls = {"grpo": {"kind": "on_policy", "max_new_tokens": 60}}
+    assert "controls.grpo.max_new_tokens 60: " in problems(**lengths(8, 8), controls=controls)
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": 70 * "1", "answer": "2"}))
+    assert "rollouts.prompts: prompts.jsonl:1 has 70 tokens, and the model has 64 positions" in problems()
+
+
+def test_the_first_rollouts_of_a_file_are_read(problems):
+    def imported(row: dict[str, Any], **changed: Any) -> str:
+        rows = [{"prompt_token_ids": [5, 6], "response_token_ids": [7], "reward": 1.0, "group_id": 1}, row]
+        Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return problems(rollouts={"file": "r.jsonl", **changed}, evaluation=None)
+
+    good = {"prompt_token_ids": [5, 6], "response_token_ids": [8], "reward": 0.0, "group_id": 1}
+    assert imported(good) == ""
+    assert "rollouts.file: r.jsonl:2: has 65 tokens, and the model 64" in imported(
+        {**good, "response_token_ids": 63 * [8]}
+    )
+    assert "rollouts.file: r.jsonl:2: response_token_ids" in imported({**good, "response_token_ids": "eight"})
+    assert imported({**good, "response_token_ids": "eight"}, on_reject="skip") == ""
+    assert "rollouts.file: " in imported(good, format="slime") and "rollouts.file: " in imported(
+        good, fields={"reward": "scroe"}
+    )
+    Path("r.txt").write_text("{}")
+    assert "rollouts.file: r.txt: must end in" in problems(rollouts={"file": "r.txt"}, evaluation=None)
+
+
+def test_only_the_prompts_that_are_used_count(problems):
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": n * "1", "answer": "2"}) + "\n" for n in (4, 5, 60)))
+    used = {**lengths(50, 50)["rollouts"], "num_prompts": 1}
+    evaluation = {"prompts": "prompts.jsonl", "max_new_tokens": 50, "num_prompts": 2}
+    assert problems(rollouts=used, rounds=2, evaluation=evaluation) == ""
+    assert ":3 has 60 tokens" in problems(rollouts=used, rounds=3, evaluation=evaluation)
+
+
+def test_rollouts_must_fit_the_window_of_the_trainings(problems):
+    write_model(
+        Path("model"), architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=16, head_dim=4
+    )
+    text = problems(**lengths(20, 20))
+    assert "rollouts.max_new_tokens 20" in text and "16 positions within its sliding window" in text
+    assert "evaluation" not in text
+
+
+def test_a_long_file_is_encoded_in_part(problems, monkeypatch):
+    monkeypatch.setattr(preflight_tasks, "_ENCODED_CHARACTERS", 100)
+    encoded = []
+    encode = prompts.encode_prompts
+    monkeypatch.setattr(
+        prompts, "encode_prompts", lambda t, r, *a, **k: encoded.append(len(r)) or encode(t, r, *a, **k)
+    )
+    lines = [json.dumps({"prompt": n * "1", "answer": "2"}) for n in (*range(1, 41), 50)]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    assert ":41 has 50 tokens" in problems(**lengths(20, 20)) and set(encoded) == {2}
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("score", None),
+        ("only_boxed", None),
+        ("verdict_on_announced_only", None),
+        ("some_prompts", None),
+        ("forgets_to_return", "gives no reward (None, or no finite number) for prompts.jsonl:1 ('1+1=')"),
+        ("not_finite", "gives no reward"),
+        ("fails", "fails for prompts.jsonl:1 ('1+1=') and the response '2': KeyError: 'solution'"),
+        ("text", "returned 'right'; it must return a number or None"),
+    ],
+)
+def test_a_verifier_is_tried(problems, function, expected):
+    Path("prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "answer": "3"}\n')
+    text = problems(rollouts={**SAMPLED, "verifier": f"python:task.py:{function}"}, evaluation=None)
+    if expected is None:
+        assert text == ""
+    else:
+        assert "rollouts.verifier: " in text and expected in text and text.count("\n") == 1
+
+
+def test_a_verifier_says_itself_what_it_scores(problems):
+    code = "def score(record, response):\n    return 1.0 if response == 'RESULT 2' else None\n"
+    for trial, good in (("", False), ("VERIFIER_TRIAL = 'RESULT {answer}'\n", True), ("VERIFIER_TRIAL = 3\n", False)):
+        Path("task.py").write_text(trial + code)
+        assert (problems() == "") == good
+    assert "VERIFIER_TRIAL is 3; give a response as text" in problems()
+
+
+def test_the_verifiers_of_libraries_score_their_own_answers(problems):
+    Path("prompts.jsonl").write_text('{"prompt": "?", "answer": "\\\\frac{1}{2}"}\n')
+    write_model(Path("model"), max_position_embeddings=256)
+    own = {"prompts": "reasoning-gym:chain_sum?size=3", "verifier": "reasoning-gym:chain_sum", "max_new_tokens": 8}
+    evaluation = {"prompts": "prompts.jsonl", "verifier": "math-verify", "max_new_tokens": 8}
+    assert problems(rollouts=own, evaluation=evaluation) == ""
+    text = problems(rollouts={**own, "verifier": "reasoning-gym:chain_sums"}, evaluation=evaluation)
+    assert "rollouts.verifier: reasoning-gym:chain_sums: there is no task" in text
+
+
+def test_where_a_job_has_gpus_a_verifier_is_read_and_not_run(problems):
+    Path("task.py").write_text(
+        "raise RuntimeError('no GPU')\ntry:\n    import numpy as score\nexcept ImportError: pass\n"
+    )
+    assert "no GPU" in problems() and "no GPU" in problems(jobs=True)
+    gpus = {"jobs": True, "slurm": {"gpus_per_node": 1}}
+    assert problems(**gpus) == ""
+    Path("task.py").write_text("def scroe(record, response): return 1.0")
+    assert "rollouts.verifier: task.py: has no function 'score'" in problems(**gpus)
+    Path("task.py").write_text("def score(record, response) return 1.0")
+    assert "rollouts.verifier: task.py: can't be read as Python" in problems(**gpus)
+
+
+def test_megatron_flags(problems):
+    stages = {"student": {"megatron": {"recompute_granularty": "full"}}, "cache": {"megatron": {"log_intreval": None}}}
+    text = problems(jobs=True, megatron={"log_intreval": 5, "lr": 1e-5}, stages=stages)
+    assert text.splitlines()[1:] == [
+        "  megatron: --log-intreval: Megatron has no such flag; did you mean --log-interval? "
+        "(for base-log-probs, teacher, student)",
+        "  megatron: --lr: follows from the checkpoint, the layout or the stage's settings and can't be given again; "
+        "change it there (for cache)",
+        "  stages.student.megatron: --recompute-granularty: Megatron has no such flag; did you mean "
+        "--recompute-granularity? (for student)",
+    ]
+
+
+def test_megatron_flags_that_contradict_each_other(problems):
+    stages = {
+        "base-log-probs": {"megatron": {"seed": "x"}},
+        "teacher": {"megatron": {"adam_eps": 1e-7, "clip_grad": None}},
+        "student": {"megatron": {"overlap_param_gather": True}},
+    }
+    text = problems(stages=stages).splitlines()[1:]
+    assert text[0].startswith("  stages.base-log-probs.megatron: --seed: invalid int value: 'x'")
+    assert "Megatron refuses these settings: " in text[1] and "(for student)" in text[1] and len(text) == 2
