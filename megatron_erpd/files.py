@@ -6,7 +6,8 @@ import errno
 import json
 import math
 import os
-import socket
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,25 +17,111 @@ from megatron_erpd.errors import RecipeError, full_disk
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name of this process's own to write to, which takes the place of `path` in the end; its folder is made.
+def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary name to write to; the file gets the name `path`, on disk, when the context ends without an error.
 
-    Readers see the former content or the new one, and several processes, on several nodes too, may write the same file.
+    Readers see the former content or the new one, also after a power cut, and several processes, on several nodes too,
+    may write the same file. The folder is made. An error leaves nothing of the temporary file.
+
+    Args:
+        replace: take the place of a file that has the name; otherwise that is a `FileExistsError`.
 
     Raises:
         OSError: it can't be written; names `path`, which the errors of a write don't.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        publish(temporary, path, replace=replace)
     except OSError as error:
         if error.filename is None or Path(error.filename) == temporary:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer has; `remove_unfinished` knows it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def publish(temporary: Path, path: Path, *, replace: bool = True) -> None:
+    """Gives a file that was written and closed its name, when its bytes are on disk; see `new_file`.
+
+    Without `replace` the name is given by a hard link, of which one alone succeeds on every file system of a cluster.
+    """
+    sync(temporary)
+    if replace:
+        os.replace(temporary, path)
+    else:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # a file system without hard links: the name comes first
+            os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems can't do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left of new files in a folder, into which nobody may be writing."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+
+
+def partial_folder(path: Path) -> Path:
+    """Where a folder is filled before it gets the name `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def publish_folder(path: Path) -> None:
+    """Gives the partial folder, all of it on disk, its name `path`, which must be free."""
+    partial = partial_folder(path)
+    for item in (*partial.rglob("*"), partial):
+        if not item.is_symlink():
+            sync(item)
+    partial.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A name to make a folder under, which gets the name `path` when the context ends without an error, and is removed
+    otherwise. What an interrupted process left of it is removed first."""
+    partial = partial_folder(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        publish_folder(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to a file, or a copy where links can't be made (another file system)."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        with new_file(target) as temporary:
+            shutil.copy2(source, temporary)
 
 
 def check_output(folder: Path) -> None:
@@ -79,12 +166,6 @@ def _why_unwritable(folder: Path) -> str | None:
             raise
         return f"{error.strerror} in {there}" if there != folder.absolute() else str(error.strerror)
     return None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left of new files in a folder, into which nobody may be writing."""
-    for left in folder.glob(".*.tmp"):
-        left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

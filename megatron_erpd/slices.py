@@ -4,7 +4,7 @@ an artifact that its job resumes; when all are finished, one job makes the whole
 from __future__ import annotations
 
 import argparse
-import fcntl
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import StageError
+from megatron_erpd.locks import file_lock
 from megatron_erpd.manifest import MANIFEST, begin_artifact
 
 _BEGIN = ".begin"
@@ -69,8 +70,7 @@ def begin_whole(output: Path, stage: str, settings: Mapping[str, Any], inputs: M
     """Takes the folder for the artifact of all slices (`begin_artifact`); jobs that start at once do it one after the
     other."""
     output.mkdir(parents=True, exist_ok=True)
-    with open(output / _BEGIN, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with file_lock(output / _BEGIN, wait=math.inf):
         begin_artifact(output, stage, settings, inputs)
 
 

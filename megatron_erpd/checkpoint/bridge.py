@@ -8,7 +8,6 @@ holds the whole model and has no process group yet: Megatron-Bridge makes one.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files, read_tensor_list
 from megatron_erpd.checkpoint.torch_dist.iterations import find_iteration, iteration_folder
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import new_folder
 
 RUN_CONFIG = "run_config.yaml"
 """In an iteration of Megatron-Bridge's: the model's configuration."""
@@ -43,7 +43,8 @@ def import_with_bridge(source: Path, checkpoint: Path) -> None:
         raise CheckpointError(
             f"{source}: Megatron-Bridge has no conversion for {_architecture(source)} either; take a newer version"
         )
-    with _appearing(checkpoint) as partial, _named_errors(source):
+    _refuse_present(checkpoint)
+    with new_folder(checkpoint) as partial, _named_errors(source):
         bridge.import_ckpt(str(source), str(partial))
         find_iteration(partial)
 
@@ -62,7 +63,8 @@ def export_with_bridge(source: Path, checkpoint: Path, output: Path) -> None:
     """
     root, iteration = find_iteration(checkpoint)
     bridge = _auto_bridge()
-    with _appearing(output) as partial, _named_errors(checkpoint):
+    _refuse_present(output)
+    with new_folder(output) as partial, _named_errors(checkpoint):
         bridge.from_hf_pretrained(str(source)).export_ckpt(
             str(iteration_folder(root, iteration)), str(partial), show_progress=False
         )
@@ -110,19 +112,9 @@ def _architecture(source: Path) -> str:
         return "this model"
 
 
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `output` where nothing goes wrong and is removed otherwise."""
+def _refuse_present(output: Path) -> None:
     if output.exists():
         raise CheckpointError(f"{output}: is there already and is never written over; remove it or name another folder")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import publish, temporary_name
 
 PIECE_BYTES = 2**21
 """What is read, compared or copied at a time: small enough to stay in a processor's cache from one to the other."""
@@ -47,7 +48,7 @@ class FileWriter:
         self.path = path
         self.sha256 = ""
         self.size = 0
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = temporary_name(path)
         self._digest = hashlib.sha256()
         self._hasher, self._writer = (ThreadPoolExecutor(1) for _ in range(2))
         self._sent: deque[tuple[np.ndarray, Future[None], Future[None]]] = deque()
@@ -119,26 +120,24 @@ class FileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
-        is_whole = False
         try:
+            try:
+                if kind is None:
+                    if self._used:
+                        self._send()
+                    while self._sent:
+                        self._wait()
+            finally:
+                self._hasher.shutdown()
+                self._writer.shutdown()
+                os.close(self._descriptor)
+            self.sha256 = self._digest.hexdigest()
             if kind is None:
-                if self._used:
-                    self._send()
-                while self._sent:
-                    self._wait()
-                os.fsync(self._descriptor)
-                is_whole = True
+                publish(self._temporary, self.path)
         except OSError as error:
             raise self._failed(error) from None
         finally:
-            self._hasher.shutdown()
-            self._writer.shutdown()
-            os.close(self._descriptor)
-            if not is_whole:
-                self._temporary.unlink(missing_ok=True)
-        self.sha256 = self._digest.hexdigest()
-        if is_whole:
-            os.replace(self._temporary, self.path)
+            self._temporary.unlink(missing_ok=True)
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.path}: can't be written ({error.strerror or error}); make room and run it again")
@@ -164,15 +163,6 @@ def _leave_direct(descriptor: int) -> bool:
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
     return bool(flags & _DIRECT)
-
-
-def sync_folder(folder: Path) -> None:
-    """Puts the folder's names on disk, so that a renamed file survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_space(folder: Path, needed: int) -> None:

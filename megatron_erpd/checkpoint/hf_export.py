@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from megatron_erpd.checkpoint.mapping.shards import (
     raise_together,
 )
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import partial_folder, publish_folder
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     """The first rank's part. Shards are received to the end even when writing fails, or their senders would wait."""
-    temporary = output.with_name(f".{output.name}.partial")
+    temporary = partial_folder(output)
     failure: OSError | CheckpointError | None = None
     files = plan_files(hf_shapes(shape), dtypes, max_shard_bytes)
     left = list(files)
@@ -192,7 +192,7 @@ def _write(
         raise failure
     write_index(temporary, files)
     check_written(temporary, shape, dtypes)
-    os.rename(temporary, output)
+    publish_folder(output)
 
 
 def _write_file(folder: Path, planned: PlannedFile, held: dict[str, torch.Tensor]) -> None:

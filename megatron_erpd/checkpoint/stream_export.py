@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_erpd.checkpoint.file_writer import Fill, require_space, sync_folder
+from megatron_erpd.checkpoint.file_writer import Fill, require_space
 from megatron_erpd.checkpoint.hugging_face.export_plan import as_dtype, check_written, element_types, set_config_dtype
 from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files
 from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
@@ -35,7 +34,7 @@ from megatron_erpd.checkpoint.processes import Progress, do_together, process_ra
 from megatron_erpd.checkpoint.torch_dist.reader import TorchDistReader
 from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
 from megatron_erpd.errors import CheckpointError
-from megatron_erpd.files import remove_unfinished, write_json
+from megatron_erpd.files import partial_folder, publish_folder, remove_unfinished, write_json
 
 _PLAN = ".export.json"
 """In an unfinished export: what it is of, so that no other one goes on with it."""
@@ -89,7 +88,7 @@ def export_checkpoint(
     raise_problems(source_hf_folder, problems)
     raise_problems(iteration, unlike_table(reader, shape))
     files = plan_files(hf_shapes(shape), dtypes, max_shard_bytes)
-    folder = output.with_name(f".{output.name}.partial")
+    folder = partial_folder(output)
     do_together(folder, lambda: _begin(folder, source_hf_folder, files, dtypes, iteration))
 
     owner = {name: unit for unit in units(shape) for name in unit.hf_names}
@@ -124,9 +123,7 @@ def export_checkpoint(
             write_index(folder, files)
             check_written(folder, shape, dtypes)
             (folder / _PLAN).unlink()
-            remove_unfinished(folder)
-            sync_folder(folder)
-            os.rename(folder, output)
+            publish_folder(output)
 
     do_together(output, publish)
     seconds = written_at - begin, compared_at - written_at
@@ -159,6 +156,7 @@ def _begin(
     if folder.exists() and _read_plan(folder) != plan:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
     write_json(folder / _PLAN, plan)
     require_space(folder, sum(file.tensor_bytes for file in files if not (folder / file.name).is_file()))
     copy_files(source, folder)

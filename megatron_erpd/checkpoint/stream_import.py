@@ -31,6 +31,7 @@ from megatron_erpd.checkpoint.torch_dist.writer import (
     is_written,
     plan_checkpoint,
 )
+from megatron_erpd.files import remove_unfinished
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def write_checkpoint(
         missing = [file for file in files if not is_written(folder, file)]
         todo.extend(missing)
         if process_rank() == 0:
+            remove_unfinished(folder)
             require_space(folder, sum(_size(file, dtypes) for file in missing))
 
     do_together(folder, prepare)

@@ -1,7 +1,6 @@
 """Writing rollouts: checked row by row, in bounded row groups, published by rename when all of it is on disk."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megatron_erpd.data.schema import (
     token_array,
 )
 from megatron_erpd.errors import RolloutError
+from megatron_erpd.files import new_file
 
 ROW_GROUP_ROWS = 10_000
 # Long responses fill a row group sooner: 16M tokens are 64 MiB of ids, and as much again of log-probs.
@@ -57,18 +57,13 @@ def write_rollouts(
             Nothing is left behind; the same goes for any error raised by `rows` itself.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     schema = ROLLOUT_SCHEMA.with_metadata(
         {VERSION_KEY: str(SCHEMA_VERSION), METADATA_KEY: json.dumps(dict(file_metadata or {}), sort_keys=True)}
     )
-    try:
+    with new_file(target) as temporary:
         num_rows = _write_table(temporary, target, schema, rows, vocab_size, row_group_rows)
         if num_rows == 0:
             raise RolloutError(f"{target}: there are no rollouts to write")
-        _publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return num_rows
 
 
@@ -178,10 +173,3 @@ def _table(records: list[Rollout], schema: pa.Schema) -> pa.Table:
         for name, value in columns.items()
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename after the bytes are on disk: a name that exists is a file that is whole, a power cut included."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)

@@ -6,9 +6,7 @@ running, and nobody holds the run's lock.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import socket
 import time
 from contextlib import suppress
@@ -17,9 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_erpd.files import write_json
+from megatron_erpd.locks import RUN_LOCK, lock_holder, this_process
 
-LOCK = ".lock"
-"""In a run's folder: open, and locked, in the run's process and in those of its stages."""
 _GROWS_SECONDS = 300.0
 """A stage on another machine, whose lock may not be seen here, is at work when its log has grown in this time."""
 
@@ -43,11 +40,6 @@ class Attempt:
     started: float
     seconds: float | None = None
     error: str = ""
-
-
-def this_process() -> str:
-    """What a lock says of its holder."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def attempt_file(log: Path) -> Path:
@@ -82,20 +74,7 @@ def last_attempt(log: Path) -> Attempt | None:
 def _lives(log: Path, attempt: Attempt) -> bool:
     if attempt.runner.rpartition(" on ")[2] != socket.gethostname():
         return log.is_file() and time.time() - log.stat().st_mtime < _GROWS_SECONDS
-    return lock_holder(log.parent.parent) == attempt.runner and Path(f"/proc/{attempt.process}").is_dir()
-
-
-def lock_holder(root: Path) -> str | None:
-    """Who runs the stages of a folder now, of those whose locks are seen on this machine; None: nobody."""
-    try:
-        with (root / LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "another process"
-    except FileNotFoundError:
-        pass
-    return None
+    return lock_holder(log.parent.parent / RUN_LOCK) == attempt.runner and Path(f"/proc/{attempt.process}").is_dir()
 
 
 def _keep(log: Path, attempt: Attempt) -> None:

@@ -8,11 +8,10 @@ side by side as far as GPUs (or, without any, cores) allow.
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, NoReturn
@@ -22,13 +21,13 @@ from rich.text import Text
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_text
-from megatron_erpd.launch.attempts import LOCK, this_process
 from megatron_erpd.launch.display import Display, findings_lines, summary_table
 from megatron_erpd.launch.failure import describe_code
 from megatron_erpd.launch.interim_report import InterimReport
 from megatron_erpd.launch.outcome import judge
 from megatron_erpd.launch.preflight import check_recipe
 from megatron_erpd.launch.processes import GRACE_SECONDS, Slots, StageProcess, stop
+from megatron_erpd.locks import RUN_LOCK, Held, file_lock
 from megatron_erpd.manifest import WARNINGS, read_manifest
 from megatron_erpd.recipe import replaced
 from megatron_erpd.recipe.artifacts import Artifacts, Assessment
@@ -233,40 +232,22 @@ class Runner:
 def locked(root: Path) -> Iterator[IO[str]]:
     """Keeps a second run out of a run's folder, and turns SIGTERM into what Ctrl-C does.
 
-    The lock is the file's, not its existence: it ends with the last process that has it open, so that a crash leaves
-    none behind, and stages that outlive a killed run still hold it.
+    Stages hold the lock too: those that outlive a killed run keep the next one out.
 
     Raises:
         StageError: another run has the folder.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("a+") as file:
+    with ExitStack() as stack:
         try:
-            _take(file)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            file = stack.enter_context(file_lock(root / RUN_LOCK))
+        except Held as holder:
             raise StageError(
                 f"{root}: {holder} is running this already (or stages that it started still are); wait for it, stop "
                 "it, or give another --output"
             ) from None
-        file.truncate(0)
-        file.write(this_process())
-        file.flush()
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            yield file
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _take(file: IO[str]) -> None:
-    """Takes the lock; `megatron-erpd status` may have it for a moment, to see whether anybody has."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        time.sleep(0.2)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        yield file
 
 
 def log_file(root: Path, stage: Stage) -> Path:

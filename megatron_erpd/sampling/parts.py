@@ -7,14 +7,13 @@ OUTPUT/rollouts-00007-of-00040.parquet                         a hard link to it
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import RecipeError, StageError
-from megatron_erpd.files import new_file
+from megatron_erpd.files import link_or_copy
 from megatron_erpd.manifest import MANIFEST, Manifest, begin_artifact, differences, read_manifest, verify_manifest
 from megatron_erpd.slices import Slice, begin_whole, end_whole, finished_slices, refuse_other_counts, slice_folders
 
@@ -96,11 +95,7 @@ def take_parts(names: Sequence[str], folders: Sequence[Path], into: Path) -> Non
         source = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if source is None or target.exists():
             continue
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without hard links
-            with new_file(target) as temporary:
-                shutil.copyfile(source, temporary)
+        link_or_copy(source, target)
 
 
 def remove_slices(output: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.launch.failure import describe_code
@@ -27,10 +27,10 @@ from megatron_erpd.launch.interim_report import InterimReport
 from megatron_erpd.launch.outcome import judge
 from megatron_erpd.launch.program import run_command
 from megatron_erpd.launch.watch import Watch, read_from
+from megatron_erpd.locks import NodeLock
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.slurm.jobs import JobRecord, slurm_folder
-from megatron_erpd.slurm.lock import JobLock
 from megatron_erpd.slurm.queue import slurm, state_of, steps_of
 from megatron_erpd.slurm.script import slurm_patience
 from megatron_erpd.slurm.submit import record_file, shared_with_jobs
@@ -51,6 +51,9 @@ _SEES_TOKEN = """for i in $(seq "$2"); do
 done
 echo "$SLURMD_NODENAME ($(hostname)) does not see $0"
 exit 1"""
+_ENDED = ("", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+_ENDING_SECONDS = 60.0
+"""How long a job that is ending may keep a lock from the one that comes after it."""
 _USERS_FAULT = re.compile(r"^\s*exitcode\s*:\s*2\b", re.MULTILINE)
 """What torchrun says of a process that ended with 2; it ends with 1 itself."""
 
@@ -68,6 +71,26 @@ def main(argv: list[str]) -> None:
         sys.exit(StageJob(given.run, record, given.log).run(argv[at + 1 :]))
 
 
+def job_lock(path: Path, job_id: str, restart: int, wait: float = _ENDING_SECONDS) -> NodeLock:
+    """The lock of a job, in one of its starts: that of its own former start, or of a job that has ended, is taken over.
+
+    Args:
+        wait: seconds that an ending job may keep it; one that is queued or runs keeps it as long as it does, which is a
+            `StageError` that names it.
+    """
+
+    def is_gone(holder: dict[str, Any], waited: float) -> bool:
+        state = state_of(str(holder["job"])) if holder["job"] != job_id else ""
+        if state not in _ENDED and (state != "COMPLETING" or waited > wait):
+            raise StageError(
+                f"{path}: job {holder['job']} ({state.lower()}, on {holder['host']}) has this stage; wait for it, or "
+                f"`scancel {holder['job']}`"
+            )
+        return state in _ENDED
+
+    return NodeLock(path, {"job": job_id, "restart": restart}, is_gone)
+
+
 class StageJob:
     """A stage in a job of SLURM, in one of its starts."""
 
@@ -81,7 +104,7 @@ class StageJob:
         self.only_this = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.slice}" if self.slice else self.id
         self.stage = record.as_slice(self.slice) if self.slice else record.as_stage()
         name = f"{record.name}-{self.slice}" if self.slice else record.name
-        self.lock = JobLock(slurm_folder(root) / "locks" / name, self.id, self.restart)
+        self.lock = job_lock(slurm_folder(root) / "locks" / name, self.id, self.restart)
         self.signals: list[int] = []
         self.why_ended = ""
         for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -110,7 +133,7 @@ class StageJob:
     def _begin(self) -> bool:
         """Makes the folder ready; returns whether the artifact is complete."""
         if self.slice:  # all slices look at the folder of the whole, one after the other
-            whole = JobLock(self.lock.path.with_name(f"{self.record.name}-whole"), self.id, self.restart)
+            whole = job_lock(self.lock.path.with_name(f"{self.record.name}-whole"), self.id, self.restart)
             self._wait_for(whole)
             try:
                 if self._make_way(self.record.as_stage()):
@@ -123,7 +146,7 @@ class StageJob:
             self.artifacts.begin(self.stage)
         return False
 
-    def _wait_for(self, lock: JobLock) -> None:
+    def _wait_for(self, lock: NodeLock) -> None:
         deadline = time.monotonic() + 600
         while True:
             try:

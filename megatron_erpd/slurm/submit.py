@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_json, write_text
 from megatron_erpd.launch.preflight import check_recipe
+from megatron_erpd.locks import RUN_LOCK, Held, NodeLock, file_lock
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import RECIPE, Recipe
@@ -173,64 +173,39 @@ def record_file(root: Path, job: str) -> Path:
 def submitting(root: Path) -> Iterator[None]:
     """One submission at a time, and none beside a `megatron-erpd run`.
 
-    The lock is the existence of a file, which holds on network file systems too, where flock may not. One that a killed
-    submission left behind on this host is taken over; on another host nobody here can tell.
+    One that a killed submission left behind on this host is taken over; on another host nobody here can tell.
 
     Raises:
         StageError: another submission, or a run, has the folder.
     """
-    folder = slurm_folder(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, host = folder / ".submitting", socket.gethostname()
-    mine = f"process {os.getpid()} on {host}"
-    own = folder / f".submitting-{host}-{os.getpid()}"
-    own.write_text(mine)
+    path = slurm_folder(root) / ".submitting"
+
+    def is_gone(holder: dict[str, Any], waited: float) -> bool:
+        if holder["host"] == socket.gethostname() and not Path(f"/proc/{holder['process']}").is_dir():
+            return True
+        raise StageError(
+            f"{path.parent}: process {holder['process']} on {holder['host']} is submitting this now; wait for it, or "
+            f"delete {path} when it is gone"
+        )
+
+    lock = NodeLock(path, {}, is_gone)
+    lock.acquire()
     try:
-        _take(lock, own, host)
-        try:
-            with shared_with_jobs(root):
-                yield
-        finally:
-            lock.unlink(missing_ok=True)
+        with shared_with_jobs(root):
+            yield
     finally:
-        own.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
 def shared_with_jobs(root: Path) -> Iterator[None]:
     """Holds the run's lock as jobs do: beside each other, and not beside `megatron-erpd run`, which holds it alone."""
-    with (root / ".lock").open("a+") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise StageError(
-                f"{root}: {file.read().strip() or 'another process'} runs this with `megatron-erpd run`; wait for it "
-                "or stop it"
-            ) from None
+            stack.enter_context(file_lock(root / RUN_LOCK, shared=True))
+        except Held as holder:
+            raise StageError(f"{root}: {holder} runs this with `megatron-erpd run`; wait for it or stop it") from None
         yield
-
-
-def _take(lock: Path, own: Path, host: str) -> None:
-    """Makes `lock` a second name of the file `own`, which succeeds for one process alone."""
-    for _ in range(2):
-        try:
-            os.link(own, lock)
-            return
-        except FileExistsError:
-            holder = ""
-            with suppress(FileNotFoundError):
-                holder = lock.read_text()
-            dead = holder.endswith(f" on {host}") and not Path(f"/proc/{holder.split()[1]}").is_dir()
-            if not dead:
-                raise StageError(
-                    f"{lock.parent.parent}: {holder or 'another process'} is submitting this now; wait for it, "
-                    f"or delete {lock} when it is gone"
-                ) from None
-            with suppress(FileNotFoundError):
-                lock.rename(own.with_name(own.name + ".left-behind"))
-                own.with_name(own.name + ".left-behind").unlink()
-    raise StageError(f"{lock}: another process took it just now; try again")
 
 
 def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_erpd.teacher_cache.format import (
     parts_in,
 )
 from megatron_erpd.teacher_cache.index import write_index
-from megatron_erpd.teacher_cache.parts import UNFINISHED_REMEDY, Part, unpublished
+from megatron_erpd.teacher_cache.parts import UNFINISHED_REMEDY, Part, new_cache_file
 from megatron_erpd.teacher_cache.statistics import Statistic
 
 
@@ -76,12 +75,8 @@ def finalize(
 
 def write_cache_file(root: Path, index: CacheIndex) -> None:
     """Publishes `cache.json`."""
-    with unpublished(root / CACHE_FILE) as temporary:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(index.to_json(), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, root / CACHE_FILE)
+    with new_cache_file(root / CACHE_FILE) as temporary:
+        temporary.write_text(json.dumps(index.to_json(), indent=1) + "\n")
 
 
 def statistics_of(part: Part) -> dict[str, Statistic]:

@@ -9,7 +9,6 @@ reads nothing but the footer; a search touches a page per step.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from megatron_erpd.errors import CacheError
 from megatron_erpd.teacher_cache.format import REMEDY
-from megatron_erpd.teacher_cache.parts import unpublished
+from megatron_erpd.teacher_cache.parts import new_cache_file
 
 _SALT_KEY = b"salt"
 _FIELDS = [
@@ -53,12 +52,12 @@ def write_index(path: Path, sample_ids: Sequence[Sequence[str]]) -> None:
         raise CacheError(f"{path}: no salt tells {len(keys)} sample ids apart; two of them must be the same")
     schema = pa.schema(_FIELDS, {_SALT_KEY: str(salt).encode()})
     arrays = [pa.array(values) for values in (keys, part[order], row[order])]
-    with unpublished(path) as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with (
+        new_cache_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
 class Index:

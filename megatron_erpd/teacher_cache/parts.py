@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_erpd.errors import CacheError, full_disk
+from megatron_erpd.files import new_file
 from megatron_erpd.teacher_cache.format import KEYS, PART_KEY, REMEDY, CacheMeta, check_version
 
 UNFINISHED_REMEDY = "delete this file and run the same command again: it writes these rows anew"
@@ -60,28 +58,23 @@ def write_part(
         )
     arrays = [pa.array(keys[item.name], type=item.type) for item in KEYS]
     arrays += [list_array([row[item.name] for row in rows], item.type.value_type) for item in payload]
-    with unpublished(path) as temporary:
-        with open(temporary, "wb") as file:
-            sink = _Hashing(file)
-            with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+    with new_cache_file(path, replace=False) as temporary, open(temporary, "wb") as file:
+        sink = _Hashing(file)
+        with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
     return sink.digest.hexdigest()
 
 
 @contextmanager
-def unpublished(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to before it gets its own; nothing of that name is left.
+def new_cache_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """`new_file` with the cache's words.
 
     Raises:
         CacheError: what went wrong with the file system meanwhile, and what to do.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        with new_file(path, replace=replace) as temporary:
+            yield temporary
     except FileExistsError:
         raise CacheError(f"{path}: was written by somebody else meanwhile; let one process write this cache") from None
     except OSError as error:
@@ -90,25 +83,6 @@ def unpublished(path: Path) -> Iterator[Path]:
             f"{path}: can't be written ({error}); {what} and run the same command again, it goes on after the last "
             "complete part"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Gives a file that is on disk its name, unless a file has that name: then `FileExistsError`."""
-    try:
-        os.link(temporary, target)
-    except OSError as error:
-        if isinstance(error, FileExistsError) or error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        if target.exists():  # a file system without hard links
-            raise FileExistsError(target) from None
-        os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name too must survive a power cut
-    finally:
-        os.close(folder)
 
 
 class _Hashing(io.RawIOBase):

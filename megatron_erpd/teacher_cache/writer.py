@@ -13,20 +13,20 @@ what is there can be counted on: `prepare_cache` names the rollouts that each ta
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_erpd.errors import CacheError
+from megatron_erpd.files import remove_unfinished
+from megatron_erpd.locks import Held, file_lock
 from megatron_erpd.teacher_cache.format import (
     CACHE_FILE,
     LOG_PROB_TYPES,
@@ -62,40 +62,19 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     """
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(path, "a+") as file:
-            _lock(file, folder)
-            if not _is_same(file, path):
-                continue  # the one who held it has removed the file between our opening and locking it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _lock(file: TextIO, folder: str | Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise CacheError(
-            f"{folder}: {holder} is writing this cache; wait for it or stop it, and run the same command again"
-        ) from None
-    except OSError:
-        pass  # a file system without locks: parts still can't be written over each other
-
-
-def _is_same(file: TextIO, path: Path) -> bool:
-    """Whether the path still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(path))
+            stack.callback(path.unlink, missing_ok=True)
+        except Held as holder:
+            raise CacheError(
+                f"{folder}: {holder} is writing this cache; wait for it or stop it, and run the same command again"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            # A file system without locks: parts still can't be written over each other.
+        yield
 
 
 def prepare_cache(folder: str | Path, meta: CacheMeta) -> dict[str, frozenset[str]]:
@@ -111,8 +90,8 @@ def prepare_cache(folder: str | Path, meta: CacheMeta) -> dict[str, frozenset[st
     root.mkdir(parents=True, exist_ok=True)
     if (root / CACHE_FILE).exists():
         raise CacheError(f"{root}: is a complete cache already; delete the folder to compute it again")
-    for leftover in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
-        leftover.unlink()
+    for made in (root, *(root / table for table in meta.tables)):
+        remove_unfinished(made)
     return {
         table: frozenset(name for path in parts_in(root / table) for name in _ids(Part(path, table, meta)))
         for table in meta.tables

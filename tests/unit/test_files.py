@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.files import check_output, check_output_file, new_file, write_json, write_text
+from megatron_erpd.files import (
+    check_output,
+    check_output_file,
+    new_file,
+    new_folder,
+    partial_folder,
+    write_json,
+    write_text,
+)
 
 
 def no_room() -> OSError:
@@ -25,6 +33,35 @@ def test_the_former_content_stays_until_the_new_one_is_whole(tmp_path: Path) -> 
         assert path.read_text(encoding="utf-8") == "former ∑\n"
         temporary.write_bytes(b"all of it")
     assert path.read_bytes() == b"all of it" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_is_given_once_where_nothing_may_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    path = tmp_path / "file.txt"
+    with new_file(path, replace=False) as temporary:
+        temporary.write_text("first")
+    with pytest.raises(FileExistsError), new_file(path, replace=False) as temporary:
+        temporary.write_text("second")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_has_its_name_when_all_of_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "folder"
+    partial_folder(path).mkdir(parents=True)
+    (partial_folder(path) / "left").touch()
+    with pytest.raises(KeyboardInterrupt), new_folder(path) as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert list(path.parent.iterdir()) == []
+    with new_folder(path) as partial:
+        (partial / "inner").mkdir(parents=True)
+        (partial / "inner" / "file").write_text("whole")
+        assert not path.exists()
+    assert [str(p.relative_to(path.parent)) for p in path.parent.rglob("*") if p.is_file()] == ["folder/inner/file"]
 
 
 @pytest.mark.parametrize("error", [no_room(), KeyboardInterrupt()])

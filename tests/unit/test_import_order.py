@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
 
 ORDER = [
-    *("__init__", "errors", "settings", "files", "progress", "units", "step_lines", "content", "manifest"),
+    *("__init__", "errors", "settings", "files", "locks", "progress", "units", "step_lines", "content", "manifest"),
     *("model_folder", "slices", "launcher", "platform", "objectives", "vocab_parallel", "data", "sources"),
     *("teacher_cache", "sampling", "checkpoint", "evaluation", "model", "precompute", "training", "report"),
     *("recipe", "plan", "launch", "slurm", "commands"),
@@ -26,8 +26,8 @@ ONLY_IN = {
 """Packages that may import a heavy library at all, at the top of a module or inside a function."""
 
 LIGHT = [
-    *("errors", "settings", "settings/arguments", "files", "progress", "content", "manifest", "model_folder", "units"),
-    *("slices", "launcher", "sources/names", "commands/cli", "commands/one_process"),
+    *("errors", "settings", "settings/arguments", "files", "locks", "progress", "content", "manifest", "model_folder"),
+    *("units", "slices", "launcher", "sources/names", "commands/cli", "commands/one_process"),
     *("launch/program", "recipe/recipe", "recipe/file", "slurm/job"),
 ]
 """Modules that a command line, or a job, loads before it knows what to do."""

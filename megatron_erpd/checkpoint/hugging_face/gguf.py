@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.files import new_folder
 
 NEEDED = ("gguf", "accelerate")
 """What `transformers` wants for reading GGUF."""
@@ -88,9 +88,6 @@ def load_gguf(file: Path, dtype: str) -> tuple[Any, Any]:
 
 def write_folder(model: Any, tokenizer: Any, output: Path) -> None:
     """Writes a model of `transformers` and its tokenizer as a folder with safetensors, by rename when it is whole."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(output)
+    with new_folder(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_erpd.errors import CheckpointError
-from megatron_erpd.files import write_text
+from megatron_erpd.files import link_or_copy, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BRIDGE_TRACKER = "latest_train_state.pt"
@@ -161,8 +160,5 @@ def take_iteration(source: Path, iteration: int, destination: Path) -> None:
         copy = target / path.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.unlink(missing_ok=True)
-        try:
-            os.link(path, copy)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(path, copy)
+        link_or_copy(path, copy)
     write_text(destination / TRACKER, str(iteration))

@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_erpd.checkpoint.file_writer import FileWriter, Fill, sync_folder
+from megatron_erpd.checkpoint.file_writer import FileWriter, Fill
 from megatron_erpd.checkpoint.mapping.param_map import Unit
 from megatron_erpd.checkpoint.torch_dist.reader import METADATA
 from megatron_erpd.errors import CheckpointError
-from megatron_erpd.files import remove_unfinished, write_text
+from megatron_erpd.files import write_text
 
 BLOCK_BYTES = 2**27
 """Largest chunk that is stored. Loading under tensor parallelism reads whole chunks, so of small ones less is read in
@@ -159,9 +159,7 @@ def finish_checkpoint(
     checksums[METADATA] = out.sha256
     for file in files:
         _record_path(folder, file).unlink()
-    remove_unfinished(folder)
     write_text(folder / "metadata.json", json.dumps(_BACKEND))
-    sync_folder(folder)
     return checksums
 
 

@@ -18,7 +18,6 @@ from megatron_erpd.checkpoint.torch_dist.iterations import (
     saved_iterations,
     take_iteration,
 )
-from megatron_erpd.checkpoint.torch_dist.reader import iterations
 from megatron_erpd.errors import CheckpointError
 
 
@@ -77,7 +76,7 @@ def test_copies_where_links_fail(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError("no links here")
 
-    monkeypatch.setattr(iterations.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     take_iteration(checkpoint(tmp_path / "source", 5), 5, tmp_path / "taken")
     file = tmp_path / "taken" / "iter_0000005" / "parts" / "__0_0.distcp"
     assert file.read_text() == "weights 5" and os.stat(file).st_nlink == 1

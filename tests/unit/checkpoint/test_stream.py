@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_erpd.checkpoint import compare_weights, export_checkpoint, file_writer, write_checkpoint
+from megatron_erpd.checkpoint import compare_weights, export_checkpoint, write_checkpoint
 from megatron_erpd.checkpoint.file_writer import FileWriter
 from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
@@ -112,7 +112,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, files: int, error: Callable[[], 
             written.append(new)
         publish(old, new)
 
-    monkeypatch.setattr(file_writer.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
 
 
 def test_an_interrupted_import_keeps_its_files(
@@ -232,7 +232,7 @@ def test_too_little_room_is_refused_before_a_byte(
 ) -> None:
     status = os.statvfs(tmp_path)
     full = os.statvfs_result((*status[:4], 1, *status[5:]))
-    monkeypatch.setattr(file_writer.os, "statvfs", lambda folder: full)
+    monkeypatch.setattr(os, "statvfs", lambda folder: full)
     with pytest.raises(CheckpointError, match=r"GB are to be written and 0\.00 GB are free; make room"):
         write_checkpoint(source, tmp_path / "checkpoint", dict)
     assert not list((tmp_path / "checkpoint").iterdir())

@@ -119,6 +119,8 @@ exec(ends[number % 5])
 
 def test_programs_that_end_while_their_thread_is_in_torch() -> None:
     """Twenty of them, none aborted (-6); with a daemon thread each of those is that doesn't close it."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", BUSY_IN_TORCH], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BUSY_IN_TORCH], capture_output=True, text=True, timeout=600
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["0", "7", "75", "0", "0"] * 4

@@ -16,9 +16,10 @@ import pytest
 
 from megatron_erpd.commands.status import _row
 from megatron_erpd.errors import StageError
-from megatron_erpd.launch.attempts import attempt_file, last_attempt, lock_holder, note_start, this_process
+from megatron_erpd.launch.attempts import attempt_file, last_attempt, note_start
 from megatron_erpd.launch.display import Row
 from megatron_erpd.launch.local import locked, log_file
+from megatron_erpd.locks import RUN_LOCK, lock_holder, this_process
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.stages import Stage, dependencies
 from megatron_erpd.recipe.verdicts import judge_all
@@ -67,7 +68,7 @@ def test_a_stage_at_work_is_shown_with_its_progress(make_stage, tmp_path):
             file.write("sampled 3 of 10\n/x.py:1: FutureWarning: soon\n  warnings.warn('soon')\n")
         row = rows(root, [stage])["a"]
         assert (row.state, row.note) == ("running", f"sampled 3 of 10, log in {log}") and row.seconds is not None
-        assert lock_holder(root) == this_process()
+        assert lock_holder(root / RUN_LOCK) == this_process()
         # An earlier run's, which was killed; this one is at another stage.
         record = json.loads(attempt_file(log).read_text())
         attempt_file(log).write_text(
@@ -76,7 +77,7 @@ def test_a_stage_at_work_is_shown_with_its_progress(make_stage, tmp_path):
         assert last_attempt(log).state == "stopped"
         attempt_file(log).write_text(json.dumps({**record, "process": 2**22 + 1}))
         assert last_attempt(log).state == "stopped"
-    assert lock_holder(root) is None and last_attempt(log).state == "stopped"
+    assert lock_holder(root / RUN_LOCK) is None and last_attempt(log).state == "stopped"
     attempt_file(log).write_text(json.dumps(record))
     assert rows(root, [stage])["a"].state == "stopped"
     # On another machine, a log that grows.
@@ -118,7 +119,7 @@ def test_a_run_that_is_killed(make_stage, tmp_path):
         assert rows(root, [stage])["a"].state == "running"  # the stage outlives its run, and holds the lock
     finally:
         os.kill(attempt.process, signal.SIGKILL)
-    while lock_holder(root) and time.monotonic() < deadline:
+    while lock_holder(root / RUN_LOCK) and time.monotonic() < deadline:
         time.sleep(0.05)
     row = rows(root, [stage])["a"]
     assert row.state == "stopped" and "goes on with what is there" in row.note

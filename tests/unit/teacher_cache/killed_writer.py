@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd import files
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.teacher_cache import CacheWriter, parts, prepare_cache
 from megatron_erpd.teacher_cache.writer import exclusive
@@ -25,24 +26,24 @@ PART_BYTES = 60
 STAGES: dict[str, tuple[Any, str, int, bool]] = {
     # What is replaced, which call of it is the last, and whether it still does its work.
     "half-a-part": (parts._Hashing, "write", 150, False),
-    "part-without-its-name": (parts, "publish", 3, False),
-    "after-a-part": (parts, "publish", 3, True),
+    "part-without-its-name": (files, "publish", 3, False),
+    "after-a-part": (files, "publish", 3, True),
     "before-the-indices": (finalize, "write_index", 1, False),
     "between-the-indices": (finalize, "write_index", 3, True),
     "before-the-description": (finalize, "write_cache_file", 1, False),
-    "description-without-its-name": (finalize.os, "replace", len(HIDDEN_META.tables) + 1, False),
+    "description-without-its-name": (os, "replace", len(HIDDEN_META.tables) + 1, False),
 }
 
 
 def deadly(function: Callable[..., Any], last: int, works: bool) -> Callable[..., Any]:
     calls = []
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) < last:
-            return function(*arguments)
+            return function(*arguments, **options)
         if works:
-            function(*arguments)
+            function(*arguments, **options)
         elif function.__name__ == "write":  # half of what was to be written
             file = arguments[0].file
             file.write(bytes(arguments[1])[: max(1, len(bytes(arguments[1])) // 2)])

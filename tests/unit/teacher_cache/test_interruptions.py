@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from megatron_erpd import locks
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.errors import CacheError
+from megatron_erpd.files import publish
 from megatron_erpd.teacher_cache import CacheReader, CacheWriter, exclusive, finalize, parts, prepare_cache
-from megatron_erpd.teacher_cache import writer as writer_module
 from megatron_erpd.teacher_cache.verify import verify_cache
 from tests.unit.teacher_cache.caches import (
     HIDDEN_META,
@@ -115,7 +116,7 @@ def test_a_disk_that_fills_up_while_rows_are_written(
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize(("calls", "file"), [(2, "topk/index.arrow"), (5, "cache.json")])
+@pytest.mark.parametrize(("calls", "file"), [(4, "topk/index.arrow"), (10, "cache.json")])
 def test_a_disk_that_fills_up_while_the_cache_is_closed(
     calls: int, file: str, tmp_path: Path, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,15 +213,15 @@ def test_two_programs_on_one_folder(tmp_path: Path) -> None:
 
 def test_a_lock_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The holder ends between another's opening and locking the file: that one must not hold a file nobody sees."""
-    whole, calls = writer_module._lock, []
+    whole, calls = locks._flock, []
 
-    def late(file: Any, folder: Any) -> None:
+    def late(file: Any, kind: int) -> bool:
         calls.append(file)
         if len(calls) == 1:
             (tmp_path / ".lock").unlink()
-        whole(file, folder)
+        return whole(file, kind)
 
-    monkeypatch.setattr(writer_module, "_lock", late)
+    monkeypatch.setattr(locks, "_flock", late)
     with exclusive(tmp_path):
         assert len(calls) == 2 and (tmp_path / ".lock").exists()
         monkeypatch.undo()
@@ -249,4 +250,4 @@ def test_a_file_system_without_hard_links(tmp_path: Path, rollouts: Rollouts, mo
     make(tmp_path, rollouts, HIDDEN_META)
     assert verify_cache(tmp_path, rollouts) == []
     with pytest.raises(FileExistsError):
-        parts.publish(tmp_path / "cache.json", tmp_path / TARGET)
+        publish(tmp_path / "cache.json", tmp_path / TARGET, replace=False)
