@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_erpd.data.rollouts import write_rollouts
-from megatron_erpd.sources.tokenizers import tokenizer_digest
+from megatron_erpd.sources.tokenizer import tokenizer_digest
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2

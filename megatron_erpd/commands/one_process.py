@@ -41,14 +41,13 @@ from megatron_erpd.settings import (
     ImportSettings,
     SampleSettings,
     SelectSettings,
-    TemplateSettings,
 )
 from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments, slice_folders
 
 if TYPE_CHECKING:
+    from megatron_erpd.progress import StepLines
     from megatron_erpd.sampling.prompts import PromptRecord
-    from megatron_erpd.step_lines import StepLines
 
 _SOURCE_HELP = (
     "a file or folder (JSON lines, JSON, CSV, Parquet, Arrow), or a data set of the hub, "
@@ -83,10 +82,10 @@ def sample(argv: list[str]) -> None:
     from megatron_erpd.data.rollout_warnings import length_warnings, scoring_warnings
     from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.evaluation.held_out import too_few
+    from megatron_erpd.progress import StepLines
     from megatron_erpd.sampling.parts import remove_slices
     from megatron_erpd.sampling.prompts import load_prompts
     from megatron_erpd.sampling.sample import sample_rollouts
-    from megatron_erpd.step_lines import StepLines
 
     prompts = load_prompts(given.prompts, given.num_prompts, given.first_prompt, given.verifier)
     _say_not_read(given.prompts)
@@ -218,16 +217,8 @@ def import_rollouts(argv: list[str]) -> None:
     from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.sources import import_report, importers
 
-    options = settings.model_dump(exclude={"format", *TemplateSettings.model_fields})
-    report = importers.import_rollouts(
-        given.source,
-        given.output / "rollouts.parquet",
-        preset=settings.format,
-        field_map=fields,
-        tokenizer=_load_tokenizer(given.tokenizer),
-        template=settings,
-        **options,
-    )
+    file, tokenizer = given.output / "rollouts.parquet", _load_tokenizer(given.tokenizer)
+    report = importers.import_rollouts(given.source, file, settings, fields=fields, tokenizer=tokenizer)
     write_json(given.output / "report.json", report.as_dict())
     Console().print(import_report.render(report))
     warnings = rollout_warnings(read_rollouts(given.output))
@@ -399,7 +390,7 @@ def _begin(stage: str, output: Path, request: Request, verify: bool) -> None:
 
 def _say_not_read(prompts: str) -> None:
     """Names the files of a folder of prompts that hold none."""
-    from megatron_erpd.sampling.task import prompts_path
+    from megatron_erpd.sampling.inputs import prompts_path
     from megatron_erpd.sources.files import open_source
 
     path = prompts_path(prompts)

@@ -32,7 +32,7 @@ from megatron_erpd.precompute.slices import begin_slice, begin_whole, close_cach
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
 from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.slices import add_slice_arguments
-from megatron_erpd.sources.tokenizers import chat_template_digest
+from megatron_erpd.sources.tokenizer import chat_template_digest
 from megatron_erpd.teacher_cache.format import CacheMeta
 from megatron_erpd.teacher_cache.rows import check_policies, parse_policies
 from megatron_erpd.teacher_cache.writer import exclusive

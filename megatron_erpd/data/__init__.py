@@ -1,7 +1,7 @@
-"""Rollouts on disk and in batches: schema, files, importers, replay order, collation."""
+"""Rollouts on disk and in batches: schema, files, replay order, collation."""
 
 from megatron_erpd.data.collate import Batch, collate, gather_response_rows, scatter_response_rows
-from megatron_erpd.data.replay_dataset import BatchOrder, padding_fraction
+from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, validate_against_vocabulary, write_rollouts
 from megatron_erpd.data.schema import Rollout, sample_id
 
@@ -12,7 +12,6 @@ __all__ = [
     "Rollouts",
     "collate",
     "gather_response_rows",
-    "padding_fraction",
     "read_rollouts",
     "sample_id",
     "scatter_response_rows",

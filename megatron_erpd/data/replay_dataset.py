@@ -5,7 +5,7 @@ it. Only then are its rows dealt to micro-steps and data-parallel ranks. So the 
 sums-and-counts losses its gradient, don't depend on the micro-batch size nor on DP, TP, PP or CP.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -144,21 +144,3 @@ class BatchOrder:
             rows = self.global_batch(consumed).reshape(-1, dp_size, micro_batch_size)
             yield from rows[:, dp_rank]
             consumed += self.global_batch_size
-
-
-def padding_fraction(
-    lengths: np.ndarray | Sequence[int], micro_batches: Iterable[np.ndarray], pad_multiple: int = 1
-) -> float:
-    """The share of token positions that is padding when each micro-batch is padded to its longest row.
-
-    Args:
-        lengths: int `[N]`, prompt + response tokens (the model's input is one shorter, as in `collate`).
-        micro_batches: row numbers per micro-batch.
-        pad_multiple: sequence lengths are rounded up to a multiple of it.
-    """
-    tokens, positions, all_lengths = 0, 0, np.asarray(lengths)
-    for rows in micro_batches:
-        inputs = all_lengths[rows] - 1
-        tokens += int(inputs.sum())
-        positions += len(rows) * -(-int(inputs.max()) // pad_multiple) * pad_multiple
-    return 1 - tokens / positions if positions else 0.0

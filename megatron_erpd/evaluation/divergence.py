@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.objectives.divergences import forward_kl, reverse_kl
+from megatron_erpd.sampling.engine import Progress
 from megatron_erpd.sampling.policy import Policy
-from megatron_erpd.sampling.types import Progress
 
 BATCH_TOKENS = 16_384
 """Tokens of one forward pass, padding included."""

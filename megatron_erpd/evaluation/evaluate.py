@@ -17,12 +17,12 @@ from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_met
 from megatron_erpd.evaluation.responses import accuracies, decode, prompt_means, respond, score, standard_error
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
+from megatron_erpd.progress import StepLines
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import EvaluateSettings
-from megatron_erpd.sources.same_tokenizer import check_policies, check_rollouts
-from megatron_erpd.step_lines import StepLines
+from megatron_erpd.sources.tokenizer import check_policies, check_rollouts
 
 __all__ = ["Evaluation", "PolicyMetrics", "evaluate_policies", "evaluate_policy", "read_metrics"]
 

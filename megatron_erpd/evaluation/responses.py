@@ -10,10 +10,9 @@ import numpy as np
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.metrics import PASS_REWARD
-from megatron_erpd.sampling.engine import TransformersEngine
+from megatron_erpd.sampling.engine import Sample, TransformersEngine
 from megatron_erpd.sampling.policy import Policy
 from megatron_erpd.sampling.prompts import PromptRecord
-from megatron_erpd.sampling.types import Sample
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import HeldOutSettings
 

@@ -19,7 +19,6 @@ from megatron_erpd.launcher import missing_interface
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.recipe.recipe import Imported, Recipe
 from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage
-from megatron_erpd.settings import ImportSettings, TemplateSettings
 from megatron_erpd.sources.names import is_there, local_path
 
 _TRIED_ROWS = 64
@@ -301,11 +300,9 @@ def _import_problems(section: Imported, stage: Stage, model: Path | None) -> Ite
         if stage.inputs["tokenizer"] != model:  # told of the model
             yield f"rollouts.tokenizer: {error}"
         return
-    read_alike = ImportSettings.model_fields.keys() - TemplateSettings.model_fields.keys() - {"format"}
-    options = {**section.model_dump(include=set(read_alike)), "template": section}
-    fields = {"preset": section.format, "field_map": section.fields}
+    source = str(stage.inputs["source"])
     try:
-        length, place = try_rollouts(str(stage.inputs["source"]), _TRIED_ROWS, tokenizer=tokenizer, **fields, **options)
+        length, place = try_rollouts(source, _TRIED_ROWS, section, section.fields, tokenizer)
     except ErpdError as error:
         yield f"rollouts.file: {error}"
         return

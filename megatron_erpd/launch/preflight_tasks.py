@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_erpd.errors import ErpdError
 from megatron_erpd.recipe.stages import Stage
+from megatron_erpd.sampling.inputs import prompts_path, verifier_file
 from megatron_erpd.sampling.prompts import PromptRecord
-from megatron_erpd.sampling.task import prompts_path, verifier_file
 from megatron_erpd.settings import ChatSettings
 
 _SECTIONS = {"sample": "rollouts", "select": "selection", "evaluate": "evaluation"}

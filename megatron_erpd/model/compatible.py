@@ -14,7 +14,7 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CheckpointError, RolloutError
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.model.arguments import rank
-from megatron_erpd.sources.same_tokenizer import check_policies, check_rollouts, has_tokenizer
+from megatron_erpd.sources.tokenizer import check_policies, check_rollouts, has_tokenizer
 
 _MAY_DIFFER = ("max_position_embeddings",)
 SOURCE_POLICY = "policy_fingerprint"

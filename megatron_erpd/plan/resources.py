@@ -258,7 +258,7 @@ def _data(
     context: int | None,
 ) -> DataSize | None:
     """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
-    from megatron_erpd.data.rollout_count import PROMPT, RESPONSE, count_rollouts, longest_rollout
+    from megatron_erpd.data.rollouts import PROMPT, RESPONSE, count_rollouts, longest_rollout
     from megatron_erpd.sources.files import source_files
 
     stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))

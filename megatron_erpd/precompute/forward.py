@@ -19,9 +19,8 @@ from megatron_erpd.errors import CacheError
 from megatron_erpd.model.context_parallel import context_parallel_rank, slice_batch
 from megatron_erpd.model.heads import Hidden, HiddenStates
 from megatron_erpd.precompute.scores import hidden_states, output_layer_digest
-from megatron_erpd.progress import say_progress
+from megatron_erpd.progress import StepLines, say_progress
 from megatron_erpd.settings import Layout
-from megatron_erpd.step_lines import StepLines
 from megatron_erpd.teacher_cache.format import hidden_table
 from megatron_erpd.teacher_cache.reader import CacheReader
 

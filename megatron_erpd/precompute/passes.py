@@ -34,8 +34,8 @@ from megatron_erpd.precompute.forward import (
     run_stored,
 )
 from megatron_erpd.precompute.scores import Scores, hidden_rows, output_layer_digest
+from megatron_erpd.progress import StepLines
 from megatron_erpd.settings import Layout, PrecomputeSettings
-from megatron_erpd.step_lines import StepLines
 from megatron_erpd.teacher_cache.format import TOPK, CacheMeta, hidden_table, log_probs_table
 from megatron_erpd.teacher_cache.parts import differences
 from megatron_erpd.teacher_cache.reader import CacheReader, UnfinishedHidden

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.manifest import settings_identity
-from megatron_erpd.sampling.task import prompts_identity, scorer_version, task_identity
+from megatron_erpd.sampling.inputs import prompts_identity, scorer_version, task_identity
 from megatron_erpd.settings import EvaluateSettings, ImportSettings, SampleSettings, SelectSettings
 
 

@@ -28,8 +28,8 @@ from megatron_erpd.recipe.recipe import (
     StageOverrides,
 )
 from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage, flags_of
+from megatron_erpd.sampling.inputs import task_identity, verifier_file
 from megatron_erpd.sampling.prompts import REASONING_GYM
-from megatron_erpd.sampling.task import task_identity, verifier_file
 from megatron_erpd.settings import (
     AUTO_SIGNAL,
     NO_SIGNAL,

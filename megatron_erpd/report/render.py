@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from megatron_erpd import units
 from megatron_erpd.evaluation.mismatch import Mismatch
 from megatron_erpd.evaluation.mismatch_verdicts import Verdict, verdicts, worst_level
 from megatron_erpd.evaluation.strength import Selection
@@ -16,7 +17,6 @@ from megatron_erpd.files import write_text
 from megatron_erpd.report import plots
 from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary
 from megatron_erpd.report.token_signal import SignalSample, read_signal
-from megatron_erpd.units import size
 
 SIGNAL_SHOWN_FULL = 4.0
 """Nats at which a token's colour is at its strongest."""
@@ -134,7 +134,13 @@ def render_report(run_dir: str | Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": duration, "size": size, "tint": tint, "plain": plain, "shortened": shortened}
+    environment.filters |= {
+        "duration": duration,
+        "size": units.size,
+        "tint": tint,
+        "plain": plain,
+        "shortened": shortened,
+    }
     views = [_view(run, round_) for round_ in run.rounds]
     together = _rounds_view(run.evaluated) if len(run.evaluated) > 1 else None
     page = environment.get_template("report.html.j2").render(run=run, rounds=views, together=together, summary=summary)
@@ -302,10 +308,7 @@ def duration(seconds: float | None) -> str:
     """Seconds as people say them: `4.2 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds is None:
         return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds:.1f} s" if seconds < 60 else units.duration(seconds)
 
 
 def plain(value: Any) -> str:

@@ -1,11 +1,13 @@
-"""Sampling with transformers: left-padded batches over a key-value cache, exact log-probs, reproducible noise."""
+"""Engines that draw responses: what each takes and gives, and the one of transformers (left-padded batches over a
+key-value cache, exact log-probs, reproducible noise)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +15,69 @@ from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.sampling.policy import Policy, load_policy
-from megatron_erpd.sampling.types import Progress, Sample
 
+FinishReason = Literal["stop", "length"]
+Progress = Callable[[int, int], None]
+"""Called with (finished, total) as work goes on."""
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(logits `[n, V]`, rows `[n]` of the batch, step) -> tokens `[n]` int64 and their log-probs `[n]` float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response of a policy.
+
+    Attributes:
+        response_token_ids: int64 `[R]`, R >= 1; the stop token is the last one where there is one.
+        log_probs: float32 `[R]`, nats, of those tokens under the distribution that they were drawn from.
+        finish_reason: `stop` (a stop token was drawn) or `length` (`max_new_tokens` were drawn without one).
+    """
+
+    response_token_ids: np.ndarray
+    log_probs: np.ndarray
+    finish_reason: FinishReason
+
+
+class SamplingEngine(Protocol):
+    """Draws responses from one policy.
+
+    Prompts are token ids, so no engine decides how text is encoded. The result for a prompt depends on `seed`, on the
+    prompt's index and on the sampling settings, not on the other prompts nor on how many are decoded at once.
+    """
+
+    def sample(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 512,
+        prompt_indices: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Sample]]:
+        """`num_samples` responses to every prompt, in the order of the prompts.
+
+        Args:
+            prompt_token_ids: N prompts of any lengths >= 1.
+            num_samples: G >= 1.
+            max_new_tokens: the longest response.
+            temperature: > 0; logits are divided by it.
+            top_p: in (0, 1]; below 1, draws come from the smallest set of most likely tokens that holds this mass,
+                and the log-probs are those of that truncated, renormalised distribution. The trainer's own log-probs
+                are not truncated, so with `top_p` < 1 the two differ by more than engine noise.
+            seed: >= 0.
+            batch_size: sequences decoded at once.
+            prompt_indices: N numbers that stand for the prompts in the noise; default 0..N-1. Give a prompt's place
+                in the whole set when sampling a part of it.
+            progress: told the number of finished responses.
+
+        Returns:
+            N lists of G `Sample`s.
+        """
+        ...
 
 
 class TransformersEngine:
@@ -29,8 +90,6 @@ class TransformersEngine:
     Args:
         policy: a Hugging Face folder, or a policy that is loaded already.
         device, dtype: as in `load_policy`; for a folder only.
-        max_batch_tokens: upper bound on rows x (longest prompt + `max_new_tokens`) of a batch, to bound the memory
-            of the cache; default: no bound but `batch_size`.
     """
 
     def __init__(
@@ -38,10 +97,8 @@ class TransformersEngine:
         policy: Policy | str | Path,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        max_batch_tokens: int | None = None,
     ) -> None:
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy, device, dtype)
-        self.max_batch_tokens = max_batch_tokens
 
     def sample(
         self,
@@ -68,7 +125,7 @@ class TransformersEngine:
             )
         indices = range(len(prompt_token_ids)) if prompt_indices is None else prompt_indices
 
-        def chooser(rows: list[tuple[int, int]]) -> Choose:
+        def chooser(rows: Sequence[tuple[int, int]]) -> Choose:
             keys = [(seed, indices[prompt], sample) for prompt, sample in rows]
             uniforms = torch.from_numpy(uniform_noise(keys, max_new_tokens)).to(self.policy.device)
 
@@ -107,14 +164,14 @@ class TransformersEngine:
         num_samples: int,
         max_new_tokens: int,
         batch_size: int,
-        chooser: Callable[[list[tuple[int, int]]], Choose],
+        chooser: Callable[[Sequence[tuple[int, int]]], Choose],
         progress: Progress | None,
     ) -> list[list[Sample]]:
         _check_lengths(prompts, max_new_tokens, self.policy.max_positions)
         results: list[list[Sample]] = [[] for _ in prompts]
         finished, total = 0, len(prompts) * num_samples
         lengths = [len(prompt) for prompt in prompts]
-        for rows in plan_batches(lengths, num_samples, max_new_tokens, batch_size, self.max_batch_tokens):
+        for rows in plan_batches(lengths, num_samples, batch_size):
             samples = self._decode([prompts[prompt] for prompt, _ in rows], max_new_tokens, chooser(rows))
             # plan_batches keeps a prompt's samples in order, so appending does too.
             for (prompt, _), sample in zip(rows, samples, strict=True):
@@ -253,32 +310,12 @@ def uniform_noise(keys: Sequence[tuple[int, ...]], num: int) -> np.ndarray:
 
 
 def plan_batches(
-    prompt_lengths: Sequence[int],
-    num_samples: int,
-    max_new_tokens: int,
-    batch_size: int,
-    max_batch_tokens: int | None = None,
-) -> Iterator[list[tuple[int, int]]]:
-    """Lists of (prompt, sample), the longest prompts first so that memory runs out at once or never.
-
-    Yields:
-        Batches of at most `batch_size` rows and, where given, at most `max_batch_tokens` = rows x longest sequence
-        (but always at least one row). A prompt's samples stay in order.
-    """
+    prompt_lengths: Sequence[int], num_samples: int, batch_size: int
+) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Batches of at most `batch_size` pairs (prompt, sample), the longest prompts first so that memory runs out at once
+    or never. A prompt's samples stay in order."""
     order = sorted(range(len(prompt_lengths)), key=lambda prompt: -prompt_lengths[prompt])
-    batch: list[tuple[int, int]] = []
-    limit = batch_size
-    for prompt in order:
-        for sample in range(num_samples):
-            if not batch:
-                longest = prompt_lengths[prompt] + max_new_tokens
-                limit = max(1, min(batch_size, max_batch_tokens // longest if max_batch_tokens else batch_size))
-            batch.append((prompt, sample))
-            if len(batch) == limit:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+    return batched(((prompt, sample) for prompt in order for sample in range(num_samples)), batch_size)
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int | None) -> None:

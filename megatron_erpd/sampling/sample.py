@@ -16,17 +16,15 @@ from megatron_erpd.data.schema import Rollout, sample_id
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
 from megatron_erpd.objectives.advantages import zero_variance_groups
+from megatron_erpd.sampling.engine import Progress, Sample, SamplingEngine, TransformersEngine
+from megatron_erpd.sampling.inputs import questions_digest
 from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
 from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text
-from megatron_erpd.sampling.scoring import VERIFIER_ERROR, Scorer, errors_of
-from megatron_erpd.sampling.task import questions_digest
-from megatron_erpd.sampling.types import Progress, Sample, SamplingEngine
+from megatron_erpd.sampling.score import REPORT, VERIFIER_ERROR, Scorer, errors_of, reward_figures
 from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
-from megatron_erpd.sources.tokenizers import tokenizer_digest
-
-REPORT = "report.json"
+from megatron_erpd.sources.tokenizer import tokenizer_digest
 
 
 def sample_rollouts(
@@ -121,8 +119,6 @@ def make_engine(
         from megatron_erpd.sampling.vllm import VllmEngine
 
         return VllmEngine(hf_path, dtype=dtype or "auto", tensor_parallel_size=settings.tensor_parallel)
-    from megatron_erpd.sampling.engine import TransformersEngine
-
     return TransformersEngine(hf_path, device, dtype)
 
 
@@ -155,22 +151,6 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, Any]:
         "num_response_tokens": int(lengths.sum()),
         "mean_log_prob": float(np.concatenate(recorded).mean(dtype=np.float64)) if recorded else None,
     }
-
-
-def reward_figures(rewards: np.ndarray) -> dict[str, Any]:
-    """`accepted`, `unverified` and `reward` of `describe_rollouts`, of float32 `[N]` with NaN for unverified."""
-    scored = rewards[~np.isnan(rewards)]
-    reward = (
-        {
-            "mean": float(scored.mean(dtype=np.float64)),
-            "std": float(scored.std(dtype=np.float64)),
-            "min": float(scored.min()),
-            "max": float(scored.max()),
-        }
-        if len(scored)
-        else None
-    )
-    return {"accepted": len(scored), "unverified": len(rewards) - len(scored), "reward": reward}
 
 
 @dataclass

@@ -1,8 +1,10 @@
-"""The scoring stage: sampled rollouts and a verifier become rewards on disk, resumable part by part."""
+"""Scores: a verifier with what identifies its verdicts, and the stage that makes rewards on disk of sampled rollouts,
+resumable part by part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,70 @@ from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.objectives.advantages import zero_variance_groups
-from megatron_erpd.sampling.prompts import PromptRecord, load_prompts, prompt_text
-from megatron_erpd.sampling.sample import REPORT, reward_figures
-from megatron_erpd.sampling.scoring import Scorer, errors_of
-from megatron_erpd.sampling.task import questions_digest
-from megatron_erpd.sampling.types import Progress
+from megatron_erpd.sampling.engine import Progress
+from megatron_erpd.sampling.inputs import questions_digest, verifier_file, verifier_identity
+from megatron_erpd.sampling.prompts import PromptRecord, load_prompts, prompt_text, prompts_digest
+from megatron_erpd.sampling.verifiers import Verifier
+
+REPORT = "report.json"
+VERIFIER_ERROR = "verifier_error"
+"""In the metadata of a rollout on which the verifier failed: with what."""
+_SCORED_BY, _ANSWERS = "scored_by", "answers"
+
+
+class Scorer:
+    """A verifier that is started when it is first asked, and what it says of the part files that it scores.
+
+    Args:
+        spec: as in `Verifier`.
+
+    Attributes:
+        num_asked: responses that it was asked about.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self.num_asked = 0
+        self._identity = verifier_identity(spec)
+
+    @property
+    def name(self) -> str:
+        """The spec, a file's without its folder."""
+        file = verifier_file(self.spec)
+        return self.spec if file is None else f"python:{file.name}:{self.spec.rpartition(':')[2]}"
+
+    @cached_property
+    def verifier(self) -> Verifier:
+        """Its process. Raises `RecipeError` where the spec names nothing that can be loaded."""
+        return Verifier(self.spec)
+
+    @property
+    def has_always_failed(self) -> bool:
+        return 0 < self.num_asked == self.verifier.num_errors
+
+    def __call__(self, record: PromptRecord, response: str) -> tuple[float | None, str | None]:
+        """The reward, None where there is none, and the error, where the verifier failed."""
+        self.num_asked += 1
+        reward = self.verifier(record, response)
+        return reward, self.verifier.last_error
+
+    def file_metadata(self, records: Sequence[PromptRecord]) -> dict[str, str]:
+        """What a part file of the rollouts of `records` says of its rewards."""
+        return {_SCORED_BY: self._identity, _ANSWERS: prompts_digest(records)}
+
+    def has_scored(self, part: Rollouts, records: Sequence[PromptRecord]) -> bool:
+        """Whether the rewards of a part file are this verifier's for these records, and it didn't fail on all."""
+        said = part.file_metadata
+        if any(said.get(name) != value for name, value in self.file_metadata(records).items()):
+            return False
+        return any(error is None for error in errors_of(part))
+
+
+def errors_of(rollouts: Rollouts) -> list[str | None]:
+    """With what the verifier failed on each rollout, None where it did not."""
+    status = rollouts.reward_status
+    found = [None if s == "scored" else rollouts.metadata(i).get(VERIFIER_ERROR) for i, s in enumerate(status)]
+    return [None if error is None else str(error) for error in found]
 
 
 def prompts_of_rollouts(rollouts: Path, prompts: str, verifier: str) -> list[PromptRecord]:
@@ -128,3 +189,19 @@ def _report(rollouts: Rollouts, output: Path, verifier: str, asked: int) -> dict
         "asked": asked,
         "verifier": {"spec": verifier, "errors": len(failed), "first_error": failed[0] if failed else None},
     }
+
+
+def reward_figures(rewards: np.ndarray) -> dict[str, Any]:
+    """`accepted`, `unverified` and `reward` of `describe_rollouts`, of float32 `[N]` with NaN for unverified."""
+    scored = rewards[~np.isnan(rewards)]
+    reward = (
+        {
+            "mean": float(scored.mean(dtype=np.float64)),
+            "std": float(scored.std(dtype=np.float64)),
+            "min": float(scored.min()),
+            "max": float(scored.max()),
+        }
+        if len(scored)
+        else None
+    )
+    return {"accepted": len(scored), "unverified": len(rewards) - len(scored), "reward": reward}

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.model_folder import read_tensors
-from megatron_erpd.sampling.types import Progress, Sample
+from megatron_erpd.sampling.engine import Progress, Sample
 from megatron_erpd.sources.tokenizer import check_end
 
 
@@ -30,8 +30,6 @@ class VllmEngine:
         hf_path: a Hugging Face folder.
         dtype: of the weights, in vLLM's words; `auto` is that of the checkpoint.
         tensor_parallel_size: GPUs over which every layer is split.
-        gpu_memory_utilization: share of each GPU's memory that vLLM may take.
-        options: further arguments of `vllm.LLM`.
     """
 
     def __init__(
@@ -39,8 +37,6 @@ class VllmEngine:
         hf_path: str | Path,
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
-        **options: Any,
     ) -> None:
         try:
             import vllm
@@ -56,12 +52,11 @@ class VllmEngine:
             model=str(hf_path),
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
+            gpu_memory_utilization=0.9,
             logprobs_mode="processed_logprobs",
             # By default vLLM prefers Mistral's own format of the weights where it is there, which nothing else reads.
             config_format="hf",
             load_format="safetensors",
-            **options,
         )
 
     def sample(

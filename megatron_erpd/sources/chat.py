@@ -16,7 +16,7 @@ from typing import Any
 from megatron_erpd.data.schema import RowProblem
 from megatron_erpd.settings import TemplateSettings
 from megatron_erpd.sources.chat_template import ChatTemplate
-from megatron_erpd.sources.tokenizers import Tokenizer
+from megatron_erpd.sources.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 

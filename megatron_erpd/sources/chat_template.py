@@ -15,7 +15,7 @@ import jinja2.meta
 from megatron_erpd.data.schema import RowProblem
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.settings import TemplateSettings
-from megatron_erpd.sources.tokenizers import Tokenizer
+from megatron_erpd.sources.tokenizer import Tokenizer
 
 _CLOCK = "strftime_now"
 _TIMES = "erpd_times"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_erpd.data.rollout_writer import SampleNames, write_rollouts
+from megatron_erpd.data.rollouts import SampleNames, write_rollouts
 from megatron_erpd.data.schema import (
     Rollout,
     RowProblem,
@@ -25,19 +25,17 @@ from megatron_erpd.data.schema import (
     token_bytes,
 )
 from megatron_erpd.errors import RolloutError
-from megatron_erpd.settings import TemplateSettings
+from megatron_erpd.settings import ImportSettings
 from megatron_erpd.sources.chat import Chat, EncodedPrompt, refuse_written_messages
-from megatron_erpd.sources.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, Preset, finish_word
+from megatron_erpd.sources.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, finish_word
 from megatron_erpd.sources.files import open_source
 from megatron_erpd.sources.import_report import ImportReport, render, summary, zero_variance_groups
 from megatron_erpd.sources.rows import read_rows
-from megatron_erpd.sources.tokenizers import Tokenizer, tokenizer_digest
+from megatron_erpd.sources.tokenizer import Tokenizer, tokenizer_digest
 
 __all__ = ["PRESETS", "ImportReport", "import_rollouts", "render", "try_rollouts"]
 
 _TRIED_FILES = 8
-ON_REJECT = ("error", "skip")
-DUPLICATES = ("number", "reject")
 NEAR_LONGEST = 0.98
 """Encoded text has not quite the tokens that were sampled: how near to the longest response counts as that long."""
 RE_ENCODED_NOTE = (
@@ -49,38 +47,22 @@ RE_ENCODED_NOTE = (
 def import_rollouts(
     source: str | Path | Sequence[str | Path],
     output: str | Path,
+    settings: ImportSettings | None = None,
     *,
-    preset: str = "plain",
-    field_map: Mapping[str, str] | None = None,
+    fields: Mapping[str, str] | None = None,
     tokenizer: Tokenizer | None = None,
-    vocab_size: int | None = None,
-    on_reject: str = "error",
-    allow_unverified: bool = False,
-    duplicates: str = "number",
-    append_eos: bool = True,
-    user_message: bool | None = None,
-    template: TemplateSettings | None = None,
-    file_metadata: Mapping[str, Any] | None = None,
 ) -> ImportReport:
     """Reads, checks and writes rollouts; the output appears only when all of it is good.
 
     Args:
-        source: a file, a folder, a data set of the hub, or a list of these (see `sources.py`).
+        source: a file, a folder, a data set of the hub, or a list of these (see `files.py`).
         output: the Parquet file to write.
-        preset: a known format, a key of `PRESETS`.
-        field_map: entries over the preset's (see `field_map.py`): our name -> path in the source.
-        tokenizer: the base model's; needed for sources without token ids. Its digest goes into the file.
-        vocab_size: ids at or above it are refused; default: the tokenizer's largest id plus one, or no check.
-        on_reject: 'error' ends at the first bad row and writes nothing; 'skip' leaves bad rows out and counts them.
-        allow_unverified: keep rollouts whose reward is null, as 'unverified', instead of rejecting them.
-        duplicates: what to do with a rollout whose tokens equal an earlier one's and that has no `sample_id`:
-            'number' keeps it as another draw (dropping it would shift its group's mean), 'reject' rejects it.
-            A `sample_id` that occurs twice is always rejected.
-        append_eos: end encoded responses with the end token, unless they were cut off (finish reason 'length'). The
-            report counts those without a finish reason, or with an unknown one, of which it isn't known.
-        user_message: put plain-text prompts into the chat template as a user's message; default: as the preset says.
-        template: what the chat template is given besides the messages; it goes into the file.
-        file_metadata: facts to keep in the file, such as sampling settings.
+        settings: how rows are read and what becomes of bad ones; what the chat template is given goes into the file.
+            A rollout whose tokens equal an earlier one's is another draw by default: dropping it would shift its
+            group's mean. A `sample_id` that occurs twice is always rejected.
+        fields: entries over the format's (see `field_map.py`): our name -> path in the source.
+        tokenizer: the base model's; needed for sources without token ids. Its digest goes into the file, and ids beyond
+            its largest are refused.
 
     Returns:
         What was accepted and rejected, and what the rollouts look like.
@@ -88,79 +70,38 @@ def import_rollouts(
     Raises:
         RolloutError: a bad argument, a bad row (named by file, row and field), or nothing accepted.
     """
-    options: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "on_reject": on_reject,
-        "duplicates": duplicates,
-        "template": template,
-    }
-    options |= {"allow_unverified": allow_unverified, "append_eos": append_eos, "user_message": user_message}
-    run = _started(source, output, preset=preset, field_map=field_map, tokenizer=tokenizer, **options)
-    metadata = {"imported_from": [path.name for path in run.files], "import_preset": preset} | dict(file_metadata or {})
+    settings = settings or ImportSettings()
+    run = _Import(source, output, settings, fields, tokenizer)
+    metadata: dict[str, Any] = {"imported_from": [path.name for path in run.files], "import_preset": settings.format}
     if tokenizer is not None:
         metadata["tokenizer_digest"] = tokenizer_digest(tokenizer)
-    given = template.model_dump(include=set(template.given)) if template is not None else {}
-    metadata |= {"template": given} if given else {}
+    if settings.given:
+        metadata["template"] = settings.model_dump(include=set(settings.given))
     write_rollouts(output, run.rollouts(), metadata, vocab_size=run.vocab_size)
-    run.describe(PRESETS[preset])
+    run.describe()
     return run.report
 
 
-def try_rollouts(source: str | Path | Sequence[str | Path], num_rows: int, **options: Any) -> tuple[int, str]:
+def try_rollouts(
+    source: str | Path | Sequence[str | Path],
+    num_rows: int,
+    settings: ImportSettings,
+    fields: Mapping[str, str],
+    tokenizer: Tokenizer,
+) -> tuple[int, str]:
     """Whether an import begins well: reads the first rows of the first files and writes nothing.
 
     Args:
-        source: as in `import_rollouts`.
+        source, settings, fields, tokenizer: as in `import_rollouts`.
         num_rows: of each file.
-        options: those of `import_rollouts` that say how rows are read.
 
     Returns:
         Length of the longest rollout among them, in tokens, and its place; 0 without any.
 
     Raises:
-        RolloutError: as in `import_rollouts`; with `on_reject='error'` for a bad row among these.
+        RolloutError: as in `import_rollouts`; with `on_reject` 'error' for a bad row among these.
     """
-    return _started(source, "", **options).try_rows(num_rows)
-
-
-def _started(
-    source: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    preset: str = "plain",
-    field_map: Mapping[str, str] | None = None,
-    tokenizer: Tokenizer | None = None,
-    vocab_size: int | None = None,
-    on_reject: str = "error",
-    allow_unverified: bool = False,
-    duplicates: str = "number",
-    append_eos: bool = True,
-    user_message: bool | None = None,
-    template: TemplateSettings | None = None,
-) -> "_Import":
-    if preset not in PRESETS:
-        raise RolloutError(f"preset: {preset!r} isn't one of {', '.join(PRESETS)}")
-    if on_reject not in ON_REJECT:
-        raise RolloutError(f"on_reject: {on_reject!r} isn't one of {', '.join(ON_REJECT)}")
-    if duplicates not in DUPLICATES:
-        raise RolloutError(f"duplicates: {duplicates!r} isn't one of {', '.join(DUPLICATES)}")
-    opened = open_source(source)
-    if opened.fields:
-        raise RolloutError(f"{opened.text}: of rollouts, fields are mapped by themselves; leave out ?... and map them")
-    files = opened.files
-    if tokenizer is not None:
-        vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
-    elif template is not None and template.given:
-        raise RolloutError(
-            f"{template.given[0]}: is for the tokenizer's chat template; give the base model's tokenizer"
-        )
-    report = ImportReport([str(path) for path in files], str(output), preset)
-    report.not_read = [str(path) for path in opened.not_read]
-    if user_message is None:
-        user_message = PRESETS[preset].user_message
-    chat = None if tokenizer is None else Chat(tokenizer, template)
-    builder = _Builder(chat, allow_unverified, append_eos, user_message, report)
-    return _Import(files, FieldMap.of(PRESETS[preset], field_map), builder, vocab_size, on_reject, duplicates, report)
+    return _Import(source, "", settings, fields, tokenizer).try_rows(num_rows)
 
 
 class _Excluded(Exception):
@@ -186,17 +127,16 @@ class _Builder:
     """Makes one rollout of mapped values."""
 
     chat: Chat | None
-    allow_unverified: bool
-    append_eos: bool
+    settings: ImportSettings
     user_message: bool
-    report: ImportReport
+    """Whether plain-text prompts go into the chat template as a user's message."""
 
     def build(self, values: Mapping[str, Any]) -> "_Built":
         """Raises `RowProblem`, and `_Excluded` for a sample that the other framework leaves out."""
         finish_reason = _finish_reason(values)
         _check_marks(values, finish_reason)
         reward = reward_value(values.get("reward"), "reward")
-        if reward is None and not self.allow_unverified:
+        if reward is None and not self.settings.allow_unverified:
             detail = "is missing or null; score the rollout, or pass allow_unverified to keep it as unverified"
             raise RowProblem("no_reward", "reward", detail)
         prompt_ids, response_ids = self._given_ids(values)
@@ -213,7 +153,7 @@ class _Builder:
             detail = f"are taken as they are, and {self.chat.settings.given[0]} would have no effect; remove that"
             raise RowProblem("malformed", "prompt_token_ids", detail)
         if response_ids is None:
-            append_eos = self.append_eos and finish_reason != "length"
+            append_eos = self.settings.append_eos and finish_reason != "length"
             chat, response = self._text(response, "response")
             response, ids = chat.response(response, encoded, append_eos=append_eos)
             response_ids = token_array(ids, "response")
@@ -230,7 +170,7 @@ class _Builder:
             response=response if isinstance(response, str) else None,
             metadata=_metadata(values),
         )
-        assumed_ended = encoded_response and finish_reason not in ("stop", "length") and self.append_eos
+        assumed_ended = encoded_response and finish_reason not in ("stop", "length") and self.settings.append_eos
         return _Built(rollout, encoded_prompt, encoded_response, assumed_ended)
 
     @staticmethod
@@ -268,16 +208,27 @@ class _Import:
 
     def __init__(
         self,
-        files: Sequence[Path],
-        fields: FieldMap,
-        builder: _Builder,
-        vocab_size: int | None,
-        on_reject: str,
-        duplicates: str,
-        report: ImportReport,
+        source: str | Path | Sequence[str | Path],
+        output: str | Path,
+        settings: ImportSettings,
+        fields: Mapping[str, str] | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
-        self.files, self.fields, self.builder, self.report = files, fields, builder, report
-        self.vocab_size, self.skip, self.reject_repetitions = vocab_size, on_reject == "skip", duplicates == "reject"
+        opened = open_source(source)
+        if opened.fields:
+            detail = "of rollouts, fields are mapped by themselves; leave out ?... and map them"
+            raise RolloutError(f"{opened.text}: {detail}")
+        if tokenizer is None and settings.given:
+            detail = "is for the tokenizer's chat template; give the base model's tokenizer"
+            raise RolloutError(f"{settings.given[0]}: {detail}")
+        self.files, self.settings, self.preset = opened.files, settings, PRESETS[settings.format]
+        self.report = ImportReport([str(path) for path in self.files], str(output), settings.format)
+        self.report.not_read = [str(path) for path in opened.not_read]
+        self.fields = FieldMap.of(self.preset, fields)
+        self.vocab_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+        chat = None if tokenizer is None else Chat(tokenizer, settings)
+        user_message = self.preset.user_message if settings.user_message is None else settings.user_message
+        self.builder = _Builder(chat, settings, user_message)
         self.names = SampleNames()
         self.group_prompts: dict[int, int] = {}
         self.group_ids: list[int] = []
@@ -346,7 +297,7 @@ class _Import:
             raise RowProblem("group_of_other_prompt", "group_id", detail)
         repetitions = self.names.num_repetitions
         rollout.sample_id = self.names.name(rollout)
-        if self.names.num_repetitions > repetitions and self.reject_repetitions:
+        if self.names.num_repetitions > repetitions and self.settings.duplicates == "reject":
             detail = "the same tokens occurred before; pass duplicates='number' to keep it as another draw"
             raise RowProblem("duplicate_sample", "response_token_ids", detail)
         self.group_prompts[rollout.group_id] = prompt
@@ -355,7 +306,7 @@ class _Import:
         path = self.fields.fields.get(problem.field, problem.field)
         field = problem.field if path == problem.field else f"{problem.field} (from {path!r})"
         message = f"{place}: {field}: {problem.detail}"
-        if not self.skip:
+        if self.settings.on_reject == "error":
             raise RolloutError(f"{message} (nothing was written; on_reject='skip' leaves such rows out)") from problem
         self.report.reject(problem.reason, message)
 
@@ -370,19 +321,19 @@ class _Import:
         if built.assumed_ended:
             self.assumed_lengths.append(rollout.response_token_ids.size)
 
-    def describe(self, preset: Preset) -> None:
+    def describe(self) -> None:
         """Fills the report's figures about the rollouts as a whole."""
         report, group_ids, rewards = self.report, np.array(self.group_ids), np.array(self.rewards)
         sizes = np.unique(group_ids, return_counts=True)[1]
         lengths = np.array(self.lengths)
         report.accepted = len(group_ids)
         report.unverified = int(np.isnan(rewards).sum())
-        report.repetitions = 0 if self.reject_repetitions else self.names.num_repetitions
+        report.repetitions = 0 if self.settings.duplicates == "reject" else self.names.num_repetitions
         report.groups, report.zero_variance_groups = len(sizes), zero_variance_groups(group_ids, rewards)
         report.group_size, report.reward = summary(sizes), summary(rewards)
         report.prompt_length, report.response_length = summary(lengths[:, 0]), summary(lengths[:, 1])
-        if preset.note is not None:
-            report.notes.append(preset.note)
+        if self.preset.note is not None:
+            report.notes.append(self.preset.note)
         if report.encoded_prompts or report.encoded_responses:
             report.notes.append(RE_ENCODED_NOTE)
         if self.builder.chat is not None and self.builder.chat.repeated_openings:

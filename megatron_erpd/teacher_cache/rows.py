@@ -15,7 +15,7 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError
 from megatron_erpd.manifest import file_digest, input_digest, read_manifest
 from megatron_erpd.settings import NO_SIGNAL
-from megatron_erpd.sources.tokenizers import chat_template_digest
+from megatron_erpd.sources.tokenizer import chat_template_digest
 from megatron_erpd.teacher_cache.format import CACHE_FILE, TOPK, hidden_table
 from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
 from megatron_erpd.teacher_cache.reader import CacheReader, Table

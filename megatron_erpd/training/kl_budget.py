@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import json_line
 from megatron_erpd.objectives.kl_control import KlController
-from megatron_erpd.step_lines import keep_before, read_json_lines
+from megatron_erpd.progress import keep_before, read_json_lines
 from megatron_erpd.training.step_means import StepMeans
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.files import json_line
-from megatron_erpd.step_lines import keep_before
+from megatron_erpd.progress import keep_before
 
 _LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
 

@@ -29,9 +29,9 @@ from megatron_erpd.model.arguments import (
 )
 from megatron_erpd.objectives.reduction import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
+from megatron_erpd.sampling.inputs import task_identity
 from megatron_erpd.sampling.policy import load_tokenizer
 from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
-from megatron_erpd.sampling.task import task_identity
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
 from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_erpd.manifest import METRICS, verify_manifest, write_manifest
-from megatron_erpd.step_lines import StepLines, read_json_lines
+from megatron_erpd.progress import StepLines, read_json_lines
 
 
 def test_numbers_are_kept_under_the_stages_name(tmp_path: Path) -> None:

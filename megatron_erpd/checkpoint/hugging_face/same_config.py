@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import CheckpointError
-from megatron_erpd.sources.same_tokenizer import has_tokenizer, same_vocabulary
-from megatron_erpd.sources.tokenizer import read_object
+from megatron_erpd.sources.tokenizer import has_tokenizer, read_object, same_vocabulary
 
 _OF_NO_MATTER = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "id2label", "label2id"}
 """Keys about the file. (`architectures` is held against the family's table when a folder is read.)"""

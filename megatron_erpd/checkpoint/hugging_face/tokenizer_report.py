@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_erpd.model_folder import vocabulary_files
-from megatron_erpd.sources.tokenizer import CONFIG, embedding_rows, load_tokenizer, read_object
-from megatron_erpd.sources.tokenizers import chat_template_digest
+from megatron_erpd.sources.tokenizer import CONFIG, chat_template_digest, embedding_rows, load_tokenizer, read_object
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_erpd.data.rollout_count import RolloutCount, count_rollouts, longest_rollout
-from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
+from megatron_erpd.data.rollouts import RolloutCount, count_rollouts, longest_rollout, read_rollouts, write_rollouts
 from megatron_erpd.errors import RolloutError
 
 

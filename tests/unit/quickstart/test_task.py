@@ -11,7 +11,7 @@ from megatron_erpd.data.rollouts import read_rollouts, validate_against_vocabula
 from megatron_erpd.sampling.policy import load_policy
 from megatron_erpd.sampling.prompts import load_prompts
 from megatron_erpd.sampling.verifiers import Verifier
-from megatron_erpd.sources.tokenizers import tokenizer_digest
+from megatron_erpd.sources.tokenizer import tokenizer_digest
 from tests.unit.sampling.tiny_model import QUICKSTART, quickstart_module
 
 task = quickstart_module("task")

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_erpd.commands import one_process as commands
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
-from megatron_erpd.report.render import duration, render_report, shortened, size, tint
+from megatron_erpd.report.render import duration, render_report, shortened, tint
+from megatron_erpd.units import size
 from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from megatron_erpd.errors import CheckpointError, RecipeError
-from megatron_erpd.sampling.engine import TransformersEngine, draw_tokens, plan_batches, uniform_noise
+from megatron_erpd.sampling.engine import Sample, TransformersEngine, draw_tokens, plan_batches, uniform_noise
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
-from megatron_erpd.sampling.types import Sample
 
 # Different lengths, so that batches are padded; one prompt twice.
 TEXTS = ["12+34=", "5=", "98+76+54=", "7+8+9+1=", "12+34=", "1+1="]
@@ -54,9 +53,9 @@ def test_finish_reason_and_stop_token(engine, policy, prompts):
 
 
 def test_samples_do_not_depend_on_the_batch(policy, prompts):
-    def draw(prompts, max_batch_tokens=None, **changes):
+    def draw(prompts, **changes):
         settings = {"num_samples": 4, "max_new_tokens": 16, "seed": 5, "batch_size": 512} | changes
-        return TransformersEngine(policy, max_batch_tokens=max_batch_tokens).sample(prompts, **settings)
+        return TransformersEngine(policy).sample(prompts, **settings)
 
     def assert_same(left, right):
         for one, other in zip(left, right, strict=True):
@@ -67,7 +66,6 @@ def test_samples_do_not_depend_on_the_batch(policy, prompts):
     reference = draw(prompts)
     assert_same(reference, draw(prompts, batch_size=1))
     assert_same(reference, draw(prompts, batch_size=5))
-    assert_same(reference, draw(prompts, max_batch_tokens=60))
     assert_same([group[:2] for group in reference], draw(prompts, num_samples=2))
     # A part of the set, with the places of its prompts.
     assert_same(reference[2:4], draw(prompts[2:4], prompt_indices=[2, 3]))
@@ -131,12 +129,10 @@ def test_noise_is_a_function_of_the_key_and_grows_at_the_end():
 
 def test_batches_hold_every_row_once_within_the_limits():
     lengths = [5, 9, 2, 9, 30]
-    batches = list(plan_batches(lengths, 4, 10, batch_size=6, max_batch_tokens=100))
+    batches = list(plan_batches(lengths, 4, batch_size=6))
     assert sorted(row for batch in batches for row in batch) == [(p, s) for p in range(5) for s in range(4)]
-    for batch in batches:
-        assert len(batch) <= 6
-        assert len(batch) * (max(lengths[p] for p, _ in batch) + 10) <= 100
-    assert all(len(batch) == 1 for batch in plan_batches(lengths, 1, 10, batch_size=6, max_batch_tokens=1))
+    assert [len(batch) for batch in batches] == [6, 6, 6, 2]
+    assert [lengths[p] for batch in batches for p, _ in batch] == [30] * 4 + [9] * 8 + [5] * 4 + [2] * 4
 
 
 def test_progress_reaches_the_total(engine, prompts):

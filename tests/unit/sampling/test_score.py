@@ -16,7 +16,7 @@ from megatron_erpd.data.rewards import with_rewards
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.manifest import read_manifest, verify_manifest
-from megatron_erpd.sampling import parts, scoring
+from megatron_erpd.sampling import parts, score
 from megatron_erpd.sampling.inputs import input_digests
 
 THRESHOLD = """
@@ -74,13 +74,13 @@ def task(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The verifiers that were started."""
     found: list[str] = []
-    original = scoring.Verifier
+    original = score.Verifier
 
     def start(spec: str) -> Any:
         found.append(spec)
         return original(spec)
 
-    monkeypatch.setattr(scoring, "Verifier", start)
+    monkeypatch.setattr(score, "Verifier", start)
     return found
 
 
@@ -168,7 +168,7 @@ def test_an_interrupted_scoring_goes_on(task: Task, monkeypatch: pytest.MonkeyPa
         pass
 
     asked: list[int] = []
-    original = scoring.Scorer.__call__
+    original = score.Scorer.__call__
 
     def count(self: Any, *given: Any) -> Any:
         asked.append(1)
@@ -177,7 +177,7 @@ def test_an_interrupted_scoring_goes_on(task: Task, monkeypatch: pytest.MonkeyPa
         return original(self, *given)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(scoring.Scorer, "__call__", count)
+        patched.setattr(score.Scorer, "__call__", count)
         task.score("cut")
     report = task.score("cut")
     assert report == {**whole, "asked": 6}

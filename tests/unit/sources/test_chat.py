@@ -14,7 +14,7 @@ from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.data.schema import RowProblem
 from megatron_erpd.errors import RecipeError, RolloutError
 from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
-from megatron_erpd.settings import ChatSettings, TemplateSettings
+from megatron_erpd.settings import ChatSettings, ImportSettings, TemplateSettings
 from megatron_erpd.sources.chat import Chat, checked_messages
 from megatron_erpd.sources.importers import import_rollouts
 
@@ -368,9 +368,8 @@ def test_what_the_template_opened_is_opened_once(response: Any) -> None:
 def test_openings_that_were_repeated_are_reported(tmp_path: Path) -> None:
     rows = [{"problem": "2+2?", "generations": ["<think>\n4", "5"], "correctness_math_verify": [True, False]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = import_rollouts(
-        tmp_path / "in.jsonl", tmp_path / "out.parquet", preset="openr1", tokenizer=tokenizer_of(THINKS_FIRST)
-    )
+    settings, tokenizer = ImportSettings(format="openr1"), tokenizer_of(THINKS_FIRST)
+    report = import_rollouts(tmp_path / "in.jsonl", tmp_path / "out.parquet", settings, tokenizer=tokenizer)
     assert any(note.startswith("1 responses begin with what the chat template") for note in report.notes)
 
 
@@ -429,13 +428,8 @@ def test_sampling_and_imports_read_prompts_alike(tmp_path: Path) -> None:
     sampled = encode_prompts(
         tokenizer, load_prompts(tmp_path / "p.jsonl"), ChatSettings(chat_template=True, **settings)
     )
-    import_rollouts(
-        tmp_path / "r.jsonl",
-        tmp_path / "out.parquet",
-        tokenizer=tokenizer,
-        user_message=True,
-        template=TemplateSettings(**settings),
-    )
+    reading = ImportSettings(user_message=True, **settings)
+    import_rollouts(tmp_path / "r.jsonl", tmp_path / "out.parquet", reading, tokenizer=tokenizer)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert [rollouts.prompt_tokens(i).tolist() for i in range(len(rollouts))] == sampled
     assert sampled[0] == sampled[1] != sampled[2]
@@ -458,9 +452,5 @@ def test_imported_token_ids_take_no_template_settings(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
     for tokenizer, problem in ((tokenizer_of(CHATML), "taken as they are"), (None, "give the base model's tokenizer")):
         with pytest.raises(RolloutError, match=problem):
-            import_rollouts(
-                tmp_path / "r.jsonl",
-                tmp_path / "out.parquet",
-                tokenizer=tokenizer,
-                template=TemplateSettings(system_prompt="Be brief."),
-            )
+            settings = ImportSettings(system_prompt="Be brief.")
+            import_rollouts(tmp_path / "r.jsonl", tmp_path / "out.parquet", settings, tokenizer=tokenizer)

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_erpd.data.rollouts import read_rollouts, sample_id
 from megatron_erpd.errors import RolloutError
-from megatron_erpd.sources.import_report import zero_variance_groups
+from megatron_erpd.settings import ImportSettings
+from megatron_erpd.sources.import_report import ImportReport, zero_variance_groups
 from megatron_erpd.sources.importers import import_rollouts, render
-from megatron_erpd.sources.tokenizers import tokenizer_digest
+from megatron_erpd.sources.tokenizer import tokenizer_digest
 
 WORDS = ["<pad>", "<s>", "</s>", "[user]", "[assistant]", "<unk>", "what", "is", "two", "plus", "four", "five"]
 IDS = {word: i for i, word in enumerate(WORDS)}
@@ -46,6 +47,16 @@ def jsonl(path: Path, rows: Sequence[Mapping[str, Any] | str]) -> Path:
     return path
 
 
+def run(
+    source: str | Path | Sequence[str | Path],
+    output: Path,
+    fields: Mapping[str, str] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **settings: Any,
+) -> ImportReport:
+    return import_rollouts(source, output, ImportSettings(**settings), fields=fields, tokenizer=tokenizer)
+
+
 def test_plain_json_lines_with_token_ids(tmp_path: Path) -> None:
     rows = [
         GOOD | {"behavior_log_probs": [-0.5, -1.5], "finish_reason": "eos", "metadata": {"a": 1}, "prompt": "text"},
@@ -53,7 +64,7 @@ def test_plain_json_lines_with_token_ids(tmp_path: Path) -> None:
         GOOD | {"prompt_token_ids": [1, 7], "reward": True},
     ]
     source = jsonl(tmp_path / "in.jsonl", [rows[0], "", *rows[1:]])
-    report = import_rollouts(source, tmp_path / "out.parquet", vocab_size=12, file_metadata={"temperature": 1.0})
+    report = run(source, tmp_path / "out.parquet")
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert [rollouts.prompt_tokens(i).tolist() for i in range(3)] == [[1, 6], [1, 6], [1, 7]]
     assert [rollouts.response_tokens(i).tolist() for i in range(3)] == [[8, 2], [9], [8, 2]]
@@ -65,7 +76,7 @@ def test_plain_json_lines_with_token_ids(tmp_path: Path) -> None:
     assert log_probs is not None and log_probs.tolist() == [-0.5, -1.5] and rollouts.behavior_log_probs(1) is None
     assert rollouts.finish_reason(0) == "stop" and rollouts.metadata(0) == {"a": 1}
     assert rollouts.prompt_text(0) == "text"
-    assert rollouts.file_metadata == {"temperature": 1.0, "imported_from": ["in.jsonl"], "import_preset": "plain"}
+    assert rollouts.file_metadata == {"imported_from": ["in.jsonl"], "import_preset": "plain"}
     assert (report.accepted, report.groups, report.zero_variance_groups) == (3, 2, 1)
     assert report.with_behavior_log_probs == 1 and report.encoded_responses == report.unverified == 0
     assert report.group_size == {"min": 1, "mean": 1.5, "max": 2}
@@ -76,9 +87,9 @@ def test_plain_json_lines_with_token_ids(tmp_path: Path) -> None:
 
 def test_parquet_gives_what_json_lines_give(tmp_path: Path) -> None:
     rows = [GOOD | {"response_token_ids": [i % 9, 2], "reward": i % 2, "extra": "x" * 10} for i in range(150)]
-    import_rollouts(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "a.parquet")
+    run(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
-    import_rollouts(tmp_path / "in.parquet", tmp_path / "b.parquet")
+    run(tmp_path / "in.parquet", tmp_path / "b.parquet")
     assert read_rollouts(tmp_path / "a.parquet").digest() == read_rollouts(tmp_path / "b.parquet").digest()
 
 
@@ -86,9 +97,9 @@ def test_folder_and_list_of_files(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for step in range(3):
         jsonl(tmp_path / "in" / f"{step}.jsonl", [GOOD | {"response_token_ids": [step]}])
-    import_rollouts(tmp_path / "in", tmp_path / "a.parquet")
+    run(tmp_path / "in", tmp_path / "a.parquet")
     files = [tmp_path / "in" / f"{step}.jsonl" for step in range(3)]
-    report = import_rollouts(files, tmp_path / "b.parquet")
+    report = run(files, tmp_path / "b.parquet")
     assert report.sources == [str(path) for path in files]
     assert read_rollouts(tmp_path / "a.parquet").digest() == read_rollouts(tmp_path / "b.parquet").digest()
 
@@ -96,7 +107,7 @@ def test_folder_and_list_of_files(tmp_path: Path) -> None:
 def test_verl_dump_is_encoded_and_the_report_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"input": "what is two", "output": "four five", "gts": "4", "score": 1.0, "step": 3}
     source = jsonl(tmp_path / "3.jsonl", [row, row | {"output": "five </s>", "score": 0.0}])
-    report = import_rollouts(source, tmp_path / "out.parquet", preset="verl", tokenizer=tokenizer)
+    report = run(source, tmp_path / "out.parquet", format="verl", tokenizer=tokenizer)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert rollouts.prompt_tokens(0).tolist() == ids("what is two")
     assert rollouts.response_tokens(0).tolist() == ids("four five </s>")
@@ -123,7 +134,7 @@ def test_slime_samples_keep_their_token_ids(tmp_path: Path) -> None:
         "response": "r",
     }
     source = jsonl(tmp_path / "in.jsonl", [row, row | {"loss_mask": None, "rollout_log_probs": None, "reward": 0}])
-    report = import_rollouts(source, tmp_path / "out.parquet", preset="slime")
+    report = run(source, tmp_path / "out.parquet", format="slime")
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert rollouts.prompt_tokens(0).tolist() == [1, 6] and rollouts.response_tokens(0).tolist() == [8, 9, 2]
     np.testing.assert_allclose(rollouts.behavior_log_probs(0), [-0.1, -0.2, -0.3], rtol=1e-6)
@@ -143,14 +154,14 @@ def test_trl_texts_and_messages(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     ]
     source = jsonl(tmp_path / "in.jsonl", rows)
     fields = {"reward": "accuracy_reward"}
-    options: dict[str, Any] = {"preset": "trl", "field_map": fields, "tokenizer": tokenizer}
-    import_rollouts(source, tmp_path / "out.parquet", **options)
+    options: dict[str, Any] = {"format": "trl", "fields": fields, "tokenizer": tokenizer}
+    run(source, tmp_path / "out.parquet", **options)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert rollouts.prompt_tokens(0).tolist() == ids("<s> what is")
     assert rollouts.prompt_tokens(1).tolist() == ids("[user] two plus two [assistant]")
     assert rollouts.response_tokens(1).tolist() == ids("five </s>")
     assert rollouts.response_text(1) == "five"
-    import_rollouts(source, tmp_path / "out.parquet", append_eos=False, user_message=True, **options)
+    run(source, tmp_path / "out.parquet", append_eos=False, user_message=True, **options)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert rollouts.response_tokens(1).tolist() == ids("five")
     assert rollouts.prompt_tokens(0).tolist() == ids("[user] <s> what is [assistant]")
@@ -168,12 +179,12 @@ def test_openr1_rows_yield_a_rollout_per_generation(tmp_path: Path, tokenizer: P
     second = row | {"problem": "what is", "uuid": "u-2", "finish_reasons": None, "correctness_math_verify": [True] * 3}
     path = tmp_path / "in.parquet"
     pq.write_table(pa.Table.from_pylist([row, second]), path)
-    options: dict[str, Any] = {"preset": "openr1", "tokenizer": tokenizer}
+    options: dict[str, Any] = {"format": "openr1", "tokenizer": tokenizer}
     with pytest.raises(
         RolloutError, match=r"in.parquet: row 0, entry 2: reward \(from 'correctness_math_verify\[\]'\)"
     ):
-        import_rollouts(path, tmp_path / "out.parquet", **options)
-    report = import_rollouts(path, tmp_path / "out.parquet", allow_unverified=True, **options)
+        run(path, tmp_path / "out.parquet", **options)
+    report = run(path, tmp_path / "out.parquet", allow_unverified=True, **options)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert len(rollouts) == 6 and report.groups == 2 and report.zero_variance_groups == 1 and report.unverified == 1
     assert rollouts.reward_status == ["scored", "scored", "unverified", "scored", "scored", "scored"]
@@ -200,7 +211,7 @@ def test_field_map_with_nested_paths_and_lists_of_objects(tmp_path: Path) -> Non
     for path in (jsonl(tmp_path / "in.jsonl", [row]), tmp_path / "in.parquet"):
         if path.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist([row]), path)
-        import_rollouts(path, tmp_path / "out.parquet", field_map=fields)
+        run(path, tmp_path / "out.parquet", fields=fields)
         rollouts = read_rollouts(tmp_path / "out.parquet")
         assert [rollouts.response_tokens(i).tolist() for i in range(2)] == [[3], [4]]
         assert rollouts.rewards.tolist() == [1.0, 0.5] and rollouts.metadata(1) == {"x": "dotted"}
@@ -291,16 +302,16 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("bad", "reason", "message"), BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_bad_rows(tmp_path: Path, bad: Any, reason: str, message: str) -> None:
+def test_bad_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, bad: Any, reason: str, message: str) -> None:
     first = GOOD | {"sample_id": "first", "group_id": "g"}
     source = jsonl(tmp_path / "in.jsonl", [first, GOOD, bad, GOOD | {"reward": 0}])
     output = tmp_path / "out" / "out.parquet"
     with pytest.raises(RolloutError) as error:
-        import_rollouts(source, output, vocab_size=12)
+        run(source, output, tokenizer=tokenizer)
     assert str(error.value).startswith(f"{source}:3: ") and message in str(error.value)
     assert "nothing was written" in str(error.value) and list(output.parent.iterdir()) == []
 
-    report = import_rollouts(source, output, vocab_size=12, on_reject="skip")
+    report = run(source, output, tokenizer=tokenizer, on_reject="skip")
     assert report.rejected == Counter({reason: 1}) and report.accepted == 3
     assert message in report.first_rejected[reason]
     assert read_rollouts(output).rewards.tolist() == [1, 1, 0]
@@ -334,16 +345,16 @@ def test_samples_that_another_framework_excludes(
     kept = row | {"remove_sample": False, "loss_multiplier": 1, "loss_mask": [1, 1]}
     source = jsonl(tmp_path / "in.jsonl", [row, row | mark, kept])
     # They are no rows that can't be used: nothing ends here.
-    report = import_rollouts(source, tmp_path / "out.parquet", preset=preset)
+    report = run(source, tmp_path / "out.parquet", format=preset)
     assert report.excluded == Counter({reason: 1}) and report.accepted == 2 and not report.rejected
     assert report.first_excluded == {reason: f"{source}:2"}
     with pytest.raises(RolloutError, match=f"no rollout could be accepted .1 excluded by {reason}"):
-        import_rollouts(jsonl(source, [row | mark]), tmp_path / "none.parquet", preset=preset)
+        run(jsonl(source, [row | mark]), tmp_path / "none.parquet", format=preset)
 
 
 def test_marks_under_other_names(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD | {"sample_mask": 0}, GOOD | {"sample_mask": 1}])
-    report = import_rollouts(source, tmp_path / "out.parquet", field_map={"included": "sample_mask"})
+    report = run(source, tmp_path / "out.parquet", fields={"included": "sample_mask"})
     assert report.accepted == 1 and report.excluded == {"sample_mask 0": 1}
 
 
@@ -373,7 +384,7 @@ def test_how_frameworks_write_a_response_s_end(
     assumed: int,
 ) -> None:
     source = jsonl(tmp_path / "in.jsonl", [{"prompt": "what is", "response": "two", "reward": 1} | end])
-    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
+    report = run(source, tmp_path / "out.parquet", tokenizer=tokenizer)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     [row] = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert row["finish_reason"] == reason and report.assumed_ended == assumed
@@ -387,7 +398,7 @@ def test_what_was_assumed_about_a_response_s_end(tmp_path: Path, tokenizer: PreT
     ]
     rows += [row | {"response": "two", "finish_reason": "stop"}, row | {"response": "two", "finish_reason": "length"}]
     source = jsonl(tmp_path / "in.jsonl", rows)
-    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
+    report = run(source, tmp_path / "out.parquet", tokenizer=tokenizer)
     (note,) = (note for note in report.notes if "no finish reason" in note)
     assert report.assumed_ended == 3 and note.startswith(
         "3 responses have no finish reason, or an unknown one: they were taken as complete"
@@ -395,7 +406,7 @@ def test_what_was_assumed_about_a_response_s_end(tmp_path: Path, tokenizer: PreT
     assert "2 of them are within 2% of the longest (51 tokens)" in note
     ends = [read_rollouts(tmp_path / "out.parquet").response_tokens(i)[-1] for i in range(5)]
     assert ends == [IDS["</s>"]] * 4 + [IDS["two"]]
-    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer, append_eos=False)
+    report = run(source, tmp_path / "out.parquet", tokenizer=tokenizer, append_eos=False)
     assert report.assumed_ended == 0
 
 
@@ -408,7 +419,7 @@ def test_openr1_generations_without_an_end(tmp_path: Path, tokenizer: PreTrained
         "finish_reasons": [None, None, "stop"],
     }
     source = jsonl(tmp_path / "in.jsonl", [row])
-    import_rollouts(source, tmp_path / "out.parquet", preset="openr1", tokenizer=tokenizer)
+    run(source, tmp_path / "out.parquet", format="openr1", tokenizer=tokenizer)
     rollouts = read_rollouts(tmp_path / "out.parquet")
     assert [rollouts.finish_reason(i) for i in range(3)] == [None, "length", "stop"]
     assert [rollouts.response_tokens(i).tolist() for i in range(3)] == [ids("four </s>"), ids("five"), ids("plus </s>")]
@@ -417,7 +428,7 @@ def test_openr1_generations_without_an_end(tmp_path: Path, tokenizer: PreTrained
 def test_csv_gives_what_json_lines_give(tmp_path: Path) -> None:
     rows = [GOOD | {"group_id": "007", "behavior_log_probs": [-0.5, -1e-05], "finish_reason": "length"}, dict(GOOD)]
     rows[1] |= {"reward": True, "metadata": {"a": [1, "x"]}, "response": "007", "prompt": "p,\n", "sample_id": "1"}
-    import_rollouts(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "a.parquet")
+    run(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "a.parquet")
     columns = ["group_id", "prompt_token_ids", "response_token_ids", "reward", "behavior_log_probs", "finish_reason"]
     columns += ["metadata", "response", "prompt", "sample_id"]
     with (tmp_path / "in.csv").open("w", newline="") as file:
@@ -426,47 +437,47 @@ def test_csv_gives_what_json_lines_give(tmp_path: Path) -> None:
         for row in rows:
             values = (row.get(name, "") for name in columns)
             writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
-    import_rollouts(tmp_path / "in.csv", tmp_path / "b.parquet")
+    run(tmp_path / "in.csv", tmp_path / "b.parquet")
     assert pq.read_table(tmp_path / "a.parquet").to_pylist() == pq.read_table(tmp_path / "b.parquet").to_pylist()
     (tmp_path / "in.csv").write_text("prompt_token_ids,response_token_ids,reward\n[1],[2],high\n")
     with pytest.raises(RolloutError, match="in.csv:2: reward: 'high' is neither a number nor JSON"):
-        import_rollouts(tmp_path / "in.csv", tmp_path / "c.parquet")
+        run(tmp_path / "in.csv", tmp_path / "c.parquet")
 
 
 def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     jsonl(tmp_path / "in" / "1.jsonl", [GOOD])
     (tmp_path / "in" / "2.jsonl.lz4").write_text("x")
-    report = import_rollouts(tmp_path / "in", tmp_path / "out.parquet")
+    report = run(tmp_path / "in", tmp_path / "out.parquet")
     assert report.as_dict()["not_read"] == [str(tmp_path / "in" / "2.jsonl.lz4")]
     console = Console(file=io.StringIO(), record=True, width=1000)
     console.print(render(report))
     assert "2.jsonl.lz4" in console.export_text()
     with pytest.raises(RolloutError, match="of rollouts, fields are mapped by themselves"):
-        import_rollouts(f"{tmp_path}/in/1.jsonl?reward=score", tmp_path / "out.parquet")
+        run(f"{tmp_path}/in/1.jsonl?reward=score", tmp_path / "out.parquet")
 
 
 def test_bad_utf8_names_its_line(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD])
     source.write_bytes(source.read_bytes() + b'{"prompt": "\xff"}\n')
     with pytest.raises(RolloutError, match=r"in.jsonl:2: line: isn't UTF-8 \(byte 0xff"):
-        import_rollouts(source, tmp_path / "out.parquet")
+        run(source, tmp_path / "out.parquet")
 
 
 def test_message_names_the_source_field(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD | {"score": None}])
     with pytest.raises(RolloutError, match=r"in.jsonl:1: reward \(from 'score'\): is missing or null"):
-        import_rollouts(source, tmp_path / "out.parquet", field_map={"reward": "score"})
+        run(source, tmp_path / "out.parquet", fields={"reward": "score"})
 
 
 def test_repeated_content_is_a_draw_unless_refused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD, GOOD, GOOD])
-    report = import_rollouts(source, tmp_path / "out.parquet")
+    report = run(source, tmp_path / "out.parquet")
     assert report.accepted == 3 and report.repetitions == 2
     assert read_rollouts(tmp_path / "out.parquet").sample_ids == [sample_id([1, 6], [8, 2], k) for k in range(3)]
     with pytest.raises(RolloutError, match="in.jsonl:2: response_token_ids: the same tokens occurred before"):
-        import_rollouts(source, tmp_path / "out.parquet", duplicates="reject")
-    report = import_rollouts(source, tmp_path / "out.parquet", duplicates="reject", on_reject="skip")
+        run(source, tmp_path / "out.parquet", duplicates="reject")
+    report = run(source, tmp_path / "out.parquet", duplicates="reject", on_reject="skip")
     assert report.accepted == 1 and report.rejected == {"duplicate_sample": 2} and report.repetitions == 0
 
 
@@ -474,10 +485,10 @@ def test_parallel_lists_of_different_length(tmp_path: Path, tokenizer: PreTraine
     row = {"problem": "two", "generations": ["four", "five"], "correctness_math_verify": [True]}
     source = jsonl(tmp_path / "in.jsonl", [row])
     with pytest.raises(RolloutError, match="in.jsonl:1: generations.*differ in length"):
-        import_rollouts(source, tmp_path / "out.parquet", preset="openr1", tokenizer=tokenizer)
+        run(source, tmp_path / "out.parquet", format="openr1", tokenizer=tokenizer)
     source = jsonl(tmp_path / "in.jsonl", [row | {"generations": "four"}])
     with pytest.raises(RolloutError, match="generations: is a str; 'generations.*' needs a list"):
-        import_rollouts(source, tmp_path / "out.parquet", preset="openr1", tokenizer=tokenizer)
+        run(source, tmp_path / "out.parquet", format="openr1", tokenizer=tokenizer)
 
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:
@@ -485,38 +496,35 @@ def test_text_without_a_tokenizer(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [row])
     # Not a bad row: it must not be skipped silently.
     with pytest.raises(RolloutError, match="in.jsonl:1: prompt: the source has text without token ids; give the base"):
-        import_rollouts(source, tmp_path / "out.parquet", on_reject="skip")
+        run(source, tmp_path / "out.parquet", on_reject="skip")
 
 
 def test_mixed_ids_and_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     source = jsonl(tmp_path / "in.jsonl", [{"prompt": "two", "response_token_ids": [10], "reward": 1}])
-    report = import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
+    report = run(source, tmp_path / "out.parquet", tokenizer=tokenizer)
     assert (report.encoded_prompts, report.encoded_responses) == (1, 0)
     # The tokenizer's vocabulary bounds given ids as well.
     source = jsonl(tmp_path / "in.jsonl", [GOOD | {"response_token_ids": [12]}])
     with pytest.raises(RolloutError, match="beyond the vocabulary of 12"):
-        import_rollouts(source, tmp_path / "out.parquet", tokenizer=tokenizer)
+        run(source, tmp_path / "out.parquet", tokenizer=tokenizer)
 
 
 def test_messages_that_can_not_be_encoded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [{"role": "assistant", "content": "four"}, {"role": "tool", "content": "five"}]
     source = jsonl(tmp_path / "in.jsonl", [{"prompt": "two", "completion": turns, "reward": 1}])
     with pytest.raises(RolloutError, match=r"response \(from 'completion'\): 2 messages; a response is a single"):
-        import_rollouts(source, tmp_path / "out.parquet", preset="trl", tokenizer=tokenizer)
+        run(source, tmp_path / "out.parquet", format="trl", tokenizer=tokenizer)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     source, output = jsonl(tmp_path / "in.jsonl", [GOOD]), tmp_path / "out.parquet"
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"preset": "verrl"}, "preset: 'verrl' isn't one of plain, verl, slime, trl, openr1"),
-        ({"on_reject": "ignore"}, "on_reject: 'ignore'"),
-        ({"duplicates": "drop"}, "duplicates: 'drop'"),
-        ({"field_map": {"rewrad": "x"}}, "field_map: 'rewrad' isn't one of"),
-        ({"field_map": {"behavior_log_probs": "logprbs"}}, "maps 'behavior_log_probs' to 'logprbs', which no row has"),
+        ({"fields": {"rewrad": "x"}}, "field_map: 'rewrad' isn't one of"),
+        ({"fields": {"behavior_log_probs": "logprbs"}}, "maps 'behavior_log_probs' to 'logprbs', which no row has"),
     ]
     for options, message in wrong:
         with pytest.raises(RolloutError, match=message):
-            import_rollouts(source, output, **options)
+            run(source, output, **options)
     assert not output.exists()
 
 
@@ -534,16 +542,16 @@ def test_sources_that_can_not_be_read(tmp_path: Path) -> None:
         ("empty.jsonl", "there are no rows"),
     ):
         with pytest.raises(RolloutError, match=message):
-            import_rollouts(tmp_path / name, output)
+            run(tmp_path / name, output)
     source = jsonl(tmp_path / "bad.jsonl", [GOOD | {"reward": None}] * 2)
     with pytest.raises(RolloutError, match=r"accepted \(2 no_reward; first .*bad.jsonl:1: reward"):
-        import_rollouts(source, output, on_reject="skip")
+        run(source, output, on_reject="skip")
     assert not output.exists()
 
 
 def test_report_for_machines_and_people(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [GOOD, GOOD | {"reward": None}])
-    report = import_rollouts(source, tmp_path / "out.parquet", on_reject="skip")
+    report = run(source, tmp_path / "out.parquet", on_reject="skip")
     values = json.loads(json.dumps(report.as_dict()))
     assert values["accepted"] == 1 and values["rejected"] == {"no_reward": 1}
     console = Console(file=io.StringIO(), record=True, width=1000)

@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout
 from megatron_erpd.errors import RolloutError
-from megatron_erpd.sources.same_tokenizer import check_rollouts, same_vocabulary
-from megatron_erpd.sources.tokenizer import load_tokenizer
-from megatron_erpd.sources.tokenizers import tokenizer_digest
+from megatron_erpd.sources.tokenizer import check_rollouts, load_tokenizer, same_vocabulary, tokenizer_digest
 
 WORDS = [f"w{i}" for i in range(20)]
 

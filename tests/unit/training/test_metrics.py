@@ -9,7 +9,7 @@ import pytest
 
 from megatron_erpd.files import write_json
 from megatron_erpd.launch.processes import last_step
-from megatron_erpd.step_lines import StepLines
+from megatron_erpd.progress import StepLines
 from megatron_erpd.training.metrics import JsonLinesWriter
 
 
