@@ -1,4 +1,7 @@
-"""Megatron on a machine without a CUDA device.
+"""What is replaced in Megatron and PyTorch: nothing elsewhere in the package, and nothing that is computed on a GPU.
+
+Two replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers` and
+`wrap_tensorboard_writer`. All others are for a machine without a CUDA device.
 
 Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
 pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
@@ -17,10 +20,14 @@ its process groups and seeds only when there is a device.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import queue
 import time
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +83,41 @@ def enable_cpu() -> bool:
         _replace_torch_cuda()
         _CpuInsteadOfCuda().__enter__()
     return True
+
+
+def skip_compiling_helpers() -> None:
+    """Keeps Megatron from compiling its data set helpers, which its wheel holds compiled.
+
+    The wheel has no Makefile: Megatron would call make, fail and exit.
+    """
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
+
+
+def wrap_tensorboard_writer(wrap: Callable[[Any], Any]) -> None:
+    """Puts `wrap(writer)` in the place of Megatron's TensorBoard writer, on the rank that has one."""
+    from megatron.training import global_vars
+
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None:
+        global_vars._GLOBAL_TENSORBOARD_WRITER = wrap(writer)
+
+
+def pretrain_on_cpu(args: argparse.Namespace) -> None:
+    """Lets `megatron.training`'s `pretrain` run where there is no CUDA device; without effect where there is one.
+
+    `pretrain` starts Megatron itself and would refuse the machine. Its synchronous saves of checkpoints pass their
+    results through a helper process, which only asynchronous saves need: it starts with the first save and imports all
+    of this anew, seconds for every rank, which is much of a small run on a CPU. They pass them on in this process.
+    """
+    if not is_cpu():
+        return
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import initialize, training
+
+    training.initialize_megatron = partial(initialize.initialize_megatron, allow_no_cuda=True)
+    filesystem_async._results_queue = None if args.async_save else queue.SimpleQueue()
 
 
 class _CpuInsteadOfCuda(TorchFunctionMode):

@@ -111,12 +111,9 @@ def parse_megatron_arguments(
     platform.enable_cpu()
     # Megatron asks for it with TP or CP, so that communication kernels start in program order; harmless without.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron.core.datasets import utils as dataset_utils
     from megatron.training.arguments import parse_and_validate_args
 
-    # The wheel holds the compiled helpers but no Makefile; Megatron would call make, fail and exit.
-    dataset_utils.compile_helpers = lambda: None
-
+    platform.skip_compiling_helpers()
     saved, sys.argv = sys.argv, [sys.argv[0], *megatron_argv(fixed, pass_through)]
     try:
         args = parse_and_validate_args(args_defaults=MEGATRON_DEFAULTS)

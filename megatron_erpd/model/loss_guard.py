@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,17 @@ def finite_loss(loss: LossAndMetrics, batch: Batch, output: Tensor) -> tuple[Ten
     wrong = (~torch.isfinite(output.detach()) & (batch.loss_mask > 0)).flatten(2).any(dim=2).any(dim=0)
     rows = batch.row_indices[wrong] if wrong.any() else batch.row_indices
     raise NonFiniteLoss(f"the loss is {value}", rows.tolist())
+
+
+def has_finite_gradients(models: Iterable[Any]) -> bool:
+    """Whether this rank's gradients are finite, as Megatron checks them before the collective over data-parallel ranks
+    (`--check-for-nan-in-loss-and-grad`, on by default).
+
+    Args:
+        models: model chunks in Megatron's `DistributedDataParallel`.
+    """
+    groups = [group for model in models for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups)]
+    return all(math.isfinite(bucket.grad_data.norm(p=2)) for group in groups for bucket in group.buckets)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import queue
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,17 +98,6 @@ def common_flags() -> dict[str, object]:
         # Reruns of a step would update the KL controller twice; NaNs are still checked.
         "rerun_mode": "disabled",
     }
-
-
-def keep_save_results_here(args: argparse.Namespace) -> None:
-    """Has synchronous saves of checkpoints pass their results on within this process.
-
-    Megatron passes them through a helper process, which only asynchronous saves need. It starts with the first save and
-    imports all of this anew: seconds for every rank, which is much of a small run on a CPU.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = None if args.async_save else queue.SimpleQueue()
 
 
 @contextmanager

@@ -36,11 +36,10 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, settings_identity
 from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
-from megatron_erpd.model.loss_guard import NonFiniteLoss
+from megatron_erpd.model.loss_guard import NonFiniteLoss, has_finite_gradients
 from megatron_erpd.model.runtime import (
     common_flags,
     configure_head,
-    keep_save_results_here,
     prepare_output,
     stage_process,
 )
@@ -52,8 +51,6 @@ from megatron_erpd.training.early_stop import Stop, read_stop
 ForwardStep = Callable[[Iterator[Batch], Any], Any]
 
 _NAMES_SHOWN = 4
-_BAD_GRADIENT = "in local grad norm"
-"""In the message of Megatron's check of the gradients (`--check-for-nan-in-loss-and-grad`, on by default)."""
 
 
 @dataclass
@@ -201,17 +198,15 @@ class TrainingRun(ABC):
         from megatron.core.enums import ModelType
         from megatron.training import training
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
-        from megatron.training.initialize import initialize_megatron
         from torch.distributed.checkpoint.api import CheckpointException
 
         from megatron_erpd.model.model import model_config
+        from megatron_erpd.training.metrics import JsonLinesWriter
 
-        if platform.is_cpu():
-            # `pretrain` starts Megatron itself and would refuse a machine without CUDA.
-            training.initialize_megatron = partial(initialize_megatron, allow_no_cuda=True)
-            keep_save_results_here(args)
-        self._log_as_json_lines()
+        platform.pretrain_on_cpu(args)
+        platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS))
         steps: list[ForwardStep] = []
+        models: dict[int, Any] = {}
 
         def datasets(num_samples: object, vp_stage: int | None = None) -> tuple[Iterator[Batch], None, None]:
             # Called on every rank when models and process groups exist: the place for collective set-up.
@@ -221,6 +216,7 @@ class TrainingRun(ABC):
         datasets.is_distributed = True  # type: ignore[attr-defined]
 
         def forward_step(data_iterator: Any, model: Any) -> Any:
+            models[id(model)] = model
             return steps[0](data_iterator, model)
 
         config = pretrain_cfg_container_from_args(args, model_config(args))
@@ -244,10 +240,10 @@ class TrainingRun(ABC):
             names = ", ".join(self.name_of(row) for row in error.rows[:_NAMES_SHOWN])
             names += f" and {len(error.rows) - _NAMES_SHOWN} more" if len(error.rows) > _NAMES_SHOWN else ""
             raise self._diverged(f"{error.what}; from {names}", args) from None
-        except RuntimeError as error:
-            if _BAD_GRADIENT not in str(error):
+        except RuntimeError as error:  # Megatron's check of the gradients has no type of its own
+            if type(error) is not RuntimeError or has_finite_gradients(models.values()):
                 raise
-            raise self._diverged("the gradient is no number, though the loss is one", args) from error
+            raise self._diverged("the gradient is NaN or infinite, though the loss is finite", args) from error
         return False
 
     def _no_room(self, args: argparse.Namespace) -> NoRoom:
@@ -263,16 +259,6 @@ class TrainingRun(ABC):
             f"{self.output}: at step {args.curr_iteration + 1} {what}; {checkpoint}. Lower the learning rate, clip "
             "the gradient, or look at the rollouts"
         )
-
-    def _log_as_json_lines(self) -> None:
-        """Puts the JSON-lines file before Megatron's TensorBoard writer, on the rank that has one."""
-        from megatron.training import global_vars
-
-        from megatron_erpd.training.metrics import JsonLinesWriter
-
-        writer = global_vars.get_tensorboard_writer()
-        if writer is not None:
-            global_vars._GLOBAL_TENSORBOARD_WRITER = JsonLinesWriter(self.output / METRICS, writer)
 
     def megatron_flags(self) -> dict[str, object]:
         """What the training itself tells Megatron, as argument names."""

@@ -19,8 +19,8 @@ ORDER = [
 ]
 
 ONLY_IN = {
-    "megatron.training": {"model", "precompute", "training", "launch", "commands"},
-    "megatron": {"model", "precompute", "training", "launch", "checkpoint", "commands"},
+    "megatron.training": {"platform", "model", "precompute", "training", "launch", "commands"},
+    "megatron": {"platform", "model", "precompute", "training", "launch", "checkpoint", "commands"},
     "transformers": {"sources", "sampling", "evaluation", "checkpoint", "model", "commands", "report"},
 }
 """Packages that may import a heavy library at all, at the top of a module or inside a function."""
@@ -94,3 +94,35 @@ def test_the_command_line_starts_light():
     code = f"import sys, {', '.join(names)}; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers", "megatron"} & set(result.stdout.split())
+
+
+def replaced(path: Path) -> list[str]:
+    """What a module sets in other libraries: attributes of what it imports that is not the package's own."""
+    tree = ast.parse(path.read_text())
+    foreign = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and (getattr(node, "module", None) or node.names[0].name).split(".")[0] in ("megatron", "torch", "transformers")
+        for alias in node.names
+    }
+    targets = [
+        target
+        for node in ast.walk(tree)
+        for target in (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign | ast.AugAssign)
+            else node.args[:1]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr"
+            else []
+        )
+        if isinstance(target, ast.Attribute) or isinstance(node, ast.Call)
+    ]
+    return [text for text in map(ast.unparse, targets) if text.split(".")[0] in foreign]
+
+
+def test_libraries_are_patched_in_platform_alone():
+    found = {layer(path): names for path in modules() if (names := replaced(path))}
+    assert "platform" in found and found.keys() == {"platform"}, found
