@@ -18,10 +18,16 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from benchmarks.peers import liger_fused_jsd, liger_jsd, megatron_topk, why_no_liger, why_no_megatron
-from megatron_erpd.vocab_parallel import HiddenTarget, LiveTarget, Target, divergence, fused_token_terms
+from megatron_erpd.vocab_parallel import (
+    HiddenTarget,
+    LiveTarget,
+    Target,
+    divergence,
+    fused_token_terms,
+    gather_log_probs,
+)
 from megatron_erpd.vocab_parallel.chunks import CHUNK_BYTES, token_chunks
 from megatron_erpd.vocab_parallel.kernels import Kernels, set_kernels
-from megatron_erpd.vocab_parallel.log_probs import gather_log_probs
 
 Forward = Callable[[], Tensor]
 Backward = Callable[[Tensor], tuple[Tensor, ...]]

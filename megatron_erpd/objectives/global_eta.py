@@ -45,13 +45,14 @@ def kl_curve(base_log_probs: Tensor, signal: Tensor, etas: Tensor) -> Tensor:
     """
     base, signal = base_log_probs.double(), signal.double()
     support = ~torch.isneginf(base)
-    normaliser = base.logsumexp(dim=-1)
+    log_mass = base.logsumexp(dim=-1)
     columns = []
     for eta in etas.tolist():
-        value, mean, variance = log_partition(base, signal, eta)
+        partition = log_partition(base, signal, eta)
+        value, mean, variance = partition
         q = torch.where(support, base + eta * signal - value.unsqueeze(-1), -torch.inf).exp()
         third = (q * torch.where(support, signal - mean.unsqueeze(-1), 0.0).pow(3)).sum(dim=-1)
-        kl = (eta * mean - (value - normaliser)).clamp(min=0)
+        kl = partition.kl(eta, log_mass)
         columns.append(torch.stack([kl.sum(), (eta * variance).sum(), (variance + eta * third).sum()]))
     return torch.stack(columns, dim=-1)
 

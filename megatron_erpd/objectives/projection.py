@@ -49,6 +49,13 @@ class Partition(NamedTuple):
     mean: Tensor
     variance: Tensor
 
+    def kl(self, eta: Tensor | float, log_mass: Tensor) -> Tensor:
+        """KL(q_eta || pi_0) = eta K' - (K(eta) - K(0)): [...] nats, clamped at 0.
+
+        `log_mass` is K(0), 0 for a normalised pi_0; subtracting it removes the rounding of its normalisation.
+        """
+        return (eta * self.mean - (self.log_partition - log_mass)).clamp(min=0)
+
 
 class Projection(NamedTuple):
     """eta [...], log_probs of q_eta [..., V], and forward KL(q_eta || pi_0) [...] in nats."""
@@ -96,12 +103,8 @@ def project(base_log_probs: Tensor, signal: Tensor, eta: Tensor | float) -> Tens
 
 
 def kl_of_eta(base_log_probs: Tensor, signal: Tensor, eta: Tensor | float) -> Tensor:
-    """KL(q_eta || pi_0) = eta K' - (K(eta) - K(0)): [...] nats, clamped at 0. Arguments as `log_partition`.
-
-    K(0) is 0 for a normalised pi_0; subtracting it removes the rounding of its normalisation.
-    """
-    partition = log_partition(base_log_probs, signal, eta)
-    return _kl(eta, partition.log_partition, partition.mean, base_log_probs.logsumexp(dim=-1)).clamp(min=0)
+    """KL(q_eta || pi_0), [...] nats. Arguments as `log_partition`."""
+    return log_partition(base_log_probs, signal, eta).kl(eta, base_log_probs.logsumexp(dim=-1))
 
 
 def solve_eta_bisection(base_log_probs: Tensor, signal: Tensor, delta: float, eta_max: float) -> Tensor:
@@ -154,13 +157,13 @@ def solve_eta(base_log_probs: Tensor, signal: Tensor, delta: float, eta_max: flo
     lower = base.new_zeros(base.shape[:-1])
     if delta == 0:
         return lower
-    normaliser = base.logsumexp(dim=-1)
+    log_mass = base.logsumexp(dim=-1)
     upper = torch.full_like(lower, eta_max)
     eta, done = upper, torch.zeros_like(lower, dtype=torch.bool)
     step = before = upper
     for iteration in range(MAX_STEPS):
         partition = log_partition(base, signal, eta)
-        kl = _kl(eta, partition.log_partition, partition.mean, normaliser).clamp(min=0)
+        kl = partition.kl(eta, log_mass)
         inside = kl <= delta
         # At the first, eta is eta_max, and a token that is inside there has its answer.
         done = done | ((kl - delta).abs() <= SOLVED * delta) | (inside if iteration == 0 else False)
@@ -201,7 +204,3 @@ def check_region(delta: float, eta_max: float) -> None:
         raise RecipeError(f"delta, the KL of the trust region, must be a number of at least 0, not {delta}")
     if not (eta_max > 0 and math.isfinite(eta_max)):
         raise RecipeError(f"eta_max must be a number above 0, not {eta_max}")
-
-
-def _kl(eta: Tensor | float, value: Tensor, mean: Tensor, normaliser: Tensor) -> Tensor:
-    return eta * mean - (value - normaliser)

@@ -24,7 +24,7 @@ from megatron_erpd.vocab_parallel import (
     normalizer,
     project_shard,
     token_chunks,
-    token_log_probs,
+    token_terms,
     vocab_parallel_log_softmax,
     vocab_parallel_topk,
 )
@@ -63,7 +63,8 @@ class Scores:
         positions = response_positions(local)
         labels = at_positions(local.labels, positions)
         parts = [
-            token_log_probs(logits[0], labels[part], self.shard) for part, logits in self.chunks(positions, [hidden])
+            token_terms(logits[0], self.shard, labels[part], with_entropy=False).log_probs
+            for part, logits in self.chunks(positions, [hidden])
         ]
         return _rows(torch.cat(parts), positions, local, batch, self.place)
 
@@ -84,7 +85,8 @@ class Scores:
         for part, logits in self.chunks(positions, policies):
             parts.append(self._target(logits))
             if with_log_probs:
-                parts[-1]["policy_log_probs"] = token_log_probs(logits[-1], labels[part], self.shard)
+                terms = token_terms(logits[-1], self.shard, labels[part], with_entropy=False)
+                parts[-1]["policy_log_probs"] = terms.log_probs
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {name: _rows(values, positions, local, batch, self.place) for name, values in columns.items()}
 

@@ -6,16 +6,8 @@ logits is its slice of the dense gradient (see `shard`).
 """
 
 from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
-from megatron_erpd.vocab_parallel.divergences import divergence, gathered_divergence
+from megatron_erpd.vocab_parallel.divergences import divergence, gather_log_probs, gathered_divergence
 from megatron_erpd.vocab_parallel.fused import OutputLayer, fused_token_terms
-from megatron_erpd.vocab_parallel.log_probs import (
-    entropy,
-    gather_log_probs,
-    log_softmax_of,
-    token_log_probs,
-    token_log_probs_and_entropy,
-    vocab_parallel_log_softmax,
-)
 from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,
@@ -23,7 +15,7 @@ from megatron_erpd.vocab_parallel.projection import (
     project_shard,
     signal_law,
 )
-from megatron_erpd.vocab_parallel.shard import VocabShard, normalizer
+from megatron_erpd.vocab_parallel.shard import VocabShard, log_softmax_of, normalizer, vocab_parallel_log_softmax
 from megatron_erpd.vocab_parallel.targets import HiddenTarget, LiveTarget, Target
 from megatron_erpd.vocab_parallel.terms import IGNORED_TOKEN
 from megatron_erpd.vocab_parallel.token_terms import TokenTerms, token_terms
@@ -42,7 +34,6 @@ __all__ = [
     "VocabShard",
     "apply_eta",
     "divergence",
-    "entropy",
     "fused_token_terms",
     "gather_log_probs",
     "gathered_divergence",
@@ -53,8 +44,6 @@ __all__ = [
     "project_shard",
     "signal_law",
     "token_chunks",
-    "token_log_probs",
-    "token_log_probs_and_entropy",
     "token_terms",
     "vocab_parallel_log_softmax",
     "vocab_parallel_topk",

@@ -19,14 +19,16 @@ isn't finite. Tokens whose incoming gradient is zero (those that a loss mask lea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import DIVERGENCES
 from megatron_erpd.objectives.divergences import divergence as dense_divergence
 from megatron_erpd.objectives.types import DivergenceKind
-from megatron_erpd.vocab_parallel.log_probs import gather_log_probs
 from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype
 from megatron_erpd.vocab_parallel.targets import LiveTarget, Target, check_target
 from megatron_erpd.vocab_parallel.token_terms import token_terms
@@ -90,3 +92,26 @@ def gathered_divergence(
     policy = torch.log_softmax(gather_log_probs(logits, shard).to(dtype) / temperature, dim=-1)
     wanted = gather_log_probs(target.logits.detach(), shard).to(dtype) / target.temperature
     return dense_divergence(kind, torch.log_softmax(wanted, dim=-1), policy)
+
+
+def gather_log_probs(log_probs: Tensor, shard: VocabShard) -> Tensor:
+    """All ranks' columns of `log_probs [..., v/tp]` without padding, `[..., vocab_size]`, the same on every rank.
+
+    Works for logits as well. Collectives: one all-gather forward; none backward, where each rank takes its own
+    slice of the gradient (the loss is replicated, so each rank has the whole of it).
+    """
+    return _Gather.apply(log_probs, shard)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shard = shard
+        return shard.all_gather(tensor)[..., : shard.vocab_size].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        shard: VocabShard = ctx.shard
+        own = upstream[..., shard.start : shard.start + shard.valid_columns]
+        return shard.with_padding(own, like=upstream), None

@@ -27,8 +27,7 @@ from megatron_erpd.objectives.signal_law import (
     signal_moments,
 )
 from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
-from megatron_erpd.vocab_parallel.log_probs import log_softmax_of
-from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, normalizer
+from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, log_softmax_of, normalizer
 
 
 @torch.no_grad()
@@ -102,16 +101,15 @@ def project_shard(
     log_probs = base_log_probs.new_empty(base_rows.shape, dtype=dtype)
     log_probs[:, shard.valid_columns :] = -torch.inf
     eta, kl = (torch.empty(len(base_rows), dtype=dtype, device=base_rows.device) for _ in range(2))
-    for part in token_chunks(len(base_rows), LAW_BYTES + TILT_BYTES * shard.width):
-        law = law_of_moments(moments[part], eta_max)
-        eta[part] = solve_eta(*law, delta, eta_max)
+    for rows in token_chunks(len(base_rows), LAW_BYTES + TILT_BYTES * shard.width):
+        law = law_of_moments(moments[rows], eta_max)
+        eta[rows] = solve_eta(*law, delta, eta_max)
         # K at eta as it is returned: in float32 its rounding alone could move K by more than that of the sums.
-        step = eta[part].double()
+        step = eta[rows].double()
         partition = log_partition(*law, step)
-        total = law.log_masses.logsumexp(dim=-1)
-        kl[part] = (step * partition.mean - (partition.log_partition - total)).clamp_min(0.0)
+        kl[rows] = partition.kl(step, law.log_masses.logsumexp(dim=-1))
         shift = partition.log_partition.to(dtype)
-        _tilt(log_probs[part], base_rows[part], signal_rows[part], eta[part], shift, shard)
+        _tilt(log_probs[rows], base_rows[rows], signal_rows[rows], eta[rows], shift, shard)
     return Projection(eta.reshape(tokens), log_probs.reshape(*tokens, shard.width), kl.reshape(tokens))
 
 
@@ -134,8 +132,8 @@ def _summed_moments(base_log_probs: Tensor, signal: Tensor, shard: VocabShard, e
     num_tokens = len(base_log_probs)
     shape = (num_tokens, NUM_MOMENTS, NUM_BINS)
     moments = torch.empty(shape, dtype=torch.float64, device=base_log_probs.device)
-    for part in local_blocks(base_log_probs, MOMENT_BYTES * shard.width):
-        moments[part] = signal_moments(shard.values(base_log_probs[part]), shard.values(signal[part]), eta_max)
+    for rows in local_blocks(base_log_probs, MOMENT_BYTES * shard.width):
+        moments[rows] = signal_moments(shard.values(base_log_probs[rows]), shard.values(signal[rows]), eta_max)
     return shard.all_reduce_sum(moments)
 
 

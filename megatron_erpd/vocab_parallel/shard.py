@@ -1,4 +1,4 @@
-"""A rank's part of the vocabulary, the collectives over it, and joining sums of exponentials by them.
+"""A rank's shard of the vocabulary, the collectives over the shards, and sums of exponentials that they join.
 
 Megatron splits the vocabulary, padded to a multiple of the tensor-parallel size, into equal contiguous ranges.
 The columns past the true vocabulary are padding: they hold logits of rows that no token uses, and every function of
@@ -137,9 +137,9 @@ class VocabShard:
         """`tensor [..., n]` of all ranks beside each other, `[..., size * n]`; one collective. No gradient."""
         if self.group is None or self.size == 1:
             return tensor
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.group)
+        return torch.cat(gathered, dim=-1)
 
     def all_gather_partials(self, tensor: Tensor) -> Tensor:
         """`tensor [...]` of all ranks in order, `[size, ...]`; one collective. No gradient."""
@@ -147,9 +147,9 @@ class VocabShard:
             return tensor.unsqueeze(0)
         if not tensor.numel():
             return tensor.expand(self.size, *tensor.shape)
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.stack(parts)
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.group)
+        return torch.stack(gathered)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -166,26 +166,42 @@ def normalizer(values: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return joined(local_sums(values, shard), shard)
 
 
+def log_softmax_of(values: Tensor, maximum: Tensor, remainder: Tensor) -> Tensor:
+    """`values [..., n]` less their `normalizer`; a new tensor. No collective."""
+    return (values - maximum.unsqueeze(-1)).sub_(remainder.unsqueeze(-1))
+
+
+@torch.no_grad()
+def vocab_parallel_log_softmax(logits: Tensor, shard: VocabShard, temperature: float = 1.0) -> Tensor:
+    """`log softmax(logits / temperature)` over the whole vocabulary, `[..., v/tp]`; padding columns are -inf.
+
+    float32 (float64 for float64 logits). No gradient: `token_terms` has one. Collectives: as `normalizer`.
+    """
+    values = shard.values(logits, temperature)
+    log_probs = log_softmax_of(values, *normalizer(values, shard))
+    return shard.with_padding(log_probs, like=log_probs, fill=-torch.inf)
+
+
 def local_sums(values: Tensor, shard: VocabShard) -> Tensor:
     """This rank's maximum m and sum exp(z - m), `[..., 2]`. No collective."""
-    rows = values.reshape(values.shape[:-1].numel(), values.shape[-1])
-    sums = values.new_empty((len(rows), 2))
-    for part in local_blocks(rows, 2 * rows.element_size() * rows.shape[-1]):
-        maximum = shard.local_max(rows[part])
-        sums[part, 0] = maximum
-        sums[part, 1] = (rows[part] - maximum.unsqueeze(-1)).exp_().sum(dim=-1)
+    flat = values.reshape(values.shape[:-1].numel(), values.shape[-1])
+    sums = values.new_empty((len(flat), 2))
+    for rows in local_blocks(flat, 2 * flat.element_size() * flat.shape[-1]):
+        maximum = shard.local_max(flat[rows])
+        sums[rows, 0] = maximum
+        sums[rows, 1] = (flat[rows] - maximum.unsqueeze(-1)).exp_().sum(dim=-1)
     return sums.reshape(*values.shape[:-1], 2)
 
 
 def joined(sums: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """`normalizer` from each rank's `local_sums`."""
-    parts = shard.all_gather_partials(sums)
-    maximum, total = combine(parts[..., 0], parts[..., 1])
+    gathered = shard.all_gather_partials(sums)
+    maximum, total = combine(gathered[..., 0], gathered[..., 1])
     return maximum, total.log_()
 
 
 def combine(maxima: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and sum exp(z - maximum) of all parts, from each part's maximum m and sum exp(z - m), `[parts, n]`.
+    """Maximum and sum exp(z - maximum) over all shards, from each shard's maximum m and sum exp(z - m), `[shards, n]`.
 
     The two are kept apart because `(z - maximum) - log(total)` is exact to the last bits for large z and
     `z - logsumexp` is not.
@@ -195,12 +211,12 @@ def combine(maxima: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weighted_sum(maxima: Tensor, totals: Tensor, weighted: Tensor, maximum: Tensor) -> Tensor:
-    """sum exp(z - maximum) (z - maximum) of all parts, from each part's sum exp(z - m) (z - m), `[parts, n]`."""
+    """sum exp(z - maximum) (z - maximum) over all shards, from each shard's sum exp(z - m) (z - m), `[shards, n]`."""
     lead = maxima - maximum
     return rescaled(lead, weighted + lead * totals).sum(dim=0)
 
 
 def rescaled(lead: Tensor, value: Tensor) -> Tensor:
-    """value * exp(lead), and 0 where exp(lead) is, whatever the value: a part without mass counts for nothing."""
+    """value * exp(lead), and 0 where exp(lead) is 0, even for an infinite value: a shard without mass adds nothing."""
     factor = lead.exp()
     return torch.where(factor == 0, 0.0, value * factor)

@@ -52,10 +52,10 @@ def vocab_parallel_topk(log_probs: Tensor, k: int, shard: VocabShard) -> TopKTar
 
 def _sums_of_others(values: Tensor, indices: Tensor, shard: VocabShard) -> Tensor:
     """`local_sums` of the columns that aren't selected, a block of tokens at a time."""
-    rows, selected = values.reshape(values.shape[:-1].numel(), values.shape[-1]), indices.reshape(-1, indices.shape[-1])
-    blocks = local_blocks(rows, 2 * rows.element_size() * rows.shape[-1])
-    parts = [local_sums(exclude(rows[part], selected[part], shard, -torch.inf), shard) for part in blocks]
-    return torch.cat([values.new_empty(0, 2), *parts]).reshape(*values.shape[:-1], 2)
+    flat, selected = values.reshape(values.shape[:-1].numel(), values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    blocks = local_blocks(flat, 2 * flat.element_size() * flat.shape[-1])
+    sums = [local_sums(exclude(flat[rows], selected[rows], shard, -torch.inf), shard) for rows in blocks]
+    return torch.cat([values.new_empty(0, 2), *sums]).reshape(*values.shape[:-1], 2)
 
 
 def exclude(values: Tensor, indices: Tensor, shard: VocabShard, fill: float) -> Tensor:

@@ -20,20 +20,20 @@ from megatron_erpd.objectives.projection import log_partition, project_per_token
 from megatron_erpd.vocab_parallel import (
     IGNORED_TOKEN,
     LiveTarget,
+    TokenTerms,
     VocabShard,
     apply_eta,
     divergence,
-    entropy,
     gather_log_probs,
     gathered_divergence,
     kl_from_base,
     project_shard,
     signal_law,
-    token_log_probs,
-    token_log_probs_and_entropy,
+    token_terms,
     vocab_parallel_log_softmax,
     vocab_parallel_topk,
 )
+from megatron_erpd.vocab_parallel.shard import accumulation_dtype
 from tests.distributed.harness import Case, RankError, run_cases, run_ranks
 from tests.tolerances import (
     BF16,
@@ -112,15 +112,21 @@ def per_token_functions(vocab_size: int, padded: int) -> dict[str, tuple[Loss, L
     def dense_entropy(logits: Tensor) -> Tensor:
         return -(probs(logits) * probs(logits).log()).sum(-1)
 
+    def of_gathered(logits: Tensor) -> Tensor:
+        return (logits / TEMPERATURE).log_softmax(-1).square().sum(-1)
+
+    def of_tokens(logits: Tensor, shard: VocabShard, with_entropy: bool = True) -> TokenTerms:
+        return token_terms(logits, shard, tokens, temperature=TEMPERATURE, with_entropy=with_entropy)
+
     functions: dict[str, tuple[Loss, Loss]] = {
-        "token_log_probs": (lambda x, s: token_log_probs(x, tokens, s, TEMPERATURE), lambda x, s: at_token(x)),
-        "entropy": (lambda x, s: entropy(x, s, TEMPERATURE), lambda x, s: dense_entropy(x)),
+        "log-probs of tokens": (lambda x, s: of_tokens(x, s, with_entropy=False).log_probs, lambda x, s: at_token(x)),
+        "entropy": (lambda x, s: token_terms(x, s, temperature=TEMPERATURE).entropy, lambda x, s: dense_entropy(x)),
         "both": (
-            lambda x, s: torch.stack(token_log_probs_and_entropy(x, tokens, s, TEMPERATURE)).sum(0),
+            lambda x, s: torch.stack(of_tokens(x, s)[:2]).sum(0),
             lambda x, s: at_token(x) + dense_entropy(x),
         ),
-        "gathered log-softmax": (
-            lambda x, s: gather_log_probs(vocab_parallel_log_softmax(x, s, TEMPERATURE), s).square().sum(-1),
+        "log-softmax of gathered logits": (
+            lambda x, s: of_gathered(gather_log_probs(x, s).to(accumulation_dtype(x))),
             lambda x, s: probs(x).log().square().sum(-1),
         ),
     }
@@ -285,7 +291,7 @@ def check_extremes(rank: int, world_size: int) -> None:
         leaf = local(rows, part).requires_grad_()
         live = LiveTarget(local(teacher, part))
         topk = vocab_parallel_topk(live.logits, 4, part)
-        values = [*token_log_probs_and_entropy(leaf, tokens, part)]
+        values = [*token_terms(leaf, part, tokens)[:2]]
         values += [divergence(kind, leaf, target, part) for kind in ("reverse_kl", "js") for target in (live, topk)]
         # Forward KL is infinite where the policy excludes a token.
         values += [divergence("forward_kl", leaf, target, part)[::2] for target in (live, topk)]
@@ -331,9 +337,9 @@ def check_collectives(rank: int, world_size: int) -> None:
     topk = vocab_parallel_topk(live.logits, 4, shard)
     signal, tokens = live.logits - leaf.detach(), make_tokens(37)
     expected: list[tuple[Callable[[], Tensor], list[str], list[str]]] = [
-        (lambda: vocab_parallel_log_softmax(leaf, shard)[..., :1], ["gather"], ["sum"]),
-        (lambda: token_log_probs(leaf, tokens, shard), ["gather"], []),
-        (lambda: token_log_probs_and_entropy(leaf, tokens, shard)[1], ["gather"], []),
+        (lambda: vocab_parallel_log_softmax(leaf, shard), ["gather"], []),
+        (lambda: token_terms(leaf, shard, tokens, with_entropy=False).log_probs, ["gather"], []),
+        (lambda: token_terms(leaf, shard, tokens).entropy, ["gather"], []),
         (lambda: gather_log_probs(leaf, shard), ["gather"], []),
         *(
             (lambda kind=kind, target=target: divergence(kind, leaf, target, shard), ["gather", "sum"], [])

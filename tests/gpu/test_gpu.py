@@ -14,7 +14,7 @@ from megatron_erpd.vocab_parallel import (
     VocabShard,
     divergence,
     passes,
-    token_log_probs_and_entropy,
+    token_terms,
     triton_passes,
 )
 from tests.tolerances import BF16, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
@@ -36,7 +36,7 @@ def test_log_probs_and_gradient_are_those_of_the_cpu(dtype: torch.dtype, toleran
     results = []
     for device in ("cpu", "cuda"):
         x = logits.to(device).requires_grad_()
-        log_probs, entropy = token_log_probs_and_entropy(x, labels.to(device), VocabShard.dense(VOCAB))
+        log_probs, entropy = token_terms(x, VocabShard.dense(VOCAB), labels.to(device))[:2]
         (log_probs.sum() + 0.1 * entropy.sum()).backward()
         assert x.grad is not None
         results.append((log_probs.detach().cpu(), entropy.detach().cpu(), x.grad.float().cpu()))
