@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"`(megatron_erpd(?:\.\w+)+)`")
+FILE = re.compile(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)`")
 
 
 def read(page: str) -> str:
@@ -64,6 +65,30 @@ def test_the_method_has_no_code_but_doctests() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_names_of_the_package_exist(page: str) -> None:
     assert [name for name in sorted(set(NAME.findall(read(page)))) if not exists(name)] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_files_that_are_named_exist(page: str) -> None:
+    assert [file for file in sorted(set(FILE.findall(read(page)))) if source(file) is None] == []
+
+
+SECTIONS = re.split(r"^## ", read("docs/extending.md"), flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=[section.splitlines()[0] for section in SECTIONS])
+def test_extending_names_what_stands_in_its_files(section: str) -> None:
+    """Whatever a section calls by name (`make_engine`, `DistillSettings.divergence`) stands in a file that it names."""
+    prose = FENCE.sub("", section)
+    files = [path for file in FILE.findall(prose) if (path := source(file)) is not None]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    assert files
+    names = [name for name in re.findall(r"`([A-Za-z_][\w.]+)`", prose) if not (ROOT / name).is_file()]
+    assert [name for name in names if not words.issuperset(name.split("."))] == []
+
+
+def source(file: str) -> Path | None:
+    """The file of a path from the repository's root, or from the package's."""
+    return next((base / file for base in (ROOT, ROOT / "megatron_erpd") if (base / file).is_file()), None)
 
 
 @pytest.mark.parametrize(
