@@ -31,7 +31,7 @@ def is_progress(line: str) -> bool:
 class StepLines:
     """Adds lines to the `metrics.jsonl` of a stage that doesn't train.
 
-    A stage that goes on after an interruption goes on counting. Beside its figures each line has `seconds`, since this
+    A resumed stage continues the count. Beside its figures each line has `seconds`, since this
     attempt began.
 
     Args:

@@ -1,7 +1,7 @@
 """The order in which fixed rollouts are replayed: many epochs, any layout, resumable from one number.
 
 The *stream* is the concatenation of one permutation per epoch; a global batch is the next `global_batch_size` rows of
-it. Only then are its rows dealt to micro-steps and data-parallel ranks. So the rows of an optimizer step, and with
+it. Only then are its rows assigned to micro-steps and data-parallel ranks. So the rows of an optimizer step, and with
 sums-and-counts losses its gradient, don't depend on the micro-batch size nor on DP, TP, PP or CP.
 """
 

@@ -1,7 +1,7 @@
 """Rewards apart from the rollouts that they are of: Parquet files with a row for each rollout, by its name.
 
-Rollouts carry the rewards that they got when they were sampled. A verifier that has changed since gives others, which
-lie here, so that tokens and log-probs, and what was computed from them, stay as they are.
+Rollouts carry the rewards that they got when they were sampled. Rewards of a verifier that has changed since are stored
+here, so that tokens and log-probs, and what was computed from them, stay as they are.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from megatron_erpd.sampling.policy import Policy, load_policy
 
 FinishReason = Literal["stop", "length"]
 Progress = Callable[[int, int], None]
-"""Called with (finished, total) as work goes on."""
+"""Called with (finished, total) during the work."""
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(logits `[n, V]`, rows `[n]` of the batch, step) -> tokens `[n]` int64 and their log-probs `[n]` float32."""
 

@@ -146,7 +146,7 @@ def policy_fingerprint(hf_path: str | Path) -> str:
 
     It covers the names and sizes of the folder's JSON files and weights, the whole of small files, and the head of
     large ones together with 64 evenly spaced blocks: weights that were trained further differ in every block.
-    It doesn't depend on where the folder lies or when it was written, nor on hidden files and those that nobody reads.
+    It doesn't depend on where the folder lies or when it was written, nor on hidden files and those never read.
 
     Raises:
         CheckpointError: from `model_folder.weight_files`.

@@ -15,7 +15,6 @@ from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout, sample_id
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
-from megatron_erpd.objectives.advantages import zero_variance_groups
 from megatron_erpd.sampling.engine import Progress, Sample, SamplingEngine, TransformersEngine
 from megatron_erpd.sampling.inputs import questions_digest
 from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
@@ -73,7 +72,7 @@ def sample_rollouts(
     tokenizer = load_tokenizer(hf_path)
     scorer = Scorer(verifier) if verifier is not None else None
     if scorer is not None:
-        _ = scorer.verifier  # one that can't be loaded is told before anything is sampled
+        _ = scorer.verifier  # one that can't be loaded is an error before anything is sampled
     plan = _Plan(
         records=prompts,
         token_ids=encode_prompts(tokenizer, prompts, settings),
@@ -103,7 +102,7 @@ def sample_rollouts(
     if scorer is not None and scorer.has_always_failed:
         raise StageError(
             f"verifier {verifier} failed on all {scorer.num_asked} responses, first with: {errors[0]}; correct it and "
-            f"run this again: the responses in {folder} are kept, and scored anew"
+            f"run this again: the responses in {folder} are kept, and scored again"
         )
     report = describe_rollouts(rollouts)
     report["verifier"] = {"spec": verifier, "errors": len(errors), "first_error": errors[0] if errors else None}
@@ -131,23 +130,18 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, Any]:
         percentiles, in tokens), `truncated` (fraction that met `max_new_tokens`), `num_response_tokens`,
         `mean_log_prob` (of the drawn tokens; None where not recorded).
     """
-    constant = zero_variance_groups(rollouts.rewards, rollouts.group_ids)
     lengths = rollouts.response_lengths
-    truncated = sum(rollouts.finish_reason(i) == "length" for i in range(len(rollouts)))
     rows = [rollouts.behavior_log_probs(i) for i in range(len(rollouts))]
     recorded = [row for row in rows if row is not None]
     percentiles = np.percentile(lengths, [50, 90, 99])
     return {
-        "num_rollouts": len(rollouts),
-        "num_groups": len(np.unique(rollouts.group_ids)),
-        "zero_variance_groups": len(np.unique(rollouts.group_ids[constant])),
-        **reward_figures(rollouts.rewards),
+        **reward_figures(rollouts.rewards, rollouts.group_ids),
         "response_length": {
             "mean": float(lengths.mean()),
             "max": int(lengths.max()),
             **{f"p{rank}": float(value) for rank, value in zip((50, 90, 99), percentiles, strict=True)},
         },
-        "truncated": truncated / len(rollouts),
+        "truncated": rollouts.finish_reasons.count("length") / len(rollouts),
         "num_response_tokens": int(lengths.sum()),
         "mean_log_prob": float(np.concatenate(recorded).mean(dtype=np.float64)) if recorded else None,
     }

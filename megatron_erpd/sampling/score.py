@@ -108,7 +108,7 @@ def score_rollouts(
     """Scores rollouts and writes `rewards-00000-of-000NN.parquet` for each of their part files, and `report.json`.
 
     Rewards that the rollouts brought with them are taken as they are where this verifier made them for the answers that
-    the prompts have now; the verifier is asked about the others. Called again after an interruption, it goes on with
+    the prompts have now; the verifier is asked about the others. Called again after an interruption, it makes
     the parts that are missing.
 
     Args:
@@ -179,20 +179,17 @@ def _report(rollouts: Rollouts, output: Path, verifier: str, asked: int) -> dict
     changed = write_content(output, rollouts)
     _, values, errors = read_rewards(reward_files(output))
     failed = [error for error in errors if error]
-    constant = zero_variance_groups(values, rollouts.group_ids)
     return {
-        "num_rollouts": len(rollouts),
-        "num_groups": len(np.unique(rollouts.group_ids)),
-        "zero_variance_groups": len(np.unique(rollouts.group_ids[constant])),
-        **reward_figures(values),
+        **reward_figures(values, rollouts.group_ids),
         "changed": changed,
         "asked": asked,
         "verifier": {"spec": verifier, "errors": len(failed), "first_error": failed[0] if failed else None},
     }
 
 
-def reward_figures(rewards: np.ndarray) -> dict[str, Any]:
-    """`accepted`, `unverified` and `reward` of `describe_rollouts`, of float32 `[N]` with NaN for unverified."""
+def reward_figures(rewards: np.ndarray, group_ids: np.ndarray) -> dict[str, Any]:
+    """`num_rollouts` to `reward` of `sample.describe_rollouts`, of float32 `[N]` with NaN for unverified."""
+    constant = zero_variance_groups(rewards, group_ids)
     scored = rewards[~np.isnan(rewards)]
     reward = (
         {
@@ -204,4 +201,11 @@ def reward_figures(rewards: np.ndarray) -> dict[str, Any]:
         if len(scored)
         else None
     )
-    return {"accepted": len(scored), "unverified": len(rewards) - len(scored), "reward": reward}
+    return {
+        "num_rollouts": len(rewards),
+        "num_groups": len(np.unique(group_ids)),
+        "zero_variance_groups": len(np.unique(group_ids[constant])),
+        "accepted": len(scored),
+        "unverified": len(rewards) - len(scored),
+        "reward": reward,
+    }

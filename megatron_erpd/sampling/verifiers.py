@@ -74,7 +74,6 @@ class Verifier:
         if error is None:
             return reward
         self.num_errors += 1
-        self.last_error = error
         if self.first_error is None:
             self.first_error = error
             _log.warning("%s failed on a response, which stays unverified: %s", self.spec, error)

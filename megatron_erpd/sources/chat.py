@@ -1,7 +1,7 @@
 """Conversations: what a prompt and a response may be, and how they become token ids.
 
 Sampling, evaluation, selection, training on the policy's own rollouts and imports all ask here, so that the same row
-gives the same tokens everywhere. Nothing of a conversation is left out in silence: what the chat template doesn't
+gives the same tokens everywhere. Nothing of a conversation is left out silently: what the chat template doesn't
 render, or renders as something else, is an error that names it.
 """
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_erpd.objectives.advantages import zero_variance_groups
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -83,16 +85,11 @@ def summary(values: np.ndarray) -> dict[str, float]:
     return {"min": float(finite.min()), "mean": float(finite.mean(dtype=np.float64)), "max": float(finite.max())}
 
 
-def zero_variance_groups(group_ids: np.ndarray, rewards: np.ndarray) -> int:
+def constant_groups(group_ids: np.ndarray, rewards: np.ndarray) -> int:
     """How many groups have scored rewards that are all equal (a group of one included); NaN is unscored."""
     scored = np.isfinite(rewards)
-    _, group = np.unique(group_ids[scored], return_inverse=True)
-    if not group.size:
-        return 0
-    lowest, highest = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
-    np.minimum.at(lowest, group, rewards[scored])
-    np.maximum.at(highest, group, rewards[scored])
-    return int((lowest == highest).sum())
+    rewards, group_ids = rewards[scored], group_ids[scored]
+    return len(np.unique(group_ids[zero_variance_groups(rewards, group_ids)]))
 
 
 def render(report: ImportReport) -> "Table":

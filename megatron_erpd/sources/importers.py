@@ -29,7 +29,7 @@ from megatron_erpd.settings import ImportSettings
 from megatron_erpd.sources.chat import Chat, EncodedPrompt, refuse_written_messages
 from megatron_erpd.sources.field_map import FINISH_REASONS, NO_SAMPLE, PRESETS, FieldMap, finish_word
 from megatron_erpd.sources.files import open_source
-from megatron_erpd.sources.import_report import ImportReport, render, summary, zero_variance_groups
+from megatron_erpd.sources.import_report import ImportReport, constant_groups, render, summary
 from megatron_erpd.sources.rows import read_rows
 from megatron_erpd.sources.tokenizer import Tokenizer, tokenizer_digest
 
@@ -329,7 +329,7 @@ class _Import:
         report.accepted = len(group_ids)
         report.unverified = int(np.isnan(rewards).sum())
         report.repetitions = 0 if self.settings.duplicates == "reject" else self.names.num_repetitions
-        report.groups, report.zero_variance_groups = len(sizes), zero_variance_groups(group_ids, rewards)
+        report.groups, report.zero_variance_groups = len(sizes), constant_groups(group_ids, rewards)
         report.group_size, report.reward = summary(sizes), summary(rewards)
         report.prompt_length, report.response_length = summary(lengths[:, 0]), summary(lengths[:, 1])
         if self.preset.note is not None:

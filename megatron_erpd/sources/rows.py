@@ -129,7 +129,7 @@ def _open(path: Path) -> BinaryIO:
     """A file's bytes, decompressed; the members of a concatenation one after another."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        # Arrow's: the usual Python binding ends in silence after the first frame, and where a file was cut off.
+        # Arrow's: the usual Python binding silently ends after the first frame, and where a file was cut off.
         return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return cast(BinaryIO, openers.get(suffix, open)(path, "rb"))
@@ -143,7 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 class _Parser:
-    """JSON to Python, with what Python's parser accepts in silence found."""
+    """JSON to Python, refusing what Python's parser silently accepts."""
 
     def __init__(self) -> None:
         self.repeated: str | None = None
@@ -352,7 +352,7 @@ class _CsvLines:
 
 
 class _Undecodable(Exception):
-    """A line of CSV that is no UTF-8; `is_open`: a quoted cell goes on in the next one."""
+    """A line of CSV that is no UTF-8; `is_open`: a quoted cell continues in the next one."""
 
     def __init__(self, line: bytes, error: UnicodeDecodeError) -> None:
         super().__init__(f"isn't UTF-8 (byte 0x{line[error.start]:02x}); convert the file to UTF-8")

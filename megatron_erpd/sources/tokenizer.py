@@ -107,7 +107,7 @@ def embedding_rows(folder: Path) -> int:
     rows = _vocab_size(folder)
     if not isinstance(rows, int) or rows < 1:
         raise CheckpointError(
-            f"{folder / 'config.json'}: has no vocab_size, so nobody knows the rows of the embedding; fetch it again"
+            f"{folder / 'config.json'}: has no vocab_size, the number of rows of the embedding; fetch it again"
         )
     return rows
 

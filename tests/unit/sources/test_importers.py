@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_erpd.data.rollouts import read_rollouts, sample_id
 from megatron_erpd.errors import RolloutError
 from megatron_erpd.settings import ImportSettings
-from megatron_erpd.sources.import_report import ImportReport, zero_variance_groups
+from megatron_erpd.sources.import_report import ImportReport, constant_groups
 from megatron_erpd.sources.importers import import_rollouts, render
 from megatron_erpd.sources.tokenizer import tokenizer_digest
 
@@ -560,10 +560,10 @@ def test_report_for_machines_and_people(tmp_path: Path) -> None:
     assert "no_reward" in text and "in.jsonl:2" in text and "accepted" in text
 
 
-def test_zero_variance_groups_by_hand() -> None:
+def test_constant_groups_by_hand() -> None:
     nan = np.nan
     groups = np.array([1, 1, 2, 2, 3, 3, 4, 5])
     rewards = np.array([1, 1, 0, 1, nan, 0.5, nan, 2])
     # 1: equal; 3: one scored rollout; 5: a group of one. 4 has none scored and isn't counted.
-    assert zero_variance_groups(groups, rewards) == 3
-    assert zero_variance_groups(np.array([1]), np.array([nan])) == 0
+    assert constant_groups(groups, rewards) == 3
+    assert constant_groups(np.array([1]), np.array([nan])) == 0
