@@ -93,7 +93,7 @@ def write_mismatch(output: Path, rollouts: Rollouts) -> None:
     """The sampler's log-probs against the base policy's, where the sampler recorded any: said, and written beside the
     cache. Only for a cache of the base policy alone, the one that every round has."""
     cache = CacheReader(output)
-    if cache.policies != ("base",) or not rollouts.has_behavior_log_probs.any():
+    if cache.meta.policies != ("base",) or not rollouts.has_behavior_log_probs.any():
         return
     found = measure_mismatch(
         (name, rollouts.behavior_log_probs(i), cache.token_row("base", name))

@@ -74,7 +74,7 @@ def read_signal(
     caches = [
         CacheReader(folder) for path in cache_paths for folder in (path, *sorted(path.glob("*"))) if _is_cache(folder)
     ]
-    rows = {policy: cache for cache in reversed(caches) for policy in cache.policies}
+    rows = {policy: cache for cache in reversed(caches) for policy in cache.meta.policies}
     terms = _terms([c.meta.signal for c in caches if c.meta.signal not in (None, NO_SIGNAL)], set(rows))
     if terms is None:
         return None

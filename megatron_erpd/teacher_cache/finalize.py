@@ -20,7 +20,7 @@ from megatron_erpd.teacher_cache.format import (
     parts_in,
 )
 from megatron_erpd.teacher_cache.index import write_index
-from megatron_erpd.teacher_cache.parts import UNFINISHED_REMEDY, Part, new_cache_file
+from megatron_erpd.teacher_cache.parts import Part, new_cache_file
 from megatron_erpd.teacher_cache.statistics import Statistic
 
 
@@ -66,7 +66,7 @@ def finalize(
             facts=_common_facts(parts),
         )
         for part in parts:
-            for name, values in statistics_of(part).items():
+            for name, values in part.statistics().items():
                 statistics.setdefault(name, Statistic()).merge(values)
     index = CacheIndex(meta, tables, {name: statistic.summary() for name, statistic in statistics.items()})
     write_cache_file(root, index)
@@ -77,14 +77,6 @@ def write_cache_file(root: Path, index: CacheIndex) -> None:
     """Publishes `cache.json`."""
     with new_cache_file(root / CACHE_FILE) as temporary:
         temporary.write_text(json.dumps(index.to_json(), indent=1) + "\n")
-
-
-def statistics_of(part: Part) -> dict[str, Statistic]:
-    """What a part says of its columns. Raises `CacheError` where it can't be made out."""
-    try:
-        return {name: Statistic.from_json(values) for name, values in part.facts.get("statistics", {}).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{part.path}: is damaged (statistics: {error!r}); {UNFINISHED_REMEDY}") from error
 
 
 def _record(part: Part, root: Path, known: Mapping[str, str]) -> dict[str, Any]:
@@ -100,14 +92,14 @@ def _record(part: Part, root: Path, known: Mapping[str, str]) -> dict[str, Any]:
 
 def _common_facts(parts: Sequence[Part]) -> dict[str, Any]:
     """What all parts say of their table."""
-    facts = [{name: value for name, value in part.facts.items() if name != "statistics"} for part in parts]
-    for part, own in zip(parts, facts, strict=True):
-        if own != facts[0]:
+    first = parts[0]
+    for part in parts:
+        if part.facts != first.facts:
             raise CacheError(
-                f"{part.path}: says {own}, {parts[0].path.name} says {facts[0]}: they are of different policies; "
-                "delete the cache's folder and precompute again"
+                f"{part.path}: says {part.facts}, {first.path.name} says {first.facts}: they are of different "
+                "policies; delete the cache's folder and precompute again"
             )
-    return facts[0]
+    return first.facts
 
 
 def _check_ids(

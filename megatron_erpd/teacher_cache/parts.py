@@ -17,6 +17,7 @@ import pyarrow as pa
 from megatron_erpd.errors import CacheError, full_disk
 from megatron_erpd.files import new_file
 from megatron_erpd.teacher_cache.format import KEYS, PART_KEY, REMEDY, CacheMeta, check_version
+from megatron_erpd.teacher_cache.statistics import Statistic
 
 UNFINISHED_REMEDY = "delete this file and run the same command again: it writes these rows anew"
 MAX_ELEMENTS = 2**31 - 1
@@ -112,7 +113,7 @@ class Part:
         expected: its entry in `cache.json`, where there is one.
 
     Attributes:
-        sample_ids: Arrow strings; crc, num_tokens, payload_crc: `[N]`; facts: what the part says besides its rows.
+        sample_ids: Arrow strings; crc, num_tokens, payload_crc: `[N]`; facts: of the whole table.
 
     Raises:
         CacheError: the file is missing, truncated or damaged, or of another table or cache (names the field).
@@ -129,6 +130,7 @@ class Part:
         self._columns = meta.columns(table)
         batch = self._read()
         self.facts = self._check_schema(batch.schema, table, meta)
+        self._statistics = self.facts.pop("statistics", {})
         try:
             batch.validate()  # that the buffers are as long as the columns: nothing else looks, reading least of all
             batch.column(0).validate(full=True)
@@ -146,6 +148,13 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.crc)
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Sums over the part's response tokens, by name. Raises `CacheError` where they are damaged."""
+        try:
+            return {name: Statistic.from_json(values) for name, values in self._statistics.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"statistics: {error!r}") from error
 
     def row(self, i: int) -> dict[str, np.ndarray]:
         """A row's payload, column -> `[R]` or `[R, width]`: read-only views of the mapped file, checked.

@@ -82,17 +82,9 @@ class CacheReader:
         self.num_rows, self.num_tokens = index.num_rows, index.num_tokens
         self._tables = {name: Table(self.folder, name, entry, self.meta) for name, entry in index.tables.items()}
 
-    def __len__(self) -> int:
-        return self.num_rows
-
     def sample_ids(self) -> list[str]:
         """Names of all rows, in no order; opens every part of a table."""
         return next(iter(self._tables.values())).sample_ids()
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of the policies that were scored."""
-        return self.meta.policies
 
     def table(self, name: str) -> Table:
         """One of the cache's tables. Raises `CacheError` naming what it holds instead."""
@@ -155,8 +147,8 @@ class CacheReader:
 
     def require_policy(self, policy: str) -> None:
         """Raises `CacheError` unless the policy was scored."""
-        if policy not in self.policies:
-            detail = f"has no policy {policy!r}, only {', '.join(self.policies)}"
+        if policy not in self.meta.policies:
+            detail = f"has no policy {policy!r}, only {', '.join(self.meta.policies)}"
             raise CacheError(f"{self.folder}: {detail}; precompute a cache that includes it")
 
     def token_row(self, policy: str, sample_id: str) -> np.ndarray:

@@ -65,11 +65,7 @@ def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path], p
 
 def token_row(cache: CacheReader, policy: str, rollouts: Rollouts) -> TokenRow:
     """Log-probs of a rollout's response tokens under one of the cache's policies, `[R]`."""
-    if policy not in cache.policies:
-        raise CacheError(
-            f"{cache.folder}: holds no log-probs of {policy!r}, only of {', '.join(cache.policies)}; "
-            "precompute again with a signal that names it"
-        )
+    cache.require_policy(policy)
     ids = rollouts.sample_ids
     return lambda i: cache.token_row(policy, ids[i])
 
@@ -106,8 +102,7 @@ def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
     def column(name: str, i: int) -> np.ndarray:
         if latest[0][0] != i:
             latest[0] = (i, cache.packed_topk_row(ids[i]))
-        values = latest[0][1][name]
-        return values.view(np.int16) if values.dtype == np.uint16 else values
+        return _for_torch(latest[0][1][name])
 
     return {name: partial(column, name) for name in cache.meta.columns(TOPK)}
 
@@ -117,10 +112,14 @@ def hidden_rows(cache: CacheReader, policies: Iterable[str], rollouts: Rollouts)
     ids = rollouts.sample_ids
 
     def row(table: Table, i: int) -> np.ndarray:
-        values = table.row(ids[i])["hidden"]
-        return values.view(np.int16) if values.dtype == np.uint16 else values
+        return _for_torch(table.row(ids[i])["hidden"])
 
     return {hidden_table(name): partial(row, cache.table(hidden_table(name))) for name in policies}
+
+
+def _for_torch(values: np.ndarray) -> np.ndarray:
+    """uint16, with which torch computes little, as int16 of the same bits."""
+    return values.view(np.int16) if values.dtype == np.uint16 else values
 
 
 def unpack_target(columns: Mapping[str, Tensor], vocab_size: int) -> TopKTarget:
@@ -137,7 +136,7 @@ def base_topk_rows(cache: CacheReader, rollouts: Rollouts, k: int) -> dict[str, 
         RecipeError: the cache holds no such rows, or another number of entries; names the flags.
     """
     meta = cache.meta
-    if meta.kind != "topk" or meta.signal != NO_SIGNAL:
+    if meta.kind != TOPK or meta.signal != NO_SIGNAL:
         raise RecipeError(
             f"--kl-estimator exact: --base-log-probs {cache.folder} holds no top-k rows of the base policy; make it "
             f"with `megatron-erpd precompute --signal none --k {k}`"

@@ -10,10 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from megatron_erpd.errors import CacheError
-from megatron_erpd.teacher_cache.packing import MAX_VOCAB_SIZE, high_bytes
+from megatron_erpd.teacher_cache.format import TOPK, CacheMeta
 
-_ENTRY_BYTES = {"float16": 2, "float32": 4}
-"""A top-k entry's log-prob."""
 _KEY_BYTES = 48
 """A rollout's keys: `sample_id` (32 characters and an offset), checksum, number of tokens, checksum of the payload."""
 _OFFSET_BYTES = 4
@@ -76,38 +74,26 @@ def cache_size(
         vocab_size: true size of the vocabulary.
         k: entries per token; a vocabulary smaller than that is kept whole.
         topk_dtype: 'float16' or 'float32'.
-        keep_hidden: whether the final hidden states of all policies are kept.
+        keep_hidden: whether the final hidden states of all policies are kept, in two bytes per component.
         hidden_size: their width; needed with `keep_hidden`.
 
     Raises:
         CacheError: a value that no cache can have.
     """
-    if kind not in ("token", "topk"):
-        raise CacheError(f"kind: {kind!r} isn't one of token, topk")
-    if not policies:
-        raise CacheError("policies: a cache holds log-probs of at least one; name it")
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise CacheError(f"vocab_size: {vocab_size} must be between 1 and {MAX_VOCAB_SIZE}")
-    columns = {f"log_probs.{policy}": [4] for policy in policies}
-    if kind == "topk":
-        columns["topk"] = _topk_columns(vocab_size, k, topk_dtype)
-    if keep_hidden:
-        if hidden_size is None:
-            raise CacheError("hidden_size: keep_hidden needs the width of the hidden states")
-        columns |= {f"hidden.{policy}": [2 * hidden_size] for policy in policies}
-    return CacheSize(
-        {table: sum(widths) for table, widths in columns.items()},
-        {table: _KEY_BYTES + _OFFSET_BYTES * len(widths) + _INDEX_BYTES for table, widths in columns.items()},
+    if keep_hidden and hidden_size is None:
+        raise CacheError("hidden_size: keep_hidden needs the width of the hidden states")
+    meta = CacheMeta(
+        kind,
+        tuple(policies),
+        dict.fromkeys(policies, ""),
+        vocab_size,
+        k=min(k, vocab_size) if kind == TOPK else None,
+        topk_dtype=topk_dtype,
+        hidden_size=hidden_size if keep_hidden else None,
+        hidden_dtype="bfloat16" if keep_hidden else None,
     )
-
-
-def _topk_columns(vocab_size: int, k: int, dtype: str) -> list[int]:
-    """Bytes per token of each column of the target."""
-    if dtype not in _ENTRY_BYTES:
-        raise CacheError(f"topk_dtype: {dtype!r} isn't one of {', '.join(_ENTRY_BYTES)}")
-    if k < 1:
-        raise CacheError(f"k: {k} must be at least 1")
-    k = min(k, vocab_size)
-    high = high_bytes(k, vocab_size)
-    scores, tail, normalizer = k * _ENTRY_BYTES[dtype], 4, 4
-    return [scores, 2 * k, *([high] if high else []), normalizer, tail]
+    columns = {table: meta.columns(table).values() for table in meta.tables}
+    return CacheSize(
+        {table: sum(column.bytes_per_token for column in found) for table, found in columns.items()},
+        {table: _KEY_BYTES + _OFFSET_BYTES * len(found) + _INDEX_BYTES for table, found in columns.items()},
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,13 +33,9 @@ class Statistic:
     def summary(self) -> dict[str, float]:
         return {"mean": self.total / self.count, "min": self.min, "max": self.max}
 
-    def to_json(self) -> dict[str, float]:
-        """The sums, for a part."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Mapping[str, float]) -> Statistic:
-        """The inverse. Raises `KeyError`, `TypeError` or `ValueError` for anything that `to_json` doesn't give."""
+        """The inverse of `asdict`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
         if int(values["count"]) < 1:
             raise ValueError(f"count {values['count']}")
         return cls(float(values["total"]), int(values["count"]), float(values["min"]), float(values["max"]))

@@ -17,7 +17,6 @@ import numpy as np
 from megatron_erpd.data.schema import MAX_LOG_PROB
 from megatron_erpd.errors import CacheError
 from megatron_erpd.manifest import file_digest
-from megatron_erpd.teacher_cache.finalize import statistics_of
 from megatron_erpd.teacher_cache.format import (
     CACHE_FILE,
     INDEX_FILE,
@@ -187,13 +186,13 @@ class _TableCheck:
                 self._tell(f"{path}: sample {name} (row {row}): {problem}; {AGAIN}")
 
     def _check_facts(self, part: Part) -> None:
-        own = {name: value for name, value in part.facts.items() if name != "statistics"}
+        own = part.facts
         if own != self.entry.facts:
             self._tell(f"{part.path}: says {own} of its table, {CACHE_FILE} says {self.entry.facts}; {AGAIN}")
         if self.name.startswith("hidden.") and not isinstance(own.get("output_layer"), str):
             self._tell(f"{part.path}: doesn't say which output layer its hidden states belong to; {AGAIN}")
         try:
-            for name, values in statistics_of(part).items():
+            for name, values in part.statistics().items():
                 self.statistics.setdefault(name, Statistic()).merge(values)
         except CacheError as error:
             self._tell(str(error))

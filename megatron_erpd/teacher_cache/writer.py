@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,9 @@ def prepare_cache(folder: str | Path, meta: CacheMeta) -> dict[str, frozenset[st
     for made in (root, *(root / table for table in meta.tables)):
         remove_unfinished(made)
     return {
-        table: frozenset(name for path in parts_in(root / table) for name in _ids(Part(path, table, meta)))
+        table: frozenset(
+            name for path in parts_in(root / table) for name in Part(path, table, meta).sample_ids.to_pylist()
+        )
         for table in meta.tables
     }
 
@@ -251,7 +254,7 @@ class CacheWriter:
             return
         facts: dict[str, Any] = {}
         if rows.statistics:
-            facts["statistics"] = {name: s.to_json() for name, s in rows.statistics.items()}
+            facts["statistics"] = {name: asdict(s) for name, s in rows.statistics.items()}
         if table in self._layers:
             facts["output_layer"] = self._layers[table]
         name = part_name(self._rank, rows.next_part)
@@ -277,10 +280,6 @@ class _Rows:
             self.keys[name].append(values)
         self.payload.append({name: values.reshape(-1) for name, values in payload.items()})
         self.size += sum(values.nbytes for values in payload.values())
-
-
-def _ids(part: Part) -> list[str]:
-    return part.sample_ids.to_pylist()
 
 
 def _log_probs_row(log_probs: np.ndarray) -> dict[str, np.ndarray]:

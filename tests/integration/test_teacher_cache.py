@@ -58,7 +58,7 @@ def rows(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     cache = CacheReader(folder)
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in cache.sample_ids():
-        found[name] = {policy: np.array(cache.token_row(policy, name)) for policy in cache.policies}
+        found[name] = {policy: np.array(cache.token_row(policy, name)) for policy in cache.meta.policies}
         if cache.meta.kind == "topk":
             found[name] |= {k: np.array(v) for k, v in cache.topk_row(name)._asdict().items()}
     return found

@@ -32,7 +32,7 @@ opened = time.process_time()
 row = cache.token_row("base", "the one")
 found = time.process_time()
 print(json.dumps({
-    "rows": len(cache), "row": row.tolist(), "opening": opened - start, "finding": found - opened,
+    "rows": cache.num_rows, "row": row.tolist(), "opening": opened - start, "finding": found - opened,
     "before": before, "resident": resident(), "torch": "torch" in sys.modules,
 }))
 """

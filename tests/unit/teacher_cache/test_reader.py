@@ -37,7 +37,7 @@ def test_log_probs_are_what_was_written(tmp_path: Path, rollouts: Rollouts) -> N
     assert prepare_cache(tmp_path, TOKEN_META) == dict.fromkeys(TOKEN_META.tables, frozenset())
     cache = make(tmp_path, rollouts, TOKEN_META, writers=3)
     cache.check(rollouts)
-    assert cache.meta == TOKEN_META and cache.policies == ("base", "teacher") and len(cache) == 12
+    assert cache.meta == TOKEN_META and cache.num_rows == 12
     assert cache.num_tokens == rollouts.response_lengths.sum()
     assert sorted(cache.sample_ids()) == sorted(rollouts.sample_ids)
     for i in np.random.default_rng(0).permutation(12):
