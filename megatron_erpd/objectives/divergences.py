@@ -21,7 +21,7 @@ from megatron_erpd.objectives.types import DivergenceKind
 LOG_2 = 0.6931471805599453
 
 
-class TopK(NamedTuple):
+class TopKTarget(NamedTuple):
     """The largest entries of a distribution and the log of the mass of all others.
 
     Attributes:
@@ -85,7 +85,7 @@ def divergence(kind: DivergenceKind, target_log_probs: Tensor, policy_log_probs:
     return DIVERGENCES[kind](target_log_probs, policy_log_probs)
 
 
-def topk_with_tail(log_probs: Tensor, k: int) -> TopK:
+def topk_with_tail(log_probs: Tensor, k: int) -> TopKTarget:
     """The K largest entries and the exact log of the remaining mass.
 
     The tail is a logsumexp of the entries that are left, not log(1 - sum): that would lose all digits once the top K
@@ -96,10 +96,10 @@ def topk_with_tail(log_probs: Tensor, k: int) -> TopK:
         k: 1 <= K <= V.
     """
     values, indices = log_probs.topk(k, dim=-1)
-    return TopK(indices, values, _log_mass_outside(log_probs, indices))
+    return TopKTarget(indices, values, _log_mass_outside(log_probs, indices))
 
 
-def topk_divergence(kind: DivergenceKind, target: TopK, policy_log_probs: Tensor) -> Tensor:
+def topk_divergence(kind: DivergenceKind, target: TopKTarget, policy_log_probs: Tensor) -> Tensor:
     """A divergence between the target and the policy after both were coarse-grained to K entries and one tail bucket.
 
     The policy's bucket is the exact mass that it gives to all entries outside of the target's top K. Coarse-graining

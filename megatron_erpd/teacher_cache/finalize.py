@@ -20,8 +20,7 @@ from megatron_erpd.teacher_cache.format import (
     parts_in,
 )
 from megatron_erpd.teacher_cache.index import write_index
-from megatron_erpd.teacher_cache.parts import Part, new_cache_file
-from megatron_erpd.teacher_cache.statistics import Statistic
+from megatron_erpd.teacher_cache.parts import Part, Statistic, new_cache_file
 
 
 def finalize(
@@ -105,9 +104,13 @@ def _common_facts(parts: Sequence[Part]) -> dict[str, Any]:
 def _check_ids(
     root: Path, table: str, paths: Sequence[Path], ids: Sequence[Sequence[str]], expected: Sequence[str] | None
 ) -> None:
-    present = {name for names in ids for name in names}
-    if len(present) != sum(len(names) for names in ids):
-        raise CacheError(f"{root / table}: {_duplicate(paths, ids)}; delete the folder and precompute again")
+    present: dict[str, str] = {}
+    for path, names in zip(paths, ids, strict=True):
+        for name in names:
+            if name in present:
+                where = f"sample {name} is in {present[name]} and in {path.name}"
+                raise CacheError(f"{root / table}: {where}; delete the folder and precompute again")
+            present[name] = path.name
     if expected is None:
         return
     wanted: Collection[str] = set(expected)
@@ -119,13 +122,3 @@ def _check_ids(
     if extra:
         detail = f"{len(extra)} samples aren't among the rollouts, one is {min(extra)}"
         raise CacheError(f"{root / table}: {detail}; delete the folder and precompute again")
-
-
-def _duplicate(paths: Sequence[Path], ids: Sequence[Sequence[str]]) -> str:
-    seen: dict[str, str] = {}
-    for path, names in zip(paths, ids, strict=True):
-        for name in names:
-            if name in seen:
-                return f"sample {name} is in {seen[name]} and in {path.name}"
-            seen[name] = path.name
-    return ""

@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import pyarrow as pa
 from megatron_erpd.errors import CacheError, full_disk
 from megatron_erpd.files import new_file
 from megatron_erpd.teacher_cache.format import KEYS, PART_KEY, REMEDY, CacheMeta, check_version
-from megatron_erpd.teacher_cache.statistics import Statistic
 
 UNFINISHED_REMEDY = "delete this file and run the same command again: it writes these rows anew"
 MAX_ELEMENTS = 2**31 - 1
@@ -102,6 +102,39 @@ class _Hashing(io.RawIOBase):
 
     def close(self) -> None:
         """The file is closed by whoever opened it."""
+
+
+@dataclass
+class Statistic:
+    """Mean, minimum and maximum of what was added, in float64."""
+
+    total: float = 0.0
+    count: int = 0
+    min: float = np.inf
+    max: float = -np.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Adds the values of an array that isn't empty."""
+        self.merge(
+            Statistic(float(values.sum(dtype=np.float64)), values.size, float(values.min()), float(values.max()))
+        )
+
+    def merge(self, other: Statistic) -> None:
+        """Adds what another one has seen."""
+        self.total += other.total
+        self.count += other.count
+        self.min = min(self.min, other.min)
+        self.max = max(self.max, other.max)
+
+    def summary(self) -> dict[str, float]:
+        return {"mean": self.total / self.count, "min": self.min, "max": self.max}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, float]) -> Statistic:
+        """The inverse of `asdict`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        if int(values["count"]) < 1:
+            raise ValueError(f"count {values['count']}")
+        return cls(float(values["total"]), int(values["count"]), float(values["min"]), float(values["max"]))
 
 
 class Part:

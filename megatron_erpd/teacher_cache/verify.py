@@ -1,7 +1,7 @@
-"""Proving a finished teacher cache: every file, row and number, a part at a time.
+"""Verifying a finished teacher cache: every file, row and number, a part at a time.
 
-Nothing is trusted but what was computed here: not `cache.json`, not the indices, not what parts say of themselves. What
-is held in memory follows from the largest row and the number of rows of the largest part, whatever the cache's size.
+`cache.json`, the indices and the metadata of parts are compared with what is computed here from the rows. Memory is
+bounded by the largest row and the number of rows of the largest part, whatever the cache's size.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from megatron_erpd.teacher_cache.format import (
     read_index,
 )
 from megatron_erpd.teacher_cache.index import Index
-from megatron_erpd.teacher_cache.parts import Part
+from megatron_erpd.teacher_cache.parts import Part, Statistic
 from megatron_erpd.teacher_cache.reader import Table, TopKRow, unpack_row
-from megatron_erpd.teacher_cache.statistics import Statistic
 from megatron_erpd.teacher_cache.writer import MASS_TOLERANCE
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with the bytes of parts that have been checked, and those that there are."""
 SHOWN = 20
-"""Problems of a table that are told; of the others only how many there are."""
+"""Problems of a table that are reported; the others are only counted."""
 AGAIN = "delete the cache's folder and precompute again"
 _CHUNK = 4096
 """Samples that are looked up together."""
@@ -93,7 +92,7 @@ def verify_cache(folder: str | Path, rollouts: Rollouts | None = None, progress:
 
 
 class Problems:
-    """What was found, by table, the first of each."""
+    """The first `SHOWN` problems of each table, and how many there are."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -101,13 +100,13 @@ class Problems:
         self._counts: Counter[str] = Counter()
 
     def add(self, table: str, text: str) -> None:
-        """Tells one more problem of a table, or of the cache as a whole ("")."""
+        """Reports a problem of a table, or of the cache as a whole ("")."""
         self.count(table)
         if not self.is_full(table):
             self._texts.setdefault(table, []).append(text)
 
     def count(self, table: str) -> None:
-        """Adds a problem that isn't told."""
+        """Counts a problem without reporting it."""
         self._counts[table] += 1
 
     def is_full(self, table: str) -> bool:
@@ -115,7 +114,7 @@ class Problems:
         return len(self._texts.get(table, [])) >= SHOWN
 
     def lines(self) -> list[str]:
-        """All that is told, table after table."""
+        """All reported problems, table after table."""
         found = []
         for table, texts in self._texts.items():
             more = self._counts[table] - len(texts)
@@ -124,7 +123,7 @@ class Problems:
 
 
 class _TableCheck:
-    """A table for itself.
+    """The checks of one table that need no other.
 
     Attributes:
         is_read: after `run`, whether all of its parts could be opened.
@@ -146,14 +145,14 @@ class _TableCheck:
             self._index = Index(self._path, self.entry.num_rows)
         except CacheError as error:
             self.is_sound = False
-            self._tell(str(error))
+            self._report(str(error))
         for number, record in enumerate(self.entry.parts):
             self._check_part(number, record)
             add(record["bytes"])
         self._check_counts()
         self._check_listed()
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self.problems.add(self.name, text)
 
     def _check_part(self, number: int, record: Mapping[str, Any]) -> None:
@@ -163,15 +162,15 @@ class _TableCheck:
             digest = file_digest(path)
         except (CacheError, OSError) as error:
             self.is_read = self.is_sound = False
-            self._tell(str(error) if isinstance(error, CacheError) else f"{path}: can't be read ({error}); {REMEDY}")
+            self._report(str(error) if isinstance(error, CacheError) else f"{path}: can't be read ({error}); {REMEDY}")
             return
         if digest != record["sha256"]:
-            self._tell(
+            self._report(
                 f"{path}: its SHA-256 is {digest}, {CACHE_FILE} says {record['sha256']}: it is damaged; {REMEDY}"
             )
         tokens = int(part.num_tokens.sum(dtype=np.int64))
         if tokens != record["num_tokens"]:
-            self._tell(f"{path}: has {tokens} response tokens, {CACHE_FILE} says {record['num_tokens']}; {AGAIN}")
+            self._report(f"{path}: has {tokens} response tokens, {CACHE_FILE} says {record['num_tokens']}; {AGAIN}")
         self._check_facts(part)
         names = part.sample_ids.to_pylist()
         if self._index is not None:
@@ -180,25 +179,25 @@ class _TableCheck:
             try:
                 problem = row_problem(self.name, part.row(row), self.meta)
             except CacheError as error:
-                self._tell(str(error))
+                self._report(str(error))
                 continue
             if problem is not None:
-                self._tell(f"{path}: sample {name} (row {row}): {problem}; {AGAIN}")
+                self._report(f"{path}: sample {name} (row {row}): {problem}; {AGAIN}")
 
     def _check_facts(self, part: Part) -> None:
         own = part.facts
         if own != self.entry.facts:
-            self._tell(f"{part.path}: says {own} of its table, {CACHE_FILE} says {self.entry.facts}; {AGAIN}")
+            self._report(f"{part.path}: says {own} of its table, {CACHE_FILE} says {self.entry.facts}; {AGAIN}")
         if self.name.startswith("hidden.") and not isinstance(own.get("output_layer"), str):
-            self._tell(f"{part.path}: doesn't say which output layer its hidden states belong to; {AGAIN}")
+            self._report(f"{part.path}: doesn't say which output layer its hidden states belong to; {AGAIN}")
         try:
             for name, values in part.statistics().items():
                 self.statistics.setdefault(name, Statistic()).merge(values)
         except CacheError as error:
-            self._tell(str(error))
+            self._report(str(error))
 
     def _check_index(self, index: Index, number: int, part: Part, names: Sequence[str]) -> None:
-        """Every row is where the index says: as it has as many entries as there are rows, none leads elsewhere."""
+        """Every row is where the index says. With as many entries as rows, no entry can then point elsewhere."""
         parts, rows = index.find(names)
         wrong = np.flatnonzero((parts != number) | (rows != np.arange(len(names))))
         for row in wrong.tolist():
@@ -210,9 +209,9 @@ class _TableCheck:
             other = self._row_of(int(parts[row]), int(rows[row]))
             if other == names[row]:
                 there = f"{self.root / self.entry.parts[int(parts[row])]['name']} (row {rows[row]})"
-                self._tell(f"{here}: sample {names[row]} is there and in {there}; {AGAIN}")
+                self._report(f"{here}: sample {names[row]} is there and in {there}; {AGAIN}")
             else:
-                self._tell(f"{self._path}: doesn't lead to sample {names[row]} in {here}: it is damaged; {REMEDY}")
+                self._report(f"{self._path}: doesn't lead to sample {names[row]} in {here}: it is damaged; {REMEDY}")
 
     def _row_of(self, number: int, row: int) -> str | None:
         """The sample that is there; None for no place."""
@@ -226,28 +225,28 @@ class _TableCheck:
         return part.sample_ids[row].as_py() if row < len(part) else None
 
     def _check_counts(self) -> None:
-        """What `cache.json` says in more than one place. Every part has been compared with its entry."""
+        """Counts that `cache.json` has in more than one place. Every part has been compared with its entry."""
         for what in ("num_rows", "num_tokens"):
             said, summed = getattr(self.entry, what), sum(part[what] for part in self.entry.parts)
             if said != summed:
-                self._tell(
+                self._report(
                     f"{self.root / CACHE_FILE}: {what} of {self.name} is {said}, its parts have {summed}; {AGAIN}"
                 )
             if said != getattr(self.whole, what):
                 first = next(iter(self.whole.tables))
                 there = getattr(self.whole, what)
-                self._tell(f"{self.root / CACHE_FILE}: {what} of {self.name} is {said}, of {first} {there}; {AGAIN}")
+                self._report(f"{self.root / CACHE_FILE}: {what} of {self.name} is {said}, of {first} {there}; {AGAIN}")
 
     def _check_listed(self) -> None:
         listed = {self.root / part["name"] for part in self.entry.parts}
         for folder in sorted({path.parent for path in listed} | {self.root / self.name}):
             for path in parts_in(folder):
                 if path not in listed:
-                    self._tell(f"{path}: isn't listed in {CACHE_FILE}, nobody reads it; delete it")
+                    self._report(f"{path}: isn't listed in {CACHE_FILE} and is never read; delete it")
 
 
 def _check_statistics(index: CacheIndex, checks: Iterable[_TableCheck], root: Path, problems: Problems) -> None:
-    """Those in `cache.json` are those of the parts; where a part can't be read, nobody knows."""
+    """Those in `cache.json` are those of the parts; not checked where a part can't be read."""
     found: dict[str, dict[str, float]] = {}
     for check in checks:
         if not check.is_read:
@@ -303,10 +302,10 @@ def _check_rollouts(
                 what = "has no row for" if found.part[i] < 0 else "holds other tokens than the rollouts for"
                 problems.add(table.name, f"{table.folder}: {what} {sample}; precompute again with these rollouts")
         if num_found < sum(table.lengths):
-            _tell_strangers(table, frozenset(names), problems)
+            _report_unknown(table, frozenset(names), problems)
 
 
-def _tell_strangers(table: Table, known: frozenset[str], problems: Problems) -> None:
+def _report_unknown(table: Table, known: frozenset[str], problems: Problems) -> None:
     for number in range(table.num_parts):
         part = table.part(number)
         for row, name in enumerate(part.sample_ids.to_pylist()):

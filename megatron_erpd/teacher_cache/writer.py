@@ -39,8 +39,7 @@ from megatron_erpd.teacher_cache.format import (
     parts_in,
 )
 from megatron_erpd.teacher_cache.packing import pack_ids, pack_log_probs
-from megatron_erpd.teacher_cache.parts import Part, payload_crc, write_part
-from megatron_erpd.teacher_cache.statistics import Statistic
+from megatron_erpd.teacher_cache.parts import Part, Statistic, payload_crc, write_part
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,6 +5,7 @@ holds the other ranges (none for one process). Results per token are the same on
 logits is its slice of the dense gradient (see `shard`).
 """
 
+from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
 from megatron_erpd.vocab_parallel.divergences import divergence, gather_log_probs, gathered_divergence
 from megatron_erpd.vocab_parallel.fused import OutputLayer, fused_token_terms
@@ -19,7 +20,7 @@ from megatron_erpd.vocab_parallel.shard import VocabShard, log_softmax_of, norma
 from megatron_erpd.vocab_parallel.targets import HiddenTarget, LiveTarget, Target
 from megatron_erpd.vocab_parallel.terms import IGNORED_TOKEN
 from megatron_erpd.vocab_parallel.token_terms import TokenTerms, token_terms
-from megatron_erpd.vocab_parallel.topk import NO_TOKEN, TopKTarget, vocab_parallel_topk
+from megatron_erpd.vocab_parallel.topk import NO_TOKEN, vocab_parallel_topk
 
 __all__ = [
     "IGNORED_TOKEN",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.vocab_parallel.shard import VocabShard
-from megatron_erpd.vocab_parallel.topk import TopKTarget
 
 
 class FullTarget(Protocol):
@@ -66,7 +66,7 @@ class HiddenTarget:
     """A teacher whose logits are made from its final hidden states as they are needed, a chunk at a time.
 
     Attributes:
-        hidden: [..., h], the input of the teacher's output layer, whole on every rank.
+        hidden: [..., h], the input of the teacher's output layer, replicated on every tensor-parallel rank.
         weight: [v/tp, h], this rank's shard of that output layer.
         temperature: divides the teacher's logits.
     """

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.objectives.divergences import TopK as TopKTarget
+from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.vocab_parallel.chunks import local_blocks
 from megatron_erpd.vocab_parallel.shard import VocabShard, joined, local_sums
-
-__all__ = ["NO_TOKEN", "TopKTarget", "exclude", "vocab_parallel_topk"]
 
 NO_TOKEN = -1
 """The index of an entry that is empty (its log-probability is -inf)."""
@@ -54,15 +52,15 @@ def _sums_of_others(values: Tensor, indices: Tensor, shard: VocabShard) -> Tenso
     """`local_sums` of the columns that aren't selected, a block of tokens at a time."""
     flat, selected = values.reshape(values.shape[:-1].numel(), values.shape[-1]), indices.reshape(-1, indices.shape[-1])
     blocks = local_blocks(flat, 2 * flat.element_size() * flat.shape[-1])
-    sums = [local_sums(exclude(flat[rows], selected[rows], shard, -torch.inf), shard) for rows in blocks]
+    sums = [local_sums(_exclude(flat[rows], selected[rows], shard), shard) for rows in blocks]
     return torch.cat([values.new_empty(0, 2), *sums]).reshape(*values.shape[:-1], 2)
 
 
-def exclude(values: Tensor, indices: Tensor, shard: VocabShard, fill: float) -> Tensor:
-    """A copy of `values [..., valid_columns]` with the columns of the global ids `indices [..., K]` set to `fill`."""
+def _exclude(values: Tensor, indices: Tensor, shard: VocabShard) -> Tensor:
+    """A copy of `values [..., valid_columns]` with the columns of the global ids `indices [..., K]` set to -inf."""
     owned, local = shard.locate(indices)
     # One column more than there are takes what belongs to other ranks.
     copy = values.new_empty((*values.shape[:-1], values.shape[-1] + 1))
     copy[..., :-1] = values
-    copy.scatter_(-1, torch.where(owned, local, values.shape[-1]), fill)
+    copy.scatter_(-1, torch.where(owned, local, values.shape[-1]), -torch.inf)
     return copy[..., :-1]

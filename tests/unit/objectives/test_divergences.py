@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.objectives.divergences import TopK, divergence, topk_divergence, topk_with_tail
+from megatron_erpd.objectives.divergences import TopKTarget, divergence, topk_divergence, topk_with_tail
 from megatron_erpd.objectives.types import DivergenceKind
 from tests.tolerances import FLOAT64, FP32
 
@@ -151,7 +151,7 @@ def test_coarse_graining_bounds_from_below_and_all_entries_are_exact(kind: Diver
 
 
 def test_an_empty_target_tail_lets_forward_kl_ignore_the_policys() -> None:
-    target = TopK(torch.tensor([1]), torch.tensor([0.0]), torch.tensor(-INF))
+    target = TopKTarget(torch.tensor([1]), torch.tensor([0.0]), torch.tensor(-INF))
     logits = torch.zeros(4, requires_grad=True)
     value = topk_divergence("forward_kl", target, logits.log_softmax(-1))
     (slopes,) = torch.autograd.grad(value, logits)

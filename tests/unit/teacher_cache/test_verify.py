@@ -185,7 +185,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "missing": (lambda f, _: (f / TARGET / PART).unlink(), f"{TARGET}/{PART}: is listed in cache.json but missing"),
     "not listed": (
         lambda f, _: shutil.copy(f / TARGET / PART, f / TARGET / "part-00007-00000.arrow"),
-        "part-00007-00000.arrow: isn't listed in cache.json, nobody reads it; delete it",
+        "part-00007-00000.arrow: isn't listed in cache.json and is never read; delete it",
     ),
     "index missing": (lambda f, _: (f / BASE / "index.arrow").unlink(), "index.arrow: is damaged"),
     "index of others": (another_index(BASE, lambda n: [["x", *n[1:]]]), "index.arrow: doesn't lead to sample"),
