@@ -113,9 +113,6 @@ class FileWriter:
                 if error.errno != errno.EINVAL or not _leave_direct(self._descriptor):
                     raise
 
-    def flush(self) -> None:
-        """Does nothing: what is left is written at the end. `torch.save` asks for it."""
-
     def __enter__(self) -> FileWriter:
         return self
 

@@ -11,13 +11,13 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -108,7 +108,8 @@ class CheckpointFileWriter:
         """Takes the next block. `fill` is asked for some of its rows at a time, counted from the block's first."""
         shape = (1,) * len(block.unit.axes) + block.size
         values = partial(self._file.append_tensor, block.size, dtype, fill)
-        self._places.append(_save(_unread(shape, dtype), self._file, values))
+        # Only type and shape of the empty tensor are saved: its memory is never touched, so the system never gives it.
+        self._places.append(_save(torch.empty(shape, dtype=dtype), self._file, values))
 
     def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
         self._file.__exit__(kind, *others)
@@ -194,66 +195,60 @@ def _extra_states(files: Sequence[CheckpointFile]) -> list[str]:
 
 
 def _save(value: Any, file: FileWriter, values: Callable[[], None] | None = None) -> tuple[int, int]:
-    """Appends a value as PyTorch's distributed checkpoints hold it; returns its place: offset and length.
+    """Appends a value as PyTorch's distributed checkpoints hold it; returns its offset and length in the file.
 
     Args:
         values: for a tensor of which only type and size count, appends its bytes when `torch.save` comes to them.
     """
-    start = file.size
-    appender = _Appender(file, value if values else None, values)
-    # Neither torch.load nor anything else here checks the zip's sums, which would take half of the time; files have a
-    # SHA-256 of their own.
+    start, stream = file.size, _SaveStream(file, values)
+    # Neither torch.load nor anything else here checks the zip's CRC-32 sums, which would take half of the time; files
+    # have a SHA-256 of their own.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(value, cast(IO[bytes], appender))
+        with torch.serialization.skip_data() if values else nullcontext():
+            torch.save(value, cast(IO[bytes], stream))
     except RuntimeError:
-        if appender.error is None:
+        if stream.error is None:
             raise
     finally:
         torch.serialization.set_crc32_options(before)
-    if appender.error is not None:  # torch.save has one of its own for whatever goes wrong in a file
-        raise appender.error
-    assert appender.values is None, "torch.save has not asked for the tensor's values"
+    if stream.error is not None:  # torch.save raises an error of its own for whatever goes wrong in a file
+        raise stream.error
     return start, file.size - start
 
 
-class _Appender(io.RawIOBase):
-    """What `torch.save` writes to."""
+class _SaveStream(io.RawIOBase):
+    """What `torch.save` writes to. Under `skip_data` it seeks past a tensor's bytes, which are appended instead."""
 
-    def __init__(self, file: FileWriter, unread: torch.Tensor | None, values: Callable[[], None] | None) -> None:
+    def __init__(self, file: FileWriter, values: Callable[[], None] | None) -> None:
         super().__init__()
-        self._file = file
-        self._address = unread.data_ptr() if unread is not None else None
-        self.values = values
+        self._file, self._values = file, values
         self.error: BaseException | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        if self.error is not None:  # what torch.save still writes after an error is of no use
-            return memoryview(data).nbytes
+        num_bytes = memoryview(data).nbytes
+        self._append(num_bytes, lambda: self._file.write(data))
+        return num_bytes
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_CUR and self._values is not None, "torch.save seeks only past the bytes that it skips"
+        self._append(offset, self._values)
+        return self._file.size
+
+    def _append(self, num_bytes: int, work: Callable[[], object]) -> None:
+        if self.error is not None:  # torch.save still ends its zip after an error
+            return
+        start = self._file.size
         try:
-            if self._address is not None and np.frombuffer(data, np.uint8).ctypes.data == self._address:
-                return self._write_values(memoryview(data).nbytes)
-            return self._file.write(data)
+            work()
         except BaseException as error:
             self.error = error
             raise
-
-    def _write_values(self, num_bytes: int) -> int:
-        assert self.values is not None, "torch.save writes a tensor's values twice"
-        start, values, self.values = self._file.size, self.values, None
-        values()
         assert self._file.size - start == num_bytes
-        return num_bytes
-
-
-def _unread(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without values, in memory that is asked for but never touched, so that the system never gives it."""
-    # A storage of its own, of this size: torch.save writes all of a tensor's storage.
-    return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)
 
 
 def _record_path(folder: Path, planned: CheckpointFile) -> Path:
