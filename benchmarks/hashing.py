@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/hashing.py --gib 16 --processes 1 2 4 8
 
 Writes files as large as a rank of a checkpoint does, reads them once so that they are in memory, and has the processes
-of a launcher finish the artifact (`checkpoint.meeting.finish_together`), which a training does at its end: deal the
+of a launcher finish the artifact (`meeting.finish_together`), which a training does at its end: deal the
 files, hash shares, gather, publish the manifest. Times are of the slowest process, without its start; the best of some
 rounds in turns. SHA-256 takes a processor, not the disk, so there is nothing to gain beyond the machine's cores.
 """
@@ -82,7 +82,7 @@ def _measure(folder: Path, count: int) -> float:
 
 
 def _finish(folder: Path) -> None:
-    from megatron_erpd.checkpoint import meeting
+    from megatron_erpd import meeting
     from megatron_erpd.model.arguments import process_store
 
     with meeting.meeting(process_store()):

@@ -7,6 +7,7 @@ All of them are `ValueError`s, so that a caller who knows nothing of this module
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -56,6 +57,21 @@ class TokenError(ErpdError):
     def __init__(self, message: str, tokens: list[int]) -> None:
         super().__init__(message)
         self.tokens = tokens
+
+
+def raise_problems(where: object, problems: Sequence[str], limit: int = 20) -> None:
+    """Raises if there are problems, and shows up to `limit` of them, each once.
+
+    Raises:
+        CheckpointError: `where` and the problems.
+    """
+    lines = list(dict.fromkeys(problems))
+    if not lines:
+        return
+    if len(lines) == 1:
+        raise CheckpointError(lines[0] if lines[0].startswith(str(where)) else f"{where}: {lines[0]}")
+    rest = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+    raise CheckpointError(f"{where}:\n  " + "\n  ".join([*lines[:limit], *rest]))
 
 
 def first_line(error: BaseException) -> str:

@@ -13,15 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files, read_tensor_list
 from megatron_erpd.checkpoint.torch_dist.iterations import find_iteration, iteration_folder
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.files import new_folder
-
-RUN_CONFIG = "run_config.yaml"
-"""In an iteration of Megatron-Bridge's: the model's configuration."""
 
 _INSTALL = (
     "use a container of NVIDIA NeMo, or where CUDA and Transformer Engine are installed `pip install megatron-bridge`"
@@ -72,27 +67,6 @@ def export_with_bridge(source: Path, checkpoint: Path, output: Path) -> None:
         problems = _tensor_problems(source, partial)
         if problems:
             raise CheckpointError(f"{checkpoint}: exported by Megatron-Bridge, {'; '.join(problems[:5])}")
-
-
-def hf_source(iteration: Path) -> str | None:
-    """The Hugging Face model that a checkpoint of Megatron-Bridge's was made from, as it says; None where it doesn't.
-
-    Args:
-        iteration: folder of an iteration.
-
-    Raises:
-        CheckpointError: its `run_config.yaml` can't be read.
-    """
-    path = iteration / RUN_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
-        # Newer versions keep it under the first name, older ones under the second.
-        named = (model.get("extra_checkpoint_metadata") or {}).get("hf_model_id") or model.get("hf_model_id")
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error}); copy the checkpoint again") from None
-    return None if named is None else str(named)
 
 
 def _auto_bridge() -> Any:

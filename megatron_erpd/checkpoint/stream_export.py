@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_erpd.checkpoint.compare import Compared, compare_checkpoint, unlike_table
 from megatron_erpd.checkpoint.file_writer import Fill, require_space
 from megatron_erpd.checkpoint.hugging_face.export_plan import as_dtype, check_written, element_types, set_config_dtype
 from megatron_erpd.checkpoint.hugging_face.sidecar import copy_files
@@ -27,14 +28,12 @@ from megatron_erpd.checkpoint.hugging_face.writer import (
     plan_files,
     write_index,
 )
-from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.checkpoint.mapping.param_map import Unit, hf_shapes, units
-from megatron_erpd.checkpoint.mapping.shards import raise_problems
-from megatron_erpd.checkpoint.processes import Progress, do_together, process_rank, share
 from megatron_erpd.checkpoint.torch_dist.reader import TorchDistReader
-from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
-from megatron_erpd.errors import CheckpointError
+from megatron_erpd.errors import CheckpointError, raise_problems
 from megatron_erpd.files import partial_folder, publish_folder, remove_unfinished, write_json
+from megatron_erpd.meeting import ShareProgress, do_together, rank, share
 
 _PLAN = ".export.json"
 """In an unfinished export: what it is of, so that no other one goes on with it."""
@@ -95,7 +94,7 @@ def export_checkpoint(
     mine = share(files)
     todo = [file for file in mine if not (folder / file.name).is_file()]
     checksums: dict[str, str] = {}
-    progress = Progress("exported", sum(file.tensor_bytes for file in todo))
+    progress = ShareProgress("exported", sum(file.tensor_bytes for file in todo))
 
     def write() -> None:
         for file in todo:
@@ -119,7 +118,7 @@ def export_checkpoint(
     compared_at = time.monotonic()
 
     def publish() -> None:
-        if process_rank() == 0:
+        if rank() == 0:
             write_index(folder, files)
             check_written(folder, shape, dtypes)
             (folder / _PLAN).unlink()
@@ -130,22 +129,11 @@ def export_checkpoint(
     return Exported(Compared.of_all(found[0]), *seconds, checksums)
 
 
-def unlike_table(reader: TorchDistReader, shape: ModelShape) -> list[str]:
-    """What a checkpoint lacks of a model of this shape or has besides, a line each; reads `.metadata` only."""
-    found = units(shape)
-    known = {unit.key for unit in found}
-    problems = [f"the checkpoint has no tensor {unit}" for unit in found if not reader.chunks(unit)]
-    for key in reader.names():
-        if reader.layerless(key) not in known:
-            problems.append(f"the checkpoint's tensor {key} is unknown for {shape.family.name}, and would be lost")
-    return problems
-
-
 def _begin(
     folder: Path, source: Path, files: Sequence[PlannedFile], dtypes: Mapping[str, torch.dtype], iteration: Path
 ) -> None:
     """Makes the folder and all in it but the weights, or finds it as an interrupted export of the same left it."""
-    if process_rank() != 0:
+    if rank() != 0:
         return
     # Two checkpoints of one architecture may have the same metadata, and files of the same size.
     found = {path.name: path.stat() for path in sorted(iteration.iterdir())}
@@ -171,7 +159,7 @@ def _read_plan(folder: Path) -> object:
 
 
 def _write_file(
-    folder: Path, file: PlannedFile, owner: Mapping[str, Unit], reader: TorchDistReader, progress: Progress
+    folder: Path, file: PlannedFile, owner: Mapping[str, Unit], reader: TorchDistReader, progress: ShareProgress
 ) -> str:
     with ShardWriter(folder, file) as writer:
         for name in file.shapes:
@@ -179,7 +167,7 @@ def _write_file(
     return writer.sha256
 
 
-def _reads(name: str, unit: Unit, reader: TorchDistReader, progress: Progress) -> Fill:
+def _reads(name: str, unit: Unit, reader: TorchDistReader, progress: ShareProgress) -> Fill:
     """What reads rows of a Hugging Face tensor where they lie in the checkpoint; padding rows are none of them."""
 
     def fill(rows: torch.Tensor, start: int) -> None:

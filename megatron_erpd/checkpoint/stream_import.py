@@ -19,8 +19,6 @@ from megatron_erpd.checkpoint.file_writer import Fill, require_space
 from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.checkpoint.mapping.param_map import Unit, units
-from megatron_erpd.checkpoint.mapping.shards import raise_problems
-from megatron_erpd.checkpoint.processes import Progress, do_together, process_rank, share
 from megatron_erpd.checkpoint.torch_dist.writer import (
     BLOCK_BYTES,
     FILE_BYTES,
@@ -31,7 +29,9 @@ from megatron_erpd.checkpoint.torch_dist.writer import (
     is_written,
     plan_checkpoint,
 )
+from megatron_erpd.errors import raise_problems
 from megatron_erpd.files import remove_unfinished
+from megatron_erpd.meeting import ShareProgress, do_together, rank, share
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ def write_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         missing = [file for file in files if not is_written(folder, file)]
         todo.extend(missing)
-        if process_rank() == 0:
+        if rank() == 0:
             remove_unfinished(folder)
             require_space(folder, sum(_size(file, dtypes) for file in missing))
 
     do_together(folder, prepare)
     mine = share(todo)
-    state = common() if process_rank() == 0 else {}
+    state = common() if rank() == 0 else {}
     begin = time.monotonic()
-    progress = Progress("imported", sum(_size(file, dtypes) for file in mine))
+    progress = ShareProgress("imported", sum(_size(file, dtypes) for file in mine))
 
     def write() -> None:
         for file in mine:
@@ -105,7 +105,7 @@ def write_checkpoint(
     checksums: dict[str, str] = {}
 
     def finish() -> None:
-        if process_rank() == 0:
+        if rank() == 0:
             checksums.update(finish_checkpoint(folder, files, dtypes, state))
 
     do_together(folder, finish)
@@ -129,7 +129,7 @@ def _size(file: CheckpointFile, dtypes: Mapping[str, torch.dtype]) -> int:
     return sum(prod(block.size) * dtypes[block.unit.key].itemsize for block in file.blocks)
 
 
-def _reads(block: Block, weights: HfWeights, progress: Progress) -> Fill:
+def _reads(block: Block, weights: HfWeights, progress: ShareProgress) -> Fill:
     """What reads the rows of a block where they lie in the folder."""
     unit = block.unit
 

@@ -7,14 +7,6 @@ import re
 from pathlib import Path
 
 from megatron_erpd.checkpoint.bridge import export_with_bridge
-from megatron_erpd.checkpoint.meeting import finish_together
-from megatron_erpd.checkpoint.processes import (
-    add_processes_argument,
-    conversion_processes,
-    num_processes,
-    peak_memory,
-    process_rank,
-)
 from megatron_erpd.checkpoint.stream_export import Exported, export_checkpoint
 from megatron_erpd.checkpoint.torch_dist.iterations import (
     iteration_folder,
@@ -25,8 +17,9 @@ from megatron_erpd.checkpoint.torch_dist.iterations import (
 from megatron_erpd.errors import CheckpointError, RecipeError
 from megatron_erpd.files import check_output
 from megatron_erpd.manifest import read_manifest
+from megatron_erpd.meeting import conversion_processes, finish_together, num_processes, peak_memory, rank
 from megatron_erpd.model.runtime import prepare_output
-from megatron_erpd.settings.arguments import add_verify_inputs
+from megatron_erpd.settings.arguments import add_processes_argument, add_verify_inputs
 
 
 def export_checkpoints(argv: list[str]) -> None:
@@ -109,7 +102,7 @@ def _iteration(checkpoint: Path, iteration: int | None) -> Path:
 
 def _export(source: Path, hf_folder: Path, target: Path) -> Exported:
     exported = export_checkpoint(source, hf_folder, target)
-    if process_rank() == 0:
+    if rank() == 0:
         found = exported.compared
         size = f"{found.num_tensors} tensors, {found.num_bytes / 1e9:.2f} GB"
         print(f"{target}: {size}, each compared with {source}: equal", flush=True)

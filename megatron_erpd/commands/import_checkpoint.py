@@ -14,31 +14,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_erpd.checkpoint.bridge import import_with_bridge
+from megatron_erpd.checkpoint.compare import unlike_table
 from megatron_erpd.checkpoint.hugging_face.sidecar import copy_sidecar
 from megatron_erpd.checkpoint.hugging_face.sources import resolve_source
 from megatron_erpd.checkpoint.hugging_face.tokenizer_report import describe_tokenizer
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
-from megatron_erpd.checkpoint.mapping.shards import raise_problems
-from megatron_erpd.checkpoint.meeting import finish_together
-from megatron_erpd.checkpoint.processes import (
-    add_processes_argument,
-    conversion_processes,
-    do_together,
-    num_processes,
-    peak_memory,
-    process_rank,
-)
-from megatron_erpd.checkpoint.stream_export import unlike_table
 from megatron_erpd.checkpoint.stream_import import write_checkpoint
 from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, find_iteration, iteration_folder, take_iteration
 from megatron_erpd.checkpoint.torch_dist.reader import TorchDistReader
-from megatron_erpd.errors import RecipeError
+from megatron_erpd.errors import RecipeError, raise_problems
 from megatron_erpd.files import check_output, check_output_file, write_text
+from megatron_erpd.meeting import conversion_processes, do_together, finish_together, num_processes, peak_memory, rank
 from megatron_erpd.model.compatible import SOURCE_POLICY
 from megatron_erpd.model.runtime import prepare_output
 from megatron_erpd.sampling.policy import policy_fingerprint
 from megatron_erpd.settings import Layout
-from megatron_erpd.settings.arguments import add_verify_inputs, settings_from_namespace
+from megatron_erpd.settings.arguments import add_processes_argument, add_verify_inputs, settings_from_namespace
 
 _ANY_LENGTH = 2
 """Conversion runs no tokens through the model; Megatron still wants a sequence length."""
@@ -120,7 +111,7 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None, 
     figures["peak_memory_bytes"] = peak_memory()
 
     def complete() -> None:
-        if process_rank() == 0:
+        if rank() == 0:
             if not via and checkpoint is None:
                 write_text(output / "megatron" / TRACKER, "0")
             copy_sidecar(hf_folder, output / "hf")
@@ -130,7 +121,7 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None, 
 
     do_together(output, complete)
     finish_together(output, figures, checksums)
-    if process_rank() == 0:
+    if rank() == 0:
         size = f": {figures['tensors']} tensors, {figures['bytes'] / 1e9:.2f} GB" if "bytes" in figures else ""
         print(f"{output}{size}", flush=True)
 
@@ -145,7 +136,7 @@ def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None, v
     found: list[Path] = []
 
     def resolve() -> None:
-        if process_rank() == 0:
+        if rank() == 0:
             found.append(resolve_source(model, output / _UNPACKED))
             report = describe_tokenizer(found[0])
             print(report or f"{found[0]}: holds no tokenizer, which sampling needs; an export has none", flush=True)
@@ -159,7 +150,7 @@ def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None, v
 
 def _take(checkpoint: Path, hf_folder: Path, output: Path) -> None:
     """Makes an iteration of another program's checkpoint the artifact's, if it is one of this model."""
-    if process_rank() == 0:
+    if rank() == 0:
         root, iteration = find_iteration(checkpoint)
         folder = iteration_folder(root, iteration)
         raise_problems(folder, unlike_table(TorchDistReader(folder), read_model_shape(hf_folder)))
@@ -188,8 +179,7 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
 def _dry_run(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from megatron_erpd.checkpoint.dry_run import READ_BYTES_PER_SECOND, dry_run
-    from megatron_erpd.checkpoint.dry_run_tables import print_dry_run
+    from megatron_erpd.checkpoint.dry_run import READ_BYTES_PER_SECOND, dry_run, print_dry_run
 
     rate = READ_BYTES_PER_SECOND if given.read_gb_per_s is None else given.read_gb_per_s * 1e9
     if rate <= 0:

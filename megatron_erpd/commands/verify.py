@@ -81,13 +81,13 @@ def verify(argv: list[str]) -> None:
 
 
 def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
-    from megatron_erpd.checkpoint.mapping.shards import raise_problems
-    from megatron_erpd.checkpoint.verify_checkpoint import find_pair, verify_checkpoint
+    from megatron_erpd.checkpoint.compare import compare_pair, find_pair
+    from megatron_erpd.errors import raise_problems
 
     pair = find_pair(folder, source)
     artifact = next((p for p in (folder, *folder.parents) if (p / MANIFEST).is_file()), None)
     with _progress("comparing") as advance:
-        found = verify_checkpoint(pair, advance)
+        found = compare_pair(pair, advance)
     print(f"{pair.iteration} and {pair.hf_folder}: compared {found.describe()}", flush=True)
     for note in found.notes:
         print(f"note: {note}", flush=True)
@@ -102,8 +102,7 @@ def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
 
 
 def _verify_logits(pair: Any, prompts: str) -> None:
-    from megatron_erpd.checkpoint.verify import LOGIT_TOLERANCE
-    from megatron_erpd.model.verify_logits import compare_on_prompts
+    from megatron_erpd.model.logits import LOGIT_TOLERANCE, compare_on_prompts
     from megatron_erpd.sampling.policy import load_tokenizer
     from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
 

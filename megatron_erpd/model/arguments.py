@@ -14,9 +14,9 @@ import torch
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.mapping.config import flags_to_argv, model_flags, read_model_shape
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
-from megatron_erpd.checkpoint.processes import meeting_store
 from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.launcher import check_meeting, launch, work_alone
+from megatron_erpd.meeting import meeting_store
 from megatron_erpd.settings import Layout, Monitoring
 from megatron_erpd.settings.arguments import add_settings_arguments, settings_from_namespace
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_erpd import platform
-from megatron_erpd.checkpoint import meeting
+from megatron_erpd import meeting, platform
 from megatron_erpd.checkpoint.torch_dist.iterations import read_of_latest
 from megatron_erpd.data import prefetch
 from megatron_erpd.manifest import Reads, begin_artifact

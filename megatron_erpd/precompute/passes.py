@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_erpd import platform
-from megatron_erpd.checkpoint import meeting
+from megatron_erpd import meeting, platform
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_erpd.checkpoint.meeting import checksums_of, first
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import finish_artifact, input_digest, verify_manifest
+from megatron_erpd.meeting import checksums_of, first
 from megatron_erpd.model.arguments import rank
 from megatron_erpd.precompute.passes import CachePasses
 from megatron_erpd.slices import Slice, end_whole, finished_slices, refuse_other_counts

@@ -25,6 +25,16 @@ def add_verify_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_processes_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that has the command line start several processes (`commands.cli`)."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="share the work among so many processes of this machine (default: 1; under torchrun, those it started)",
+    )
+
+
 def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings], title: str) -> None:
     """Adds one flag per field of `model` to `parser`, with the field's default, choices and description."""
     group = parser.add_argument_group(title, model.__doc__)

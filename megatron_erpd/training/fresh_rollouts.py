@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import export_hf_weights
-from megatron_erpd.checkpoint.mapping.shards import gather_objects
 from megatron_erpd.data.batch import BatchSource
 from megatron_erpd.data.collate import Batch
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.errors import StageError
+from megatron_erpd.meeting import gather_objects
 from megatron_erpd.objectives.advantages import compute_advantages
 from megatron_erpd.sampling.engine import TransformersEngine
 from megatron_erpd.sampling.policy import load_policy, reload_weights

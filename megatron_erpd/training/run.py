@@ -18,7 +18,6 @@ import numpy as np
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import copy_sidecar
 from megatron_erpd.checkpoint.mapping.parameter_count import parameters_of
-from megatron_erpd.checkpoint.meeting import finish_together, first
 from megatron_erpd.checkpoint.torch_dist.iterations import (
     TRACKER,
     SaveIntervals,
@@ -35,6 +34,7 @@ from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, StageError, StageInterrupted, has_no_room
 from megatron_erpd.manifest import METRICS, settings_identity
+from megatron_erpd.meeting import finish_together, first
 from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
 from megatron_erpd.model.loss_guard import NonFiniteLoss, has_finite_gradients
 from megatron_erpd.model.runtime import (

@@ -55,8 +55,8 @@ def _agree(rank: int, world_size: int, iteration: Path, sources: list[Path]) -> 
     from megatron_erpd import platform
 
     platform.enable_cpu()
-    from megatron_erpd.checkpoint.verify_checkpoint import Pair
-    from megatron_erpd.model.verify_logits import compare_on_prompts
+    from megatron_erpd.checkpoint.compare import Pair
+    from megatron_erpd.model.logits import compare_on_prompts
 
     return [compare_on_prompts(Pair(iteration, source), [[1, 2, 3, 4]])[0].agrees() for source in sources]
 

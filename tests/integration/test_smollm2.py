@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import (
-    compare_logits,
     compare_weights,
     export_checkpoint,
-    megatron_logits,
     model_flags,
     write_checkpoint,
 )
+from megatron_erpd.model.logits import compare_logits, megatron_logits
 from tests.distributed.checkpoint.tiny_models import build_megatron_model, load_checkpoint, set_layout
 from tests.distributed.harness import REPOSITORY, run_ranks
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_erpd"
 
 ORDER = [
     *("__init__", "errors", "settings", "files", "locks", "progress", "units", "content", "manifest"),
-    *("model_folder", "slices", "launcher", "platform", "objectives", "vocab_parallel", "data", "sources"),
+    *("model_folder", "slices", "launcher", "meeting", "platform", "objectives", "vocab_parallel", "data", "sources"),
     *("teacher_cache", "sampling", "checkpoint", "evaluation", "model", "precompute", "training", "report"),
     *("recipe", "plan", "launch", "slurm", "commands"),
 ]

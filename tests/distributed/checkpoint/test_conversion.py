@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import (
-    compare_logits,
     compare_weights,
     copy_sidecar,
     export_checkpoint,
     export_hf_weights,
     flags_to_argv,
-    megatron_logits,
     model_flags,
     write_checkpoint,
 )
 from megatron_erpd.errors import CheckpointError
+from megatron_erpd.model.logits import compare_logits, megatron_logits
 from tests.distributed.checkpoint.tiny_models import (
     MODELS,
     VOCAB_SIZE,

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import (
-    compare_logits,
     compare_weights,
     export_checkpoint,
     export_hf_weights,
-    megatron_logits,
     model_flags,
     write_checkpoint,
 )
+from megatron_erpd.model.logits import compare_logits, megatron_logits
 from tests.distributed.checkpoint.tiny_models import (
     MIXTURES,
     VOCAB_SIZE,

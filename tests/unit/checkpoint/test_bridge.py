@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import compare_weights, export_checkpoint, write_checkpoint
-from megatron_erpd.checkpoint.bridge import export_with_bridge, hf_source, import_with_bridge
+from megatron_erpd.checkpoint.bridge import export_with_bridge, import_with_bridge
 from megatron_erpd.checkpoint.torch_dist.iterations import find_iteration, iteration_folder, latest_iteration
 from megatron_erpd.errors import CheckpointError
 from tests.distributed.checkpoint.tiny_models import save_hf_model
@@ -159,21 +159,6 @@ def test_where_it_isnt_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "megatron.bridge", None)
     with pytest.raises(CheckpointError, match=r"--via megatron-bridge: can't be imported.*pip install megatron-bridge"):
         import_with_bridge(hf_folder(tmp_path / "hf"), tmp_path / "new")
-
-
-def test_where_a_checkpoint_came_from(tmp_path: Path) -> None:
-    iteration = bridge_iteration(tmp_path / "iter_0000000")
-    assert hf_source(iteration) == "org/mystery"
-    config = iteration / "run_config.yaml"
-    config.write_text("model:\n  extra_checkpoint_metadata:\n    hf_model_id: org/newer\n  hf_model_id: null\n")
-    assert hf_source(iteration) == "org/newer"
-    config.write_text("model: {num_layers: 2}\n")
-    assert hf_source(iteration) is None
-    config.write_text("[broken")
-    with pytest.raises(CheckpointError, match=r"run_config\.yaml: can't be read"):
-        hf_source(iteration)
-    config.unlink()
-    assert hf_source(iteration) is None
 
 
 def test_a_checkpoint_that_megatron_bridge_saved_is_read_as_it_is(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_erpd.checkpoint.dry_run import DryRun, dry_run
-from megatron_erpd.checkpoint.dry_run_tables import print_dry_run
+from megatron_erpd.checkpoint.dry_run import DryRun, dry_run, print_dry_run
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters, count_parameters
 from megatron_erpd.errors import CheckpointError, LayoutError

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import compare_weights, export_checkpoint, write_checkpoint
+from megatron_erpd.checkpoint.compare import compare_checkpoint
 from megatron_erpd.checkpoint.file_writer import FileWriter
 from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.checkpoint.mapping.param_map import units
 from megatron_erpd.checkpoint.torch_dist.reader import TorchDistReader, read_metadata
-from megatron_erpd.checkpoint.verify import compare_checkpoint
 from megatron_erpd.errors import CheckpointError
 from tests.distributed.checkpoint.tiny_models import save_hf_model
 from tests.distributed.harness import run_ranks

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import copy_sidecar, export_checkpoint, write_checkpoint
-from megatron_erpd.checkpoint.verify_checkpoint import Pair, find_pair, verify_checkpoint
+from megatron_erpd.checkpoint.compare import Pair, compare_pair, find_pair
 from megatron_erpd.commands.verify import verify
 from megatron_erpd.errors import CheckpointError
 from tests.distributed.checkpoint.tiny_models import save_hf_model
@@ -46,7 +46,7 @@ def test_a_pair_is_found_in_either_order(pair: Pair, tmp_path: Path) -> None:
 
 def test_equal(pair: Pair) -> None:
     told: list[tuple[int, int]] = []
-    found = verify_checkpoint(pair, lambda done, total: told.append((done, total)))
+    found = compare_pair(pair, lambda done, total: told.append((done, total)))
     tensors = load_file(pair.hf_folder / "model.safetensors")
     assert found.compared.differences == () and found.compared.num_tensors == len(tensors) - 1
     assert found.left_out == ("lm_head.weight",) and not found.rounded
@@ -60,22 +60,22 @@ def test_bits_are_compared_not_values(pair: Pair, value: float, words: str) -> N
     change(pair.hf_folder, lambda tensors: tensors[name].__setitem__(3, 0.0))
     iteration = pair.iteration.with_name("iter_0000008")
     write_checkpoint(pair.hf_folder, iteration, dict)
-    assert not verify_checkpoint(Pair(iteration, pair.hf_folder)).compared.differences
+    assert not compare_pair(Pair(iteration, pair.hf_folder)).compared.differences
     change(pair.hf_folder, lambda tensors: tensors[name].__setitem__(3, value))
-    (line,) = verify_checkpoint(Pair(iteration, pair.hf_folder)).compared.differences
+    (line,) = compare_pair(Pair(iteration, pair.hf_folder)).compared.differences
     assert line.startswith(f"{name}: {words} elements differ")
 
 
 def test_a_wider_checkpoint_is_rounded_and_said_to_be(pair: Pair, tmp_path: Path) -> None:
     export_checkpoint(pair.iteration, pair.hf_folder, tmp_path / "bf16", dtype=torch.bfloat16)
-    found = verify_checkpoint(Pair(pair.iteration, tmp_path / "bf16"))
+    found = compare_pair(Pair(pair.iteration, tmp_path / "bf16"))
     assert found.rounded and not found.compared.differences and "rounded to the folder's type" in found.describe()
 
 
 def test_a_folder_that_lacks_a_tensor(pair: Pair) -> None:
     change(pair.hf_folder, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
-        verify_checkpoint(pair)
+        compare_pair(pair)
 
 
 def configured(folder: Path, name: str, values: dict[str, object]) -> None:
@@ -111,18 +111,18 @@ def test_a_configuration_that_computes_something_else(
     pair: Pair, name: str, values: dict[str, object], words: str
 ) -> None:
     copy_sidecar(pair.hf_folder, pair.iteration.parents[1] / "hf")
-    assert not verify_checkpoint(pair).compared.differences
+    assert not compare_pair(pair).compared.differences
     configured(pair.hf_folder, name, values)
     with pytest.raises(CheckpointError, match=f"are not one model.*{words}".replace("model.*", r"model[\s\S]*")):
-        verify_checkpoint(pair)
+        compare_pair(pair)
 
 
 def test_what_changes_no_logit_is_noted(pair: Pair) -> None:
-    assert "no configuration lies beside" in verify_checkpoint(pair).notes[0]
+    assert "no configuration lies beside" in compare_pair(pair).notes[0]
     copy_sidecar(pair.hf_folder, pair.iteration.parents[1] / "hf")
-    assert verify_checkpoint(pair).notes == ()
+    assert compare_pair(pair).notes == ()
     configured(pair.hf_folder, "config.json", {"max_position_embeddings": 99, "dtype": "float16", "_name_or_path": "x"})
-    found = verify_checkpoint(pair).notes
+    found = compare_pair(pair).notes
     assert [note.split()[0] for note in found] == ["dtype", "max_position_embeddings"]
 
 
@@ -130,7 +130,7 @@ def test_stop_ids_in_another_order_are_the_same(pair: Pair) -> None:
     configured(pair.hf_folder, "generation_config.json", {"eos_token_id": [4, 3]})
     copy_sidecar(pair.hf_folder, pair.iteration.parents[1] / "hf")
     configured(pair.hf_folder, "generation_config.json", {"eos_token_id": [3, 4]})
-    assert verify_checkpoint(pair).notes == ()
+    assert compare_pair(pair).notes == ()
 
 
 def test_the_command_says_what_it_compared(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

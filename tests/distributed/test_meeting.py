@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_erpd.checkpoint import meeting
+from megatron_erpd import meeting
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import MANIFEST, begin_artifact, read_manifest, verify_manifest
 from tests.distributed.harness import run_ranks

@@ -1,25 +1,152 @@
-"""A Megatron checkpoint against a Hugging Face folder, whichever of the two was made of the other."""
+"""Weights compared bit for bit: a Megatron checkpoint with a Hugging Face folder, whichever of the two was made of the
+other, or two Hugging Face folders."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from megatron_erpd.checkpoint.file_writer import PIECE_BYTES
 from megatron_erpd.checkpoint.hugging_face.same_config import configuration_differences
 from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
 from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
-from megatron_erpd.checkpoint.mapping.param_map import is_ignored, units
-from megatron_erpd.checkpoint.mapping.shards import raise_problems
-from megatron_erpd.checkpoint.stream_export import unlike_table
+from megatron_erpd.checkpoint.mapping.param_map import Unit, is_ignored, units
 from megatron_erpd.checkpoint.torch_dist.iterations import BRIDGE_TRACKER, TRACKER, iteration_folder, latest_iteration
 from megatron_erpd.checkpoint.torch_dist.reader import METADATA, TorchDistReader
-from megatron_erpd.checkpoint.verify import Compared, compare_checkpoint
-from megatron_erpd.errors import CheckpointError
+from megatron_erpd.errors import CheckpointError, raise_problems
+from megatron_erpd.meeting import gather_objects
 from megatron_erpd.model_folder import has_weights
+
+
+def compare_weights(a: Path | str, b: Path | str) -> list[str]:
+    """How the weights of two Hugging Face folders differ, a line per tensor; empty where they are equal bit for bit.
+
+    Reads some MB at a time. How the tensors are spread over files makes no difference.
+
+    Raises:
+        CheckpointError: a folder has no readable weights.
+    """
+    first, second = HfWeights(a), HfWeights(b)
+    lines = [f"{name}: only in {a}" for name in sorted(first.names - second.names)]
+    lines += [f"{name}: only in {b}" for name in sorted(second.names - first.names)]
+    for name in sorted(first.names & second.names):
+        line = _compare_tensor(first, second, name)
+        if line:
+            lines.append(line)
+    return lines
+
+
+def _compare_tensor(first: HfWeights, second: HfWeights, name: str) -> str | None:
+    described = [f"{weights.dtype(name)} {list(weights.shape(name))}" for weights in (first, second)]
+    if described[0] != described[1]:
+        return f"{name}: {described[0]} in the one, {described[1]} in the other"
+    tally = _Tally()
+    for start, count in _pieces(first, name):
+        tally.add(first.read(name, start, count), second.read(name, start, count))
+    return tally.line(name)
+
+
+@dataclass
+class _Tally:
+    """How the parts of two tensors differ."""
+
+    total: int = 0
+    differing: int = 0
+    largest: float = 0.0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Compares two parts of one shape and type. Bits, not values: -0.0 equals 0.0 and a NaN equals nothing."""
+        self.total += a.numel()
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        x, y = (part.contiguous().view(-1).view(integers).numpy() for part in (a, b))
+        if np.array_equal(x, y):  # several times as fast as torch.equal
+            return
+        self.differing += int((x != y).sum())
+        self.largest = max(self.largest, float((a.double() - b.double()).abs().max()))
+
+    def line(self, name: str) -> str | None:
+        if not self.differing:
+            return None
+        return f"{name}: {self.differing} of {self.total} elements differ, by up to {self.largest:.3g}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was compared, bit for bit, and how it differs."""
+
+    num_tensors: int
+    num_bytes: int
+    differences: tuple[str, ...]
+
+    @classmethod
+    def of_all(cls, mine: Compared) -> Compared:
+        """The sum over all processes; collective."""
+        parts: list[Compared] = gather_objects(mine)
+        lines = tuple(line for part in parts for line in part.differences)
+        return cls(sum(part.num_tensors for part in parts), sum(part.num_bytes for part in parts), lines)
+
+
+def compare_checkpoint(
+    reader: TorchDistReader,
+    weights: HfWeights,
+    tensors: Iterable[tuple[Unit, str]],
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Compared:
+    """Compares a Megatron checkpoint with a Hugging Face folder, bit for bit in the folder's element types.
+
+    Every element of every tensor is compared. Pieces of some MB are in memory.
+
+    Args:
+        reader: the checkpoint.
+        weights: the folder.
+        tensors: which of the folder's tensors to compare, and the unit that each is in.
+        progress: told how many bytes were compared.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    lines: list[str] = []
+    num_tensors = num_bytes = 0
+    for unit, name in tensors:
+        tally, covered = _Tally(), 0
+        for start, count in _pieces(weights, name):
+            theirs = weights.read(name, start, count)
+            ours = torch.empty_like(theirs)
+            covered += reader.read_rows(ours, unit, name, start)
+            tally.add(ours, theirs)
+            progress(theirs.nbytes)
+            num_bytes += theirs.nbytes
+        num_tensors += 1
+        if covered != tally.total:
+            lines.append(f"{name}: the checkpoint has {covered} of its {tally.total} elements")
+        elif line := tally.line(name):
+            lines.append(line)
+    return Compared(num_tensors, num_bytes, tuple(lines))
+
+
+def _pieces(weights: HfWeights, name: str) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of a tensor's pieces."""
+    rows, *others = weights.shape(name)
+    step = max(1, PIECE_BYTES // (prod(others) * weights.itemsize(name)))
+    return ((start, min(step, rows - start)) for start in range(0, rows, step))
+
+
+def unlike_table(reader: TorchDistReader, shape: ModelShape) -> list[str]:
+    """What a checkpoint lacks of a model of this shape or has besides, a line each; reads `.metadata` only."""
+    found = units(shape)
+    known = {unit.key for unit in found}
+    problems = [f"the checkpoint has no tensor {unit}" for unit in found if not reader.chunks(unit)]
+    for key in reader.names():
+        if reader.layerless(key) not in known:
+            problems.append(f"the checkpoint's tensor {key} is unknown for {shape.family.name}, and would be lost")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -72,7 +199,7 @@ def _find_iteration(path: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Verified:
+class PairComparison:
     """What a comparison covered, and how it went."""
 
     pair: Pair
@@ -96,7 +223,7 @@ class Verified:
         return words
 
 
-def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda done, total: None) -> Verified:
+def compare_pair(pair: Pair, progress: Callable[[int, int], None] = lambda done, total: None) -> PairComparison:
     """Compares the configurations, and every element of every tensor, bit for bit.
 
     Args:
@@ -134,7 +261,7 @@ def verify_checkpoint(pair: Pair, progress: Callable[[int, int], None] = lambda 
         for chunk in reader.chunks(unit)[:1]
     )
     left_out = tuple(sorted(name for name in weights.names - known if is_ignored(name) or shape.tied_embeddings))
-    return Verified(pair, compared, time.monotonic() - begin, left_out, wider, tuple(notes))
+    return PairComparison(pair, compared, time.monotonic() - begin, left_out, wider, tuple(notes))
 
 
 def _num_bytes(weights: HfWeights, shape: ModelShape) -> int:

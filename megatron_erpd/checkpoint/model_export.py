@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,23 @@ from megatron_erpd.checkpoint.hugging_face.writer import (
 )
 from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
 from megatron_erpd.checkpoint.mapping.param_map import Unit, hf_shapes, units
-from megatron_erpd.checkpoint.mapping.shards import (
-    LocalShard,
-    gather_objects,
-    local_shards,
-    missing_units,
-    raise_together,
-)
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.files import partial_folder, publish_folder
+from megatron_erpd.meeting import gather_objects, raise_together
+
+_NUMBERED_LAYER = re.compile(r"^(decoder\.layers)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _LocalShard:
+    """This rank's rows and columns of one unit; `data` shares memory with the parameter."""
+
+    unit: Unit
+    data: torch.Tensor
+    row: int
+    column: int
+    is_main: bool
+    """Whether this is the copy that speaks for its replicas (over DP, TP and tied embeddings)."""
 
 
 @torch.no_grad()
@@ -65,11 +74,11 @@ def export_hf_weights(
     """
     source, output = Path(source_hf_folder), Path(output_folder)
     shape = read_model_shape(source)
-    shards, problems = local_shards(model_chunks, shape)
+    shards, problems = _local_shards(model_chunks, shape)
     if output.exists():
         problems.append(f"the output {output} exists and is never written over; give another folder or delete it")
     raise_together(source, problems)
-    raise_together(source, missing_units(shards, shape))
+    raise_together(source, _missing_units(shards, shape))
     dtypes, problems = element_types(source, shape, as_dtype(dtype))
     raise_together(source, problems)
 
@@ -84,6 +93,85 @@ def export_hf_weights(
             problems = [str(error)]
     raise_together(output, problems)
     gather.close()
+
+
+def _local_shards(model_chunks: Sequence[Any], shape: ModelShape) -> tuple[list[_LocalShard], list[str]]:
+    """All parameters of this rank's model chunks, and what doesn't fit the table, a line each. No communication."""
+    from megatron.core.utils import unwrap_model
+
+    by_place = {(unit.key, unit.at): unit for unit in units(shape)}
+    shards: list[_LocalShard] = []
+    problems: list[str] = []
+    for model in unwrap_model(list(model_chunks)):
+        filled: set[str] = set()
+        for name, tensor in _sharded_tensors(model):
+            filled.add(name)
+            key, at = _place(tensor)
+            unit = by_place.get((key, at))
+            if unit is None:
+                where = f" of layer {at[0]}" if at else ""
+                problems.append(f"the model's parameter {key}{where} is unknown for {shape.family.name}")
+                continue
+            problem = _check_global_shape(unit, tensor)
+            if problem:
+                problems.append(problem)
+                continue
+            shards.append(_local_shard(unit, tensor))
+        parameters = {name for name, _ in model.named_parameters()}
+        problems += [
+            f"the model's parameter {name} is in no shard of its state" for name in sorted(parameters - filled)
+        ]
+    return shards, problems
+
+
+def _sharded_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """Name in the model and `ShardedTensor` (several per name where a factory splits a parameter)."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+
+    for name, value in model.sharded_state_dict().items():
+        if isinstance(value, ShardedObject):  # Transformer Engine's extra state: FP8 scales, no weights
+            continue
+        if isinstance(value, ShardedTensor):
+            yield name, value
+            continue
+        assert isinstance(value, ShardedTensorFactory), f"{name}: unexpected {type(value)}"
+        for part in value.build():
+            assert isinstance(part, ShardedTensor), f"{name}: unexpected {type(part)}"
+            yield name, part
+
+
+def _place(tensor: Any) -> tuple[str, tuple[int, ...]]:
+    """Key without layer number, and the layer: an axis of the global tensor, or a number in the key."""
+    if tensor.prepend_axis_num:
+        return tensor.key, tuple(int(i) for i in tensor.global_offset[: tensor.prepend_axis_num])
+    match = _NUMBERED_LAYER.match(tensor.key)
+    if match:
+        return f"{match[1]}.{tensor.key[match.end() :]}", (int(match[2]),)
+    return tensor.key, ()
+
+
+def _check_global_shape(unit: Unit, tensor: Any) -> str | None:
+    shape = tuple(tensor.global_shape[tensor.prepend_axis_num :])
+    tail = () if unit.columns is None else (unit.columns,)
+    rows_fit = shape[0] >= unit.num_rows if unit.padded else shape[0] == unit.num_rows
+    if shape[1:] == tail and rows_fit:
+        return None
+    return f"the model's parameter {unit} has shape {list(shape)}, but config.json makes it {[unit.num_rows, *tail]}"
+
+
+def _local_shard(unit: Unit, tensor: Any) -> _LocalShard:
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    offset = tensor.global_offset[tensor.prepend_axis_num :]
+    column = 0 if len(offset) == 1 else int(offset[1])
+    return _LocalShard(unit, tensor.data.detach(), int(offset[0]), column, is_main_replica(tensor.replica_id))
+
+
+def _missing_units(shards: Sequence[_LocalShard], shape: ModelShape) -> list[str]:
+    """Units that no rank's model has, a line each. Collective over all ranks."""
+    here = {(shard.unit.key, shard.unit.at) for shard in shards}
+    everywhere = set().union(*gather_objects(here))
+    return [f"the model has no parameter {unit}" for unit in units(shape) if (unit.key, unit.at) not in everywhere]
 
 
 @dataclass(frozen=True)
@@ -101,7 +189,7 @@ class _Piece:
 class _Gather:
     """Moves shards to the first rank, unit by unit, in an order that all ranks know."""
 
-    def __init__(self, shards: Sequence[LocalShard]) -> None:
+    def __init__(self, shards: Sequence[_LocalShard]) -> None:
         self._shards = shards
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # Over NCCL every pair of ranks would take device memory for a communicator of its own.
