@@ -265,7 +265,7 @@ def finish_together(
     first(finish)
 
 
-def verify_together(inputs: Iterable[Path], reads: Reads | None = None) -> None:
+def verify_inputs_together(inputs: Iterable[Path], reads: Reads | None = None) -> None:
     """`manifest.verify_inputs` by all processes, each of which reads a share.
 
     Raises:

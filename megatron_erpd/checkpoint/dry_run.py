@@ -16,7 +16,7 @@ from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.checkpoint.mapping.parallel_layout import pipeline_flags
 from megatron_erpd.checkpoint.mapping.param_map import Split, Unit, units
 from megatron_erpd.checkpoint.mapping.parameter_count import VOCABULARY_MULTIPLE, count_parameters
-from megatron_erpd.checkpoint.mapping.rank_shards import Place, Sharding
+from megatron_erpd.checkpoint.mapping.rank_shards import RankCoordinates, Sharding
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.settings import Layout
 
@@ -209,7 +209,7 @@ def _split_words(unit: Unit, layout: Layout) -> str:
 
 
 def _stage_plan(stage: int, sharding: Sharding, element_bytes: int, bytes_per_second: float) -> StagePlan:
-    shards = [shard for chunk in sharding.chunks(Place(0, stage, 0)) for shard in chunk]
+    shards = [shard for chunk in sharding.chunks(RankCoordinates(0, stage, 0)) for shard in chunk]
     parameters = sum(shard.size for shard in shards)
     read = element_bytes * sum(shard.source_size for shard in shards)
     return StagePlan(

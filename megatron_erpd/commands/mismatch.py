@@ -30,6 +30,7 @@ def mismatch(argv: list[str]) -> None:
 
     from megatron_erpd.data.rollouts import read_rollouts
     from megatron_erpd.evaluation.mismatch import measure_mismatch
+    from megatron_erpd.evaluation.mismatch_verdicts import describe_mismatch, mismatch_report
     from megatron_erpd.teacher_cache.reader import CacheReader
 
     rollouts = read_rollouts(given.rollouts)
@@ -44,10 +45,10 @@ def mismatch(argv: list[str]) -> None:
         (name, rollouts.behavior_log_probs(i), cache.token_row(given.policy, name))
         for i, name in enumerate(rollouts.sample_ids)
     )
-    print(found.describe())
+    print(describe_mismatch(found))
     if given.json:
         try:
-            given.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+            given.json.write_text(json.dumps(mismatch_report(found), indent=1) + "\n")
         except OSError as error:
             raise RecipeError(f"--json {given.json}: can't be written ({error.strerror}); give another file") from None
         print(f"wrote {given.json}")

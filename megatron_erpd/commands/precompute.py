@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_erpd.checkpoint.mapping.config import model_flags
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.evaluation.strength import Selection, read_selection
+from megatron_erpd.evaluation.strength import SelectionResult, read_selection
 from megatron_erpd.files import check_output
 from megatron_erpd.manifest import input_digest, read_manifest, settings_identity
 from megatron_erpd.model.arguments import (
@@ -132,7 +132,7 @@ def _check_flags(namespace: argparse.Namespace, settings: PrecomputeSettings) ->
         raise RecipeError("--hidden: makes a target q of kept hidden states; take --kind topk without --keep-hidden")
 
 
-def resolve_signal(settings: PrecomputeSettings, selection: Selection | None) -> PrecomputeSettings:
+def resolve_signal(settings: PrecomputeSettings, selection: SelectionResult | None) -> PrecomputeSettings:
     """The settings with the selection's recommendation in place of `signal: auto`.
 
     Raises:

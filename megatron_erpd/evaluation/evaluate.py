@@ -13,8 +13,16 @@ import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.evaluation.divergence import compare_policies
-from megatron_erpd.evaluation.metrics import Evaluation, PolicyMetrics, read_metrics, saved_metrics
-from megatron_erpd.evaluation.responses import accuracies, decode, prompt_means, respond, score, standard_error
+from megatron_erpd.evaluation.metrics import EvaluationResult, PolicyMetrics, saved_metrics
+from megatron_erpd.evaluation.responses import (
+    Status,
+    accuracies,
+    decode,
+    prompt_means,
+    respond,
+    score,
+    standard_error,
+)
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.progress import StepLines
@@ -24,11 +32,7 @@ from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import EvaluateSettings
 from megatron_erpd.sources.tokenizer import check_policies, check_rollouts
 
-__all__ = ["Evaluation", "PolicyMetrics", "evaluate_policies", "evaluate_policy", "read_metrics"]
-
 NUM_EXAMPLES = 8
-Status = Callable[[str, str, int, int], None]
-"""Called with (policy's name, what is being done, finished, total)."""
 
 
 def evaluate_policies(
@@ -131,7 +135,7 @@ def evaluate_policy(
     origin: Policy | None = None,
     num_examples: int = NUM_EXAMPLES,
     status: Callable[[str, int, int], None] | None = None,
-) -> Evaluation:
+) -> EvaluationResult:
     """Evaluates one policy; see `evaluate_policies` and `PolicyMetrics`. `origin` is the first round's base, if `base`
     isn't.
 
@@ -173,7 +177,7 @@ def evaluate_policy(
         _example(records[i], greedy_texts[i], greedy_rewards[i, 0], texts[i], rewards[i])
         for i in range(min(num_examples, len(records)))
     ]
-    return Evaluation(metrics, examples, prompt_means(rewards))
+    return EvaluationResult(metrics, examples, prompt_means(rewards))
 
 
 def _data_divergence(

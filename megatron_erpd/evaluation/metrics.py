@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_erpd.errors import StageError
-
 PASS_REWARD = 1.0
 """A response solves its prompt when its reward is at least this: scorers with partial credit give 1 when right."""
 
@@ -66,7 +64,7 @@ class PolicyMetrics:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """`metrics`, a few prompts with their responses for people to read, and what policies are compared by.
 
     Attributes:
@@ -78,22 +76,16 @@ class Evaluation:
     prompt_rewards: list[float | None]
 
 
-def read_metrics(file: str | Path) -> PolicyMetrics:
-    """The figures of a file that `evaluate_policies` wrote; `StageError` if it holds none."""
-    try:
-        return PolicyMetrics(**json.loads(Path(file).read_text(encoding="utf-8"))["metrics"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise StageError(f"{file}: isn't an evaluation ({error}); run 'evaluate' again") from error
-
-
 def saved_metrics(file: Path, identity: dict[str, Any]) -> PolicyMetrics | None:
     """The figures in `file` if they were made from the same things by a version that measured the same figures."""
-    if not file.is_file():
-        return None
+    figures = saved_result(file, identity).get("metrics", {})
+    return PolicyMetrics(**figures) if figures.keys() == {field.name for field in fields(PolicyMetrics)} else None
+
+
+def saved_result(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object in `file` if its `identity` is this one; empty otherwise."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return None
-    same_identity = content.get("identity") == json.loads(json.dumps(identity))
-    same_figures = set(content.get("metrics", {})) == {field.name for field in fields(PolicyMetrics)}
-    return PolicyMetrics(**content["metrics"]) if same_identity and same_figures else None
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return content if content.get("identity") == json.loads(json.dumps(identity)) else {}

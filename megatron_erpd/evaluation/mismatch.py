@@ -15,27 +15,21 @@ are biased. The usual figures, under the names that they have elsewhere:
   `training/rollout_actor_probs_pearson_corr` (verl/utils/debug/metrics.py).
 - mean |d|: slime's `train_rollout_logprob_abs_diff`.
 
-What is a good value is in `mismatch_verdicts`.
+`mismatch_verdicts` says what a good value is, and keeps the report.
 """
 
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from array import array
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_erpd.errors import RolloutError, StageError
+from megatron_erpd.errors import RolloutError
 from megatron_erpd.evaluation.streaming import LogHistogram, Moments
-
-MISMATCH = "sampler_mismatch.json"
-"""The report's file in the artifact of the base policy's log-probs."""
 
 PERCENTS = (50.0, 90.0, 99.0, 99.9)
 SEQUENCE_PERCENTS = (0.0, 1.0, 50.0, 99.0, 100.0)
@@ -117,25 +111,6 @@ class Mismatch:
     worst_mean: list[WorstToken] = field(default_factory=list)
     worst_token: list[WorstToken] = field(default_factory=list)
 
-    def describe(self) -> str:
-        """Verdicts and figures for a terminal."""
-        from megatron_erpd.evaluation.mismatch_verdicts import describe
-
-        return describe(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures, and the verdicts on them."""
-        from megatron_erpd.evaluation.mismatch_verdicts import verdicts
-
-        return asdict(self) | {"verdicts": [asdict(verdict) for verdict in verdicts(self)]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Mismatch:
-        """The inverse of `to_json`."""
-        figures = {name: value for name, value in values.items() if name != "verdicts"}
-        worst = {name: [WorstToken(**row) for row in figures[name]] for name in ("worst_mean", "worst_token")}
-        return cls(**{**figures, **worst})
-
 
 def measure_mismatch(rows: Iterable[tuple[str, np.ndarray | None, np.ndarray]]) -> Mismatch:
     """Compares log-probs rollout by rollout. Nothing is kept but 8 bytes per rollout and fixed tables.
@@ -150,19 +125,6 @@ def measure_mismatch(rows: Iterable[tuple[str, np.ndarray | None, np.ndarray]]) 
     for sample_id, behavior, recomputed in rows:
         comparison.add(sample_id, behavior, recomputed)
     return comparison.result()
-
-
-def read_mismatch(artifact: Path) -> Mismatch:
-    """The report in an artifact.
-
-    Raises:
-        StageError: there is none, or the file is damaged.
-    """
-    path = artifact / MISMATCH
-    try:
-        return Mismatch.from_json(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise StageError(f"{path}: isn't a mismatch report ({error}); run the precompute stage again") from None
 
 
 class _Comparison:

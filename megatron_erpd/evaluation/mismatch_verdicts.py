@@ -1,4 +1,4 @@
-"""What the figures of a mismatch mean, and what to do about them.
+"""What the figures of a mismatch mean, what to do about them, and the report that holds both.
 
 Where people have published a limit it is taken:
 
@@ -16,11 +16,17 @@ The rest (half of a limit, shares, the slope) is this project's choice.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.mismatch import Mismatch, WorstToken
+
+MISMATCH = "sampler_mismatch.json"
+"""The report's file in the artifact of the base policy's log-probs."""
 
 Level = Literal["ok", "look", "bad"]
 LEVELS: tuple[Level, ...] = ("ok", "look", "bad")
@@ -123,7 +129,29 @@ def _temperature(found: Mismatch) -> Verdict | None:
     return Verdict("slope", found.slope, level, limits, meaning, advice if level != "ok" else "")
 
 
-def describe(found: Mismatch) -> str:
+def mismatch_report(found: Mismatch) -> dict[str, Any]:
+    """All figures and the verdicts on them, as JSON values; `read_mismatch` gives the figures back."""
+    return asdict(found) | {"verdicts": [asdict(verdict) for verdict in verdicts(found)]}
+
+
+def read_mismatch(artifact: Path) -> Mismatch:
+    """The figures of the report in an artifact.
+
+    Raises:
+        StageError: there is none, or the file is damaged.
+    """
+    path = artifact / MISMATCH
+    try:
+        figures = json.loads(path.read_text())
+        figures.pop("verdicts", None)
+        for name in ("worst_mean", "worst_token"):
+            figures[name] = [WorstToken(**row) for row in figures[name]]
+        return Mismatch(**figures)
+    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise StageError(f"{path}: isn't a mismatch report ({error}); run the precompute stage again") from None
+
+
+def describe_mismatch(found: Mismatch) -> str:
     """The finding for a terminal: verdicts, advice, spread, worst tokens."""
     without = f"; {found.num_without} rollouts without log-probs of the sampler left out" if found.num_without else ""
     lines = [

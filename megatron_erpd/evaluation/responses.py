@@ -16,6 +16,9 @@ from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import HeldOutSettings
 
+Status = Callable[[str, str, int, int], None]
+"""Called with (policy's name, what is being done, finished, total)."""
+
 
 def respond(
     policy: Policy, prompt_token_ids: list[list[int]], settings: HeldOutSettings, tell: Callable[[str, int, int], None]

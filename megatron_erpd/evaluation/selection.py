@@ -6,8 +6,7 @@ a little too high, and only other prompts tell what it is.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_erpd.errors import RecipeError, StageError
-from megatron_erpd.evaluation.responses import decode, respond, score, standard_error
-from megatron_erpd.evaluation.strength import Selection, recommend_signal
+from megatron_erpd.evaluation.metrics import saved_result
+from megatron_erpd.evaluation.responses import Status, decode, prompt_means, respond, score, standard_error
+from megatron_erpd.evaluation.strength import SelectionResult, recommend_signal
 from megatron_erpd.files import write_json
 from megatron_erpd.sampling.policy import load_policy, policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompts_digest
@@ -24,8 +24,7 @@ from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import SelectSettings
 
 REWARDS = "rewards"
-Status = Callable[[str, str, int, int], None]
-"""Called with (policy's name, what is being done, finished, total)."""
+_KINDS = ("sampled", "greedy")
 
 
 def select_checkpoint(
@@ -37,7 +36,7 @@ def select_checkpoint(
     verifier: str,
     has_unlearned: bool,
     status: Status | None = None,
-) -> Selection:
+) -> SelectionResult:
     """Samples base and candidates on the prompts and chooses.
 
     Each policy's rewards are saved as soon as they are there (`rewards/NAME.json`); a file that was made from the same
@@ -66,7 +65,7 @@ def select_checkpoint(
     found = [_figures(measure(f"teacher@{i}", candidates[i]), reference) | {"iteration": i} for i in iterations]
     chosen = max(found, key=lambda figures: (figures["reward"], -figures["iteration"]))
     advice = recommend_signal(chosen["difference"], chosen["difference_se"], has_unlearned)
-    return Selection(
+    return SelectionResult(
         by=settings.by,
         iteration=chosen["iteration"],
         base=_means(reference),
@@ -112,41 +111,22 @@ def _rewards(
         "verifier": verifier,
     }
     file = folder / REWARDS / f"{name}.json"
-    rewards = _saved(file, identity)
-    if rewards is None:
+    saved = saved_result(file, identity)
+    if not saved.keys() >= set(_KINDS):
         policy = load_policy(path)
         ids = encode_prompts(policy.tokenizer, records, settings)
         groups, greedy = respond(policy, ids, settings, partial(status, name) if status else lambda *_: None)
         judge = Verifier(verifier)
         sampled = score(judge, records, [decode(policy, group) for group in groups])
         likeliest = score(judge, records, [[text] for text in decode(policy, greedy)])
-        rewards = {"sampled": _row_means(sampled), "greedy": _row_means(likeliest)}
+        saved = {"identity": identity, "sampled": prompt_means(sampled), "greedy": prompt_means(likeliest)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        values = {kind: [None if np.isnan(v) else v for v in row.tolist()] for kind, row in rewards.items()}
-        write_json(file, {"identity": identity, **values})
+        write_json(file, saved)
+    rewards = {kind: np.array(saved[kind], dtype=np.float64) for kind in _KINDS}  # None, unverified, is NaN
     for kind, row in rewards.items():
         if np.isnan(row).all():
             raise StageError(f"{name}: the verifier {verifier} gave no verdict on any {kind} response; correct it")
     return rewards
-
-
-def _saved(file: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text())
-        if content["identity"] != json.loads(json.dumps(identity)):
-            return None
-        return {kind: np.array(content[kind], dtype=np.float64) for kind in ("sampled", "greedy")}
-    except (json.JSONDecodeError, KeyError):
-        return None
-
-
-def _row_means(rewards: np.ndarray) -> np.ndarray:
-    """`[N, G]` with NaN for unverified -> `[N]`; a row without any verdict is NaN."""
-    verified = ~np.isnan(rewards)
-    counts = verified.sum(axis=1)
-    return np.where(counts > 0, np.where(verified, rewards, 0.0).sum(axis=1) / counts.clip(min=1), np.nan)
 
 
 def _means(rewards: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def recommend_signal(difference: float, standard_error: float, has_unlearned: bo
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionResult:
     """What a selection found out, as `selection.json` holds it.
 
     Attributes:
@@ -104,7 +104,7 @@ class Selection:
         }
 
 
-def read_selection(artifact: Path) -> Selection:
+def read_selection(artifact: Path) -> SelectionResult:
     """The finding in a selection's artifact.
 
     Raises:
@@ -112,7 +112,7 @@ def read_selection(artifact: Path) -> Selection:
     """
     path = artifact / SELECTION
     try:
-        selection = Selection(**json.loads(path.read_text()))
+        selection = SelectionResult(**json.loads(path.read_text()))
         assert selection.chosen
     except (OSError, json.JSONDecodeError, TypeError, KeyError, StopIteration) as error:
         raise StageError(

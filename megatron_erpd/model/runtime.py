@@ -43,7 +43,7 @@ def prepare_output(
     """
     meeting.first(lambda: _begin(output, stage, settings, inputs))
     if verify:
-        meeting.verify_together(inputs.values(), reads)
+        meeting.verify_inputs_together(inputs.values(), reads)
 
 
 def _begin(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:

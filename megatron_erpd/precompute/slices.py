@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
-from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
+from megatron_erpd.evaluation.mismatch import measure_mismatch
+from megatron_erpd.evaluation.mismatch_verdicts import MISMATCH, describe_mismatch, mismatch_report
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import finish_artifact, input_digest, verify_manifest
 from megatron_erpd.meeting import checksums_of, first
@@ -99,8 +100,8 @@ def write_mismatch(output: Path, rollouts: Rollouts) -> None:
         (name, rollouts.behavior_log_probs(i), cache.token_row("base", name))
         for i, name in enumerate(rollouts.sample_ids)
     )
-    print(found.describe(), flush=True)
-    write_json(output / MISMATCH, found.to_json())
+    print(describe_mismatch(found), flush=True)
+    write_json(output / MISMATCH, mismatch_report(found))
 
 
 def _figures(summary: Mapping[str, Any], index: CacheIndex) -> dict[str, Any]:

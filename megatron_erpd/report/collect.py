@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import StageError
-from megatron_erpd.evaluation.mismatch import MISMATCH, Mismatch, read_mismatch
-from megatron_erpd.evaluation.strength import Selection, read_selection
+from megatron_erpd.evaluation.mismatch import Mismatch
+from megatron_erpd.evaluation.mismatch_verdicts import MISMATCH, mismatch_report, read_mismatch
+from megatron_erpd.evaluation.strength import SelectionResult, read_selection
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import MANIFEST, METRICS, REQUEST, WARNINGS, Manifest, read_manifest
 from megatron_erpd.report.findings import findings
@@ -125,7 +126,7 @@ class Round:
     stages: list[StageRecord]
     target: dict[str, dict[str, float]]
     """Of the cached target: mean, min and max over the tokens of `eta` and of `target_kl` (in nats)."""
-    selection: Selection | None = None
+    selection: SelectionResult | None = None
     """How the teacher was chosen among its checkpoints, where it was."""
     mismatch: Mismatch | None = None
     """The sampler's log-probs against the training engine's, where precompute has compared them."""
@@ -214,7 +215,7 @@ def summarise(run: Run) -> dict[str, Any]:
     }
     targets = {round_.name: round_.target for round_ in run.rounds if round_.target}
     selections = {round_.name: asdict(round_.selection) for round_ in run.rounds if round_.selection}
-    mismatches = {round_.name: round_.mismatch.to_json() for round_ in run.rounds if round_.mismatch}
+    mismatches = {round_.name: mismatch_report(round_.mismatch) for round_ in run.rounds if round_.mismatch}
     return {
         "name": run.name,
         "policies": policies,

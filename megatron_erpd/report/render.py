@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from megatron_erpd import units
 from megatron_erpd.evaluation.mismatch import Mismatch
 from megatron_erpd.evaluation.mismatch_verdicts import Verdict, verdicts, worst_level
-from megatron_erpd.evaluation.strength import Selection
+from megatron_erpd.evaluation.strength import SelectionResult
 from megatron_erpd.files import write_text
 from megatron_erpd.report import plots
 from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary
@@ -92,7 +92,7 @@ class RoundView:
     efficiency: list[str]
     training: list[tuple[str, list[Picture]]]
     target: dict[str, dict[str, float]]
-    selection: Selection | None
+    selection: SelectionResult | None
     selection_rows: list[tuple[str, bool, list[str]]]
     """Name, whether it was chosen, and cells: reward, greedy, difference from the base."""
     mismatch: Mismatch | None
@@ -245,7 +245,7 @@ def _table_row(policy: Policy, columns: list[tuple[str, str, str]]) -> tuple[str
     return policy.name, policy.role, cells
 
 
-def _selection_rows(selection: Selection) -> list[tuple[str, bool, list[str]]]:
+def _selection_rows(selection: SelectionResult) -> list[tuple[str, bool, list[str]]]:
     def cells(figures: dict[str, Any]) -> list[str]:
         keys = ("reward", "greedy", "difference")
         return [f"{figures[k]:.3f} ± {figures[f'{k}_se']:.3f}" if k in figures else "–" for k in keys]

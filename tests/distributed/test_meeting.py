@@ -48,7 +48,7 @@ def share_work(rank: int, world_size: int, root: str, by_store: bool) -> dict[st
         for what, work in {
             "first": lambda: meeting.first(lambda: _refuse("no such thing")),
             "finish": lambda: meeting.finish_together(Path(root) / "artifact"),
-            "verify": lambda: meeting.verify_together([Path(root) / "artifact"]),
+            "verify": lambda: meeting.verify_inputs_together([Path(root) / "artifact"]),
         }.items():
             try:
                 work()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 def layer(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
@@ -79,6 +84,23 @@ def test_imports_point_to_earlier_packages(name):
             parts = imported.split(".")
             if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] in ORDER:
                 assert ORDER.index(parts[1]) <= ORDER.index(name), f"{path} imports {imported}"
+
+
+def test_no_modules_import_one_another():
+    """... also inside functions, and by way of others."""
+    known = {module(path) for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for path in modules():
+        found = set()
+        for name in imports(path):
+            while name and name not in known:  # a name in a module
+                name = name.rpartition(".")[0]
+            found.add(name)
+        graph[module(path)] = found - {module(path), ""}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_heavy_libraries_stay_where_they_are_needed():

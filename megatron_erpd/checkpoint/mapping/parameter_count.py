@@ -50,21 +50,6 @@ def active_parameters(shape: ModelShape) -> int:
     return dense + (experts // shape.num_experts * shape.experts_per_token if shape.num_experts else 0)
 
 
-def parameters_per_process(
-    shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1
-) -> ProcessParameters:
-    """Parameters of a process of the pipeline stage that holds the most.
-
-    That is the last one, which has the output layer (with tied embeddings a copy of the embedding), unless it has fewer
-    layers than others and they weigh more.
-
-    Raises:
-        LayoutError: a size doesn't divide what it splits.
-    """
-    stages = parameters_per_stage(shape, tensor_parallel, pipeline_parallel, expert_parallel)
-    return max(reversed(stages), key=lambda stage: stage.total)
-
-
 @cache
 def parameters_per_stage(
     shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1

@@ -16,7 +16,7 @@ from megatron_erpd.settings import Layout
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoordinates:
     """A rank's numbers in a layout."""
 
     tensor: int
@@ -88,27 +88,29 @@ class Sharding:
         )
         check_expert_groups(self.shape, sizes, trains=False)
 
-    def place(self, rank: int) -> Place:
+    def coordinates(self, rank: int) -> RankCoordinates:
         """The numbers of a rank, from 0 to `layout.num_processes` - 1."""
         ranks = self.layout.num_processes // self.layout.pipeline_parallel
-        return Place(rank % self.layout.tensor_parallel, rank // ranks, rank % ranks % self.layout.expert_parallel)
+        return RankCoordinates(
+            rank % self.layout.tensor_parallel, rank // ranks, rank % ranks % self.layout.expert_parallel
+        )
 
     def layers(self, stage: int) -> list[range]:
         """The layers of every chunk of a pipeline stage."""
         return stage_layers(self.shape.num_layers, self.layout.pipeline_parallel, self.virtual_stages)[stage]
 
-    def chunks(self, place: Place) -> list[list[RankShard]]:
+    def chunks(self, coordinates: RankCoordinates) -> list[list[RankShard]]:
         """All that a rank holds, by chunk of its pipeline stage.
 
         The embedding is on the first chunk of all; what follows the layers, and with tied embeddings a copy of the
         embedding, on the last.
         """
-        layers = self.layers(place.pipeline)
+        layers = self.layers(coordinates.pipeline)
         found: list[list[RankShard]] = [[] for _ in layers]
         for unit in units(self.shape):
             for number, shards in enumerate(found):
-                if self._is_on(unit, place, number, layers[number]):
-                    shards += self.shards(unit, place.tensor)
+                if self._is_on(unit, coordinates, number, layers[number]):
+                    shards += self.shards(unit, coordinates.tensor)
         return found
 
     def shards(self, unit: Unit, tensor_rank: int) -> list[RankShard]:
@@ -132,12 +134,12 @@ class Sharding:
             start += segment.count
         return parts
 
-    def _is_on(self, unit: Unit, place: Place, chunk: int, layers: range) -> bool:
+    def _is_on(self, unit: Unit, coordinates: RankCoordinates, chunk: int, layers: range) -> bool:
         if unit.layer is not None:
             experts = self.shape.num_experts // self.layout.expert_parallel
-            return unit.layer in layers and (unit.expert is None or unit.expert // experts == place.expert)
-        is_first = place.pipeline == 0 and chunk == 0
-        is_last = place.pipeline == self.layout.pipeline_parallel - 1 and chunk == self.virtual_stages - 1
+            return unit.layer in layers and (unit.expert is None or unit.expert // experts == coordinates.expert)
+        is_first = coordinates.pipeline == 0 and chunk == 0
+        is_last = coordinates.pipeline == self.layout.pipeline_parallel - 1 and chunk == self.virtual_stages - 1
         if unit.key == EMBEDDING_KEY:
             return is_first or (is_last and self.shape.tied_embeddings)
         return is_last

@@ -93,7 +93,7 @@ def planned_shards(folder: Path, layout: Layout, virtual_stages: int, ranks: Seq
     return [
         [
             sorted((shard.unit.key, shard.global_shape, shard.local_shape, shard.offset) for shard in chunk)
-            for chunk in sharding.chunks(sharding.place(rank))
+            for chunk in sharding.chunks(sharding.coordinates(rank))
         ]
         for rank in ranks
     ]
@@ -134,6 +134,6 @@ def test_all_ranks_of_a_small_model(name: str, megatron: Any, tmp_path: Path) ->
     found = dry_run(tmp_path, layout, virtual_stages)
     sharding = Sharding(read_model_shape(tmp_path), layout, virtual_stages)
     for rank in ranks:
-        place = sharding.place(rank)
+        place = sharding.coordinates(rank)
         held = sum(shard.size for chunk in sharding.chunks(place) for shard in chunk)
         assert found.stages[place.pipeline].parameters == held

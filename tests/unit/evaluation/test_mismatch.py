@@ -14,8 +14,16 @@ import pytest
 from megatron_erpd.commands import cli
 from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
 from megatron_erpd.errors import RolloutError, StageError
-from megatron_erpd.evaluation.mismatch import MISMATCH, NUM_WORST, Mismatch, measure_mismatch, read_mismatch
-from megatron_erpd.evaluation.mismatch_verdicts import Verdict, verdicts, worst_level
+from megatron_erpd.evaluation.mismatch import NUM_WORST, Mismatch, measure_mismatch
+from megatron_erpd.evaluation.mismatch_verdicts import (
+    MISMATCH,
+    Verdict,
+    describe_mismatch,
+    mismatch_report,
+    read_mismatch,
+    verdicts,
+    worst_level,
+)
 from megatron_erpd.evaluation.streaming import LogHistogram, Moments
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.tolerances import FLOAT64, HISTOGRAM
@@ -111,7 +119,7 @@ def test_the_worst_are_named_in_order() -> None:
 def test_rounding_is_fine() -> None:
     found = measure_mismatch(policies(1.0, noise=0.005))
     assert worst_level(found) == "ok" and all(v.advice == "" for v in verdicts(found))
-    assert "what to do" not in found.describe()
+    assert "what to do" not in describe_mismatch(found)
 
 
 @pytest.mark.parametrize(("temperature", "side"), [(0.7, "below"), (0.9, "below"), (1.1, "above"), (1.3, "above")])
@@ -120,7 +128,7 @@ def test_a_planted_temperature(temperature: float, side: str) -> None:
     assert found.slope is not None and min(1, temperature) < found.slope < max(1, temperature)
     said = verdict(found, "slope")
     assert said.level == "bad" and f"a temperature {side} 1" in said.advice
-    assert "what to do: so looks a sampler at a temperature" in found.describe()
+    assert "what to do: so looks a sampler at a temperature" in describe_mismatch(found)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
@@ -146,7 +154,7 @@ def test_a_planted_token() -> None:
     worst = found.worst_token[0]
     assert (worst.sample_id, worst.position, worst.difference) == (name, 13, -12.0)
     assert verdict(found, "largest |d|").level == "bad" and verdict(found, "slope").level == "ok"
-    assert f"{name}: token 13 of 40" in found.describe()
+    assert f"{name}: token 13 of 40" in describe_mismatch(found)
 
 
 def test_what_is_not_finite_is_counted_and_left_out() -> None:
@@ -161,7 +169,7 @@ def test_what_is_not_finite_is_counted_and_left_out() -> None:
     far = measure_mismatch([("a", np.array([-1.0]), np.array([-1e5]))])
     assert math.isfinite(far.mult_error) and math.isfinite(far.kl_k3) and far.mean == -99999
     near = measure_mismatch([("a", np.array([-1e5]), np.array([-1.0]))])
-    assert json.dumps([far.to_json(), near.to_json()], allow_nan=False)
+    assert json.dumps([mismatch_report(far), mismatch_report(near)], allow_nan=False)
 
 
 def test_few_or_equal_tokens_have_no_slope() -> None:
@@ -182,7 +190,7 @@ def test_nothing_to_compare() -> None:
 
 def test_the_report_on_disk(tmp_path: Path) -> None:
     found = measure_mismatch(random_rows(0.3))
-    (tmp_path / MISMATCH).write_text(json.dumps(found.to_json()))
+    (tmp_path / MISMATCH).write_text(json.dumps(mismatch_report(found)))
     assert read_mismatch(tmp_path) == found
     (tmp_path / MISMATCH).write_text('{"mean": 1}')
     with pytest.raises(StageError, match="isn't a mismatch report"):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron_erpd.errors import StageError
-from megatron_erpd.evaluation.strength import SELECTION, Selection, read_selection, recommend_signal
+from megatron_erpd.evaluation.strength import SELECTION, SelectionResult, read_selection, recommend_signal
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,13 @@ def test_the_rule(difference, error, with_unlearned):
     assert ("section unlearned" in alone.why) == (with_unlearned != "strong"), "a weak teacher is told"
 
 
-def selection(**changed) -> Selection:
+def selection(**changed) -> SelectionResult:
     figures = {"reward": 0.5, "reward_se": 0.02, "greedy": 0.6, "greedy_se": 0.03}
     candidates = [figures | {"difference": 0.1, "difference_se": 0.02, "iteration": i} for i in (8, 16)]
     values = {"by": "best_reward", "iteration": 16, "base": figures | {"reward": 0.4}, "candidates": candidates}
-    return Selection(**values | {"signal": "strong", "why": "better", "num_prompts": 9, "num_samples": 4} | changed)
+    return SelectionResult(
+        **values | {"signal": "strong", "why": "better", "num_prompts": 9, "num_samples": 4} | changed
+    )
 
 
 def test_a_finding_on_disk(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_erpd.data.rollouts import read_rollouts, write_rollouts
-from megatron_erpd.evaluation.strength import SELECTION, Selection
+from megatron_erpd.evaluation.strength import SELECTION, SelectionResult
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.teacher_cache import CacheMeta, CacheWriter, finalize, prepare_cache
 
@@ -163,7 +163,9 @@ def selection(folder: Path) -> None:
         figures | {"reward": reward, "difference": gained, "difference_se": 0.025, "iteration": iteration}
         for iteration, (reward, gained) in rows.items()
     ]
-    found = Selection("best_reward", 16, figures, candidates, "strong", "it is better", num_prompts=64, num_samples=4)
+    found = SelectionResult(
+        "best_reward", 16, figures, candidates, "strong", "it is better", num_prompts=64, num_samples=4
+    )
     (folder / SELECTION).write_text(json.dumps(asdict(found)))
     finish(folder, "select", 20.0, **found.figures())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.evaluation.strength import Selection
+from megatron_erpd.evaluation.strength import SelectionResult
 from megatron_erpd.manifest import Manifest
 from megatron_erpd.report.collect import Policy, Round, Run, StageRecord, _with_efficiency
 from megatron_erpd.report.findings import Finding, findings
@@ -31,7 +31,7 @@ def found(
     policies: list[Policy],
     stages: dict[str, tuple[dict[str, Any], dict[str, Any]]] | None = None,
     base: dict[str, float] | None = None,
-    selection: Selection | None = None,
+    selection: SelectionResult | None = None,
     names: tuple[str, ...] = ("round-01",),
 ) -> list[Finding]:
     rounds = []
@@ -187,10 +187,10 @@ def test_rounds_and_further_teachers_are_named():
 
 
 def test_before_the_evaluation_the_selection_speaks():
-    def selection(difference: float) -> Selection:
+    def selection(difference: float) -> SelectionResult:
         base = {"reward": 0.4, "reward_se": 0.02, "greedy": 0.4, "greedy_se": 0.02}
         chosen = {**base, "iteration": 8, "reward": 0.4 + difference, "difference": difference, "difference_se": 0.02}
-        return Selection("best_reward", 8, base, [chosen], "strong", "", 64, 4)
+        return SelectionResult("best_reward", 8, base, [chosen], "strong", "", 64, 4)
 
     assert found([], selection=selection(0.2))[0].level == "better"
     weak = found([], selection=selection(-0.2))[0]

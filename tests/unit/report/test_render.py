@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_erpd.commands import one_process as commands
-from megatron_erpd.evaluation.mismatch import MISMATCH, measure_mismatch
+from megatron_erpd.evaluation.mismatch import measure_mismatch
+from megatron_erpd.evaluation.mismatch_verdicts import MISMATCH, mismatch_report
 from megatron_erpd.report.render import duration, render_report, shortened, tint
 from megatron_erpd.units import size
 from tests.unit.report.synthetic_run import evaluations, finish, make_run, selection
@@ -176,7 +177,7 @@ def test_the_mismatch_of_sampler_and_training_engine(tmp_path: Path) -> None:
     log_probs.mkdir()
     sampler = -np.arange(1.0, 1001) / 100
     found = measure_mismatch([("a", sampler, sampler - 0.03), ("b", None, sampler)])
-    (log_probs / MISMATCH).write_text(json.dumps(found.to_json()))
+    (log_probs / MISMATCH).write_text(json.dumps(mismatch_report(found)))
     page = render_report(folder).read_text()
     assert f"{heading}: look" in Structure(page).headings
     assert "1,000 tokens of 1 rollouts; 1 rollouts have none" in page
