@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_erpd.errors import RecipeError, StageError
-from megatron_erpd.evaluation import selection
 from megatron_erpd.evaluation.evaluate import evaluate_policies
+from megatron_erpd.evaluation.responses import prompt_means
 from megatron_erpd.evaluation.selection import candidate_folders, select_checkpoint
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.settings import EvaluateSettings, SelectSettings
@@ -125,6 +125,6 @@ def test_folders_of_an_export(tmp_path):
     assert {i: p.name for i, p in candidate_folders(tmp_path).items()} == {8: "teacher@8", 16: "teacher@16"}
 
 
-def test_row_means():
+def test_prompt_means():
     rows = np.array([[1.0, np.nan, 0.0], [np.nan] * 3, [1.0, 1.0, 1.0]])
-    np.testing.assert_array_equal(selection._row_means(rows), [0.5, np.nan, 1.0])
+    assert prompt_means(rows) == [0.5, None, 1.0]
