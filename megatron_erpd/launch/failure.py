@@ -132,7 +132,7 @@ def _of_one(rank: int | None, stream: list[tuple[int, str]]) -> Iterator[_Raised
         place = ""
         while position < len(stream) and not _RAISED.match(stream[position][1]):
             match = _PLACE.match(stream[position][1])
-            place = f"{match[1]}, line {match[2]}" + (f", in {match[3]}" if match[3] else "") if match else place
+            place = _place(match) if match else place
             if stream[position][1].strip() == _TRACEBACK:
                 break
             position += 1
@@ -151,6 +151,10 @@ def _of_one(rank: int | None, stream: list[tuple[int, str]]) -> Iterator[_Raised
         yield latest
 
 
+def _place(match: re.Match[str]) -> str:
+    return f"{match[1]}, line {match[2]}" + (f", in {match[3]}" if match[3] else "")
+
+
 def _crash(lines: Sequence[str]) -> str:
     """The last crash outside of Python, with what it says of itself and where Python was."""
     bare = [_RANK.sub("", line) for line in lines]
@@ -163,7 +167,7 @@ def _crash(lines: Sequence[str]) -> str:
         if line.strip().startswith("what():"):
             said.append("  " + line.strip())
         if match:
-            return "\n".join([*said, f"  at {match[1]}, line {match[2]}" + (f", in {match[3]}" if match[3] else "")])
+            return "\n".join([*said, f"  at {_place(match)}"])
     return "\n".join(said)
 
 

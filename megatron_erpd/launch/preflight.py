@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_erpd.errors import ErpdError, RecipeError
@@ -45,19 +45,30 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, *
     model = _model(stages, made)
     problems = [
         *_output_problems(recipe, stages),
-        *_missing_paths(stages, made),
-        *_model_problems(stages, model),
+        *_told_once(_missing_paths(stages, made)),
+        *_model_problems(model),
+        *_told_once(_layout_problems(stages, model)),
         *_disk_problems(recipe, stages, model),
-        *_batch_problems(stages),
-        *_precision_problems(stages),
-        *_device_problems(stages, slots),
+        *_told_once(_batch_problems(stages)),
+        *_told_once(_precision_problems(stages)),
+        *_told_once(_device_problems(stages, slots)),
+        *_interface_problems(stages, slots),
         *_flag_problems(recipe, stages, slots, model),
         *_data_problems(recipe, stages, slots, model, made),
         *([f"monitoring.{recipe.monitoring.problem}"] if recipe.monitoring.problem else []),
     ]
     if problems:
-        lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+        lines = "\n".join(f"  {line}" for line in problems)
         raise RecipeError(f"{recipe.name}: the run can't start:\n{lines}")
+
+
+def _told_once(found: Iterable[tuple[Stage, str]]) -> Iterator[str]:
+    """A line for each problem, with the names of all stages that have it before it."""
+    names: dict[str, list[str]] = {}
+    for stage, problem in found:
+        names.setdefault(problem, []).append(stage.name)
+    for problem, stages in names.items():
+        yield f"{', '.join(stages)}: {problem}"
 
 
 def _output_problems(recipe: Recipe, stages: Sequence[Stage]) -> Iterator[str]:
@@ -74,13 +85,15 @@ def _output_problems(recipe: Recipe, stages: Sequence[Stage]) -> Iterator[str]:
                 break  # of many folders in one that can't be written, one is enough
 
 
-def _missing_paths(stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> Iterator[str]:
+def _missing_paths(stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> Iterator[tuple[Stage, str]]:
     pending = [*to_be_prepared, *(s.output for s in stages if s.command != "prepare")]
+    first_name: dict[Path, str] = {}  # of a path that several stages have under several names
     for stage in stages:
         for name, given in stage.inputs.items():
             path = local_path(given) if name in ("prompts", "source") else given
             if path is not None and not path.exists() and not _is_in(path, pending):
-                yield f"{stage.name}: {name} {path}: no such file or folder; check the path in the recipe"
+                name = first_name.setdefault(path, name)
+                yield stage, f"{name} {path}: no such file or folder; check the path in the recipe"
 
 
 def _is_in(path: Path, folders: Sequence[Path]) -> bool:
@@ -93,15 +106,13 @@ def _model(stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> Path | No
     return folder if folder.is_dir() and not _is_in(folder, to_be_prepared) else None
 
 
-def _model_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[str]:
-    """Whether the model can be read and converted, and divides over every layout."""
+def _model_problems(model: Path | None) -> Iterator[str]:
+    """Whether the model can be read."""
     if model is None:
         return
     if not (model / "config.json").is_file():
         yield f"model {model}: has no config.json; give a Hugging Face folder"
         return
-    from megatron_erpd.checkpoint.mapping.config import model_flags, read_model_shape
-    from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
     from megatron_erpd.model_folder import read_tensors
     from megatron_erpd.sources.tokenizer import load_tokenizer
 
@@ -110,22 +121,25 @@ def _model_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[str
             check(model)
         except ErpdError as error:
             yield f"model: {error}"
-    told = set[tuple[int, ...]]()
+
+
+def _layout_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[tuple[Stage, str]]:
+    """Whether the model can be converted, and divides over every layout."""
+    from megatron_erpd.checkpoint.mapping.config import model_flags, read_model_shape
+    from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
+
+    if model is None or not (model / "config.json").is_file():
+        return
     for stage in stages:
         if stage.command not in (*RUNS_MODEL, "import"):
             continue
-        layout, trains = stage.layout, stage.command in TRAINS
-        sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
-        key = (*sizes, layout.num_processes, layout.sequence_parallel, trains)
-        if key in told:
-            continue
-        told.add(key)
+        layout = stage.layout
         try:
-            model_flags(model, *sizes)
+            model_flags(model, layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
             if stage.command != "import":
-                check_expert_groups(read_model_shape(model), layout, trains)
+                check_expert_groups(read_model_shape(model), layout, stage.command in TRAINS)
         except ErpdError as error:
-            yield f"{stage.name}: {error}"
+            yield stage, str(error)
 
 
 def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) -> Iterator[str]:
@@ -155,7 +169,7 @@ def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) 
         )
 
 
-def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
+def _batch_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
     for stage in stages:
         batch, name, layout = stage.settings.get("global_batch_size"), "global_batch_size", stage.layout
         if stage.command == "train-on-policy":
@@ -164,12 +178,13 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[str]:
         together = layout.micro_batch_size * layout.data_parallel
         if batch and batch % together:
             yield (
-                f"{stage.name}: {name} {batch} is not a multiple of micro_batch_size "
-                f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them"
+                stage,
+                f"{name} {batch} is not a multiple of micro_batch_size "
+                f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them",
             )
 
 
-def _precision_problems(stages: Sequence[Stage]) -> Iterator[str]:
+def _precision_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
     """Trainings that would read log-probs of another precision than their own."""
     made = {stage.output: stage for stage in stages if stage.command == "precompute"}
     for stage in stages:
@@ -177,44 +192,47 @@ def _precision_problems(stages: Sequence[Stage]) -> Iterator[str]:
             source = made.get(stage.inputs[name]) if stage.command in TRAINS and name in stage.inputs else None
             if source is not None and source.layout.precision != stage.layout.precision:
                 yield (
-                    f"{stage.name}: trains in {stage.layout.precision} on log-probs that {source.name} computes in "
-                    f"{source.layout.precision}; give both stages one precision"
+                    stage,
+                    f"trains in {stage.layout.precision} on log-probs that {source.name} computes in "
+                    f"{source.layout.precision}; give both stages one precision",
                 )
 
 
-def _device_problems(stages: Sequence[Stage], slots: Slots | None) -> Iterator[str]:
+def _device_problems(stages: Sequence[Stage], slots: Slots | None) -> Iterator[tuple[Stage, str]]:
     """What the machine that a stage runs on lacks, as far as it is known."""
-    several = False
     for stage in stages:
-        several |= stage.num_processes > 1
         if slots is not None and slots.gpus and stage.num_gpus > len(slots.gpus):
             what = "its layout" if stage.gpus_per_process == 1 else "tensor_parallel"
             yield (
-                f"{stage.name}: {what} needs {stage.num_gpus} GPUs, this machine has {len(slots.gpus)}; choose a "
-                "smaller one"
+                stage,
+                f"{what} needs {stage.num_gpus} GPUs, this machine has {len(slots.gpus)}; choose a smaller one",
             )
         if stage.command in RUNS_MODEL:
-            yield from _layout_problems(stage, slots)
+            yield from ((stage, problem) for problem in _lacking(stage, slots))
         elif stage.settings.get("engine") == "vllm" and _lacks("vllm", stage, slots):
             yield (
-                f"{stage.name}: engine vllm: vLLM isn't installed; pip install 'megatron-erpd[vllm]', or take engine "
-                "transformers"
+                stage,
+                "engine vllm: vLLM isn't installed; pip install 'megatron-erpd[vllm]', or take engine transformers",
             )
-    if slots is not None and several and (why := missing_interface()):
+
+
+def _interface_problems(stages: Sequence[Stage], slots: Slots | None) -> Iterator[str]:
+    if slots is not None and any(stage.num_processes > 1 for stage in stages) and (why := missing_interface()):
         yield why
 
 
-def _layout_problems(stage: Stage, slots: Slots | None) -> Iterator[str]:
+def _lacking(stage: Stage, slots: Slots | None) -> Iterator[str]:
+    """What a stage that runs a model needs and the machine has not."""
     layout = stage.layout
     on_cpu = slots is not None and not slots.gpus
     if layout.context_parallel > 1:
-        what = f"{stage.name}: context_parallel {layout.context_parallel}:"
+        what = f"context_parallel {layout.context_parallel}:"
         if on_cpu:
             yield f"{what} needs a GPU, and this machine has none that can be used; set it to 1"
         elif _lacks("transformer_engine", stage, slots):
             yield f"{what} needs Transformer Engine, which isn't installed; install it, or set it to 1"
     if layout.kernels == "triton" and on_cpu and "TRITON_INTERPRET" not in os.environ:
-        yield f"{stage.name}: kernels triton: needs a GPU, and this machine has none that can be used; take auto"
+        yield "kernels triton: needs a GPU, and this machine has none that can be used; take auto"
 
 
 def _is_our_python(stage: Stage, slots: Slots | None) -> bool:

@@ -133,8 +133,8 @@ class StageProcess:
         return tail_of(self.log, self.log_start)
 
 
-def tail_of(log: Path, start: int) -> str:
-    """The end of what an attempt wrote, from byte `start` of the log on; carriage returns count as line ends."""
+def tail_of(log: Path, start: int = 0) -> str:
+    """The last 64 KiB that an attempt wrote, from byte `start` of the log on; carriage returns count as line ends."""
     try:
         with log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)

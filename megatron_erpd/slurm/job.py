@@ -240,23 +240,20 @@ class StageJob:
             self._say(note)
 
     @contextmanager
-    def _page_drawn(self) -> Iterator[None]:
-        """Draws the page of the run's report in a process that does not outlive the context."""
-        page = self._draw_page()
-        try:
-            yield
-        finally:
-            if page is not None:
-                page.kill()
-                page.wait()
-
-    def _draw_page(self) -> subprocess.Popen[bytes] | None:
-        """Starts to draw the page of the run's report, of what is done already, where that is due."""
+    def _page_drawn(self) -> Iterator[subprocess.Popen[bytes] | None]:
+        """Draws the page of the run's report, of what is done already, in a process that ends with the context; where
+        that is due."""
         report = InterimReport(self.root)
         if self.slice or not report.shows(self.stage) or not report.page_is_due():
-            return None
+            yield None
+            return
         command = [sys.executable, "-m", "megatron_erpd.launch.interim_report", str(self.root)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        page = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        try:
+            yield page
+        finally:
+            page.kill()
+            page.wait()
 
     def _requeue(self, why: str, details: str) -> NoReturn:
         if self.restart >= self.record.requeues:

@@ -11,6 +11,7 @@ from megatron_erpd.launch.processes import GRACE_SECONDS
 from megatron_erpd.launcher import FROM_A_LAUNCHER, LAUNCHER_PREFIXES
 from megatron_erpd.recipe.stages import PACKAGE_ROOT, RUNS_MODEL
 from megatron_erpd.slurm.jobs import Job
+from megatron_erpd.units import counted
 
 _OWN_CONNECTIONS = ("use-torch-fsdp2", "use-megatron-fsdp", "overlap-moe-expert-parallel-comm")
 """Flags with which Megatron refuses CUDA_DEVICE_MAX_CONNECTIONS=1, or wants more."""
@@ -39,9 +40,8 @@ def render(job: Job, run: str, root: Path) -> str:
 
 
 def _about(job: Job, run: str) -> Iterator[str]:
-    where = f"{job.nodes} node{'s'[: job.nodes > 1]}"
     processes = f"{job.processes} process{'es' if job.processes > 1 else ''}"
-    yield f"# Stage {job.stage.name} of {run}: {job.stage.command}, {processes} on {where}."
+    yield f"# Stage {job.stage.name} of {run}: {job.stage.command}, {processes} on {counted(job.nodes, 'node')}."
     if job.part == "slices":
         does = "samples" if job.stage.command == "sample" else "scores"
         yield f"# Each of {job.stage.slurm.slices} jobs of an array {does} a slice; {job.stage.name} joins these."
@@ -82,12 +82,16 @@ def _directives(job: Job, run: str, root: Path) -> Iterator[str]:
 
 
 def _log(job: Job, root: Path) -> Iterator[str]:
-    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.part == "slices" else "$SLURM_JOB_ID"
     path = shlex.quote(str(root / "logs" / "slurm" / job.name))
     yield "# A log for each time that the job starts; the file of --output has what SLURM itself says."
-    yield f'log={path}-"{number}-${{SLURM_RESTART_COUNT:-0}}".log'
+    yield f'log={path}-"{_number(job)}-${{SLURM_RESTART_COUNT:-0}}".log'
     yield 'exec >>"$log" 2>&1'
     yield "set -e"
+
+
+def _number(job: Job) -> str:
+    """The job's number, as the shell knows it."""
+    return "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.part == "slices" else "$SLURM_JOB_ID"
 
 
 def _environment(job: Job) -> Iterator[str]:
@@ -129,14 +133,12 @@ def _launch(job: Job, root: Path) -> Iterator[str]:
     yield "# Runs what follows `--` and watches it; ends well only when the stage's artifact is complete."
     python = shlex.quote(sys.executable)
     yield f'{python} -m megatron_erpd.slurm.job {shlex.quote(str(root))} {job.name} --log "$log" -- \\'
-    yield from _indented(_srun(job, root), last=False)
     command = _command(job, slurm.python or (_CONTAINER_PYTHON if slurm.container_image else sys.executable))
-    yield from _indented([*command[:-1], f"{command[-1]} &"])
+    yield f"{_indented([*_srun(job, root), *command])} &"
 
 
 def _wait(job: Job) -> Iterator[str]:
     """What is left to the shell, which no shortage of memory kills."""
-    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.part == "slices" else "$SLURM_JOB_ID"
     yield "# A signal ends `wait`, but not that program."
     yield "set +e"
     yield "while kill -0 $! 2>/dev/null; do wait $!; done"
@@ -147,7 +149,7 @@ def _wait(job: Job) -> Iterator[str]:
     again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.stage.slurm.requeues} ]'
     yield f"if [ $code -gt 128 ] && [ $code -ne 143 ] && {again}; then"
     yield '    echo "[job] the program around the stage was killed (exit code $code); the job is queued again"'
-    yield f'    scontrol requeue "{number}" && sleep 600'
+    yield f'    scontrol requeue "{_number(job)}" && sleep 600'
     yield "fi"
     yield "exit $code"
 
@@ -208,7 +210,6 @@ def slurm_patience(signal_seconds: int) -> float:
     return signal_seconds - max(5.0, 0.1 * signal_seconds)
 
 
-def _indented(lines: list[str], last: bool = True) -> Iterator[str]:
-    for i, line in enumerate(line for line in lines if line):
-        end = "" if last and i == len([line for line in lines if line]) - 1 else " \\"
-        yield f"    {line}{end}"
+def _indented(lines: list[str]) -> str:
+    """Lines of one command."""
+    return " \\\n".join(f"    {line}" for line in lines if line)

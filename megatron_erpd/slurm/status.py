@@ -7,15 +7,12 @@ from pathlib import Path
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.launch.display import Display, State
-from megatron_erpd.launch.processes import error_message, progress_of
-from megatron_erpd.launch.watch import read_from
+from megatron_erpd.launch.processes import error_message, progress_of, tail_of
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.slurm.jobs import job_name
 from megatron_erpd.slurm.queue import Queued, how_ended, queued
 from megatron_erpd.slurm.submit import read_submitted
-
-_TAIL_BYTES = 64 * 1024
 
 
 def show_jobs(display: Display, stages: Sequence[Stage], root: Path) -> None:
@@ -75,7 +72,7 @@ def _note(name: str, number: str, jobs: Sequence[Queued], stage: Stage, root: Pa
     logs = _logs(root, name, number)
     starts = len(logs)
     words += [f"start {starts}"] if starts > 1 and len(jobs) == 1 else []
-    step = progress_of(stage.output, "\n".join(_tail(logs[-1])) if logs else "")
+    step = progress_of(stage.output, tail_of(logs[-1]) if logs else "")
     return ", ".join([*words, *([step] if step else [])])
 
 
@@ -84,14 +81,10 @@ def _why(root: Path, name: str, number: str) -> str:
     logs = _logs(root, name, number)
     if not logs:
         return ""
-    message = error_message(_tail(logs[-1]))
+    message = error_message(tail_of(logs[-1]).splitlines())
     return (f": {'; '.join(line.strip() for line in message.splitlines()[:3])}" if message else "") + (
         f" (log in {logs[-1]})"
     )
-
-
-def _tail(log: Path) -> list[str]:
-    return read_from(log, max(0, log.stat().st_size - _TAIL_BYTES)).splitlines()
 
 
 def _logs(root: Path, name: str, number: str) -> list[Path]:

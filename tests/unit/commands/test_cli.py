@@ -136,7 +136,7 @@ def test_dry_run_prints_the_commands(capsys, tmp_path, monkeypatch):
     Path("r.yaml").write_text(RECIPE)
     flags = ["--tensor-parallel", "2", "--set", "teacher.epochs=3", "--output", "there", "--dry-run"]
     code, out, err = ended(capsys, "run", "r.yaml", *flags)
-    assert code == 2 and "base: hf model: no such file or folder" in err  # as `run` would say
+    assert code == 2 and "base, rollouts: hf model: no such file or folder" in err  # as `run` would say
     assert "# teacher\ntorchrun --standalone --nproc-per-node 2 -- " in out
     assert "--epochs 3.0 --output there/round-01/teacher --verify-inputs --tensor-parallel 2" in out
     assert os.listdir(tmp_path) == ["r.yaml"]
@@ -147,7 +147,7 @@ def test_a_run_that_can_not_start(capsys, tmp_path, monkeypatch):
     Path("r.yaml").write_text(RECIPE)
     code, _, err = ended(capsys, "run", "r.yaml")
     assert code == 2
-    assert err.startswith("error: mine: the run can't start:\n  base: hf model: no such file or folder")
+    assert err.startswith("error: mine: the run can't start:\n  base, rollouts: hf model: no such file or folder")
     assert "Traceback" not in err
 
 

@@ -139,14 +139,14 @@ def test_everything_is_told_at_once(problems):
     )
     assert text.startswith("mine: the run can't start:\n")
     for expected in (
-        "base: hf modle: no such file or folder",
-        "rollouts: prompts train.jsonl: no such file or folder",
+        "base, rollouts, evaluation: hf modle: no such file or folder",
+        "rollouts, rewards: prompts train.jsonl: no such file or folder",
         "rewards: verifier tusk.py: no such file or folder",
         "scroe",
-        "teacher: global_batch_size 256 is not a multiple of micro_batch_size 24 x data_parallel 1 = 24",
+        "teacher, student: global_batch_size 256 is not a multiple of micro_batch_size 24 x data_parallel 1 = 24",
         "student: its layout needs 2 GPUs, this machine has 1",
     ):
-        assert expected in text
+        assert expected in text, text
 
 
 def test_a_sampler_that_needs_more_gpus_than_there_are(problems, installed):
@@ -158,7 +158,8 @@ def test_a_sampler_that_needs_more_gpus_than_there_are(problems, installed):
 
 
 def test_a_layout_that_does_not_divide_the_model(problems):
-    assert "base-log-probs:" in problems(layout={"tensor_parallel": 3})
+    text = problems(layout={"tensor_parallel": 3})
+    assert "  base-log-probs, teacher, cache, student: tensor parallel size 3" in text and text.count("size 3") == 1
     text = problems(stages={"teacher": {"layout": {"pipeline_parallel": 4}}})
     assert "teacher:" in text and "base-log-probs:" not in text
 
@@ -184,7 +185,7 @@ def test_what_prepare_writes_is_checked_when_it_is_there(problems):
     prepared = Path("runs/mine/prepare")
     prepared.mkdir(parents=True)
     write_manifest(prepared, "prepare", {}, {})
-    assert "base: hf runs/mine/prepare/model: no such file or folder" in problems(**sections)
+    assert "base, rollouts, evaluation: hf runs/mine/prepare/model: no such file or folder" in problems(**sections)
 
 
 def test_monitoring_that_is_not_installed(problems, installed):
@@ -254,12 +255,15 @@ def test_a_model_that_is_not_whole(problems, spoil, expected):
 
 
 def test_experts_that_the_layout_does_not_spread(problems):
-    assert "base-log-probs: expert parallel size 2" in problems(layout={"expert_parallel": 2, "data_parallel": 2})
+    assert "student: expert parallel size 2" in problems(layout={"expert_parallel": 2, "data_parallel": 2})
 
 
 def test_context_parallelism_is_refused_where_it_is_known_that_there_is_none(problems, installed):
     layout = {"layout": {"context_parallel": 2}, "slurm": {"gpus_per_node": 2}}
-    assert "teacher: context_parallel 2: needs a GPU" in problems(**layout)
+    names = "base-log-probs, teacher, cache, student"
+    assert problems(**layout).splitlines()[1:] == [
+        f"  {names}: context_parallel 2: needs a GPU, and this machine has none that can be used; set it to 1"
+    ]
     for there in (False, True):
         installed(transformer_engine=there)
         for where in ({"gpus": 2}, {"jobs": True}):
@@ -281,7 +285,7 @@ def test_an_engine_that_is_not_installed(problems, installed):
 
 def test_kernels_that_need_a_gpu(problems, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "teacher: kernels triton: needs a GPU" in problems(layout={"kernels": "triton"})
+    assert "student: kernels triton: needs a GPU" in problems(layout={"kernels": "triton"})
     assert problems(layout={"kernels": "triton"}, gpus=1) == problems(layout={"kernels": "triton"}, jobs=True) == ""
 
 

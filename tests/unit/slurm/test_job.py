@@ -113,9 +113,11 @@ def test_a_report_that_can_not_be_made_is_told_and_ends_nothing(
 
 
 def test_a_page_is_drawn_when_it_is_due(job: StageJob, tmp_path: Path) -> None:
-    assert job._draw_page() is None, "there is nothing to show yet"
+    with job._page_drawn() as page:
+        assert page is None, "there is nothing to show yet"
     (tmp_path / "round-01").mkdir()
-    drawing = job._draw_page()
-    assert drawing is not None and drawing.wait() == 0
+    with job._page_drawn() as page:
+        assert page is not None and page.wait() == 0
     assert (tmp_path / "report/index.html").is_file() and (tmp_path / "report/summary.json").is_file()
-    assert job._draw_page() is None, "it is fresh"
+    with job._page_drawn() as page:
+        assert page is None, "it is fresh"

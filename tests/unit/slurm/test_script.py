@@ -303,7 +303,8 @@ def test_dry_run_prints_the_scripts_and_writes_nothing(recipe, tmp_path):
     command = [sys.executable, "-m", "megatron_erpd.commands.cli", "submit", "recipe.yaml", "--dry-run"]
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": ""}  # and needs no SLURM
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 2 and "base: hf models/mine: no such file or folder" in done.stderr  # as `submit` would
+    assert done.returncode == 2  # as `submit` would
+    assert "base, rollouts: hf models/mine: no such file or folder" in done.stderr
     assert "# ---- runs/mine/slurm/teacher.sbatch\n#!/bin/bash\n" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
