@@ -60,7 +60,7 @@ from benchmarks.cache_workload import Sizes, make_caches, make_policies, open_ma
 from megatron_erpd.data.batch import BatchSource  # noqa: E402
 from megatron_erpd.data.replay_dataset import BatchOrder  # noqa: E402
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts  # noqa: E402
-from megatron_erpd.model.heads import HiddenStates  # noqa: E402
+from megatron_erpd.model.forward import HiddenStates  # noqa: E402
 from megatron_erpd.settings import Layout  # noqa: E402
 from megatron_erpd.teacher_cache.parts import Part  # noqa: E402
 from megatron_erpd.teacher_cache.reader import CacheReader  # noqa: E402

@@ -39,8 +39,8 @@ from megatron_erpd.teacher_cache.rows import (
 )
 from megatron_erpd.training.advantages import advantages_of
 from megatron_erpd.training.early_stop import EarlyStop
-from megatron_erpd.training.run import ForwardStep, ReplayRun, TrainingRun, with_rates
-from megatron_erpd.training.step_means import StepMeans
+from megatron_erpd.training.run import ReplayRun, TrainingRun, with_rates
+from megatron_erpd.training.step import ForwardStep
 
 
 def train_teacher(argv: list[str]) -> None:
@@ -268,8 +268,13 @@ def _behavior_row(rollouts: Rollouts, path: Path) -> TokenRow:
 
 
 def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> ForwardStep:
-    from megatron_erpd.training.distill_step import cached_target
-    from megatron_erpd.training.replay_step import ReplayStep, behavior_correction, replay_loss, sequence_advantages
+    from megatron_erpd.training.step import (
+        ReplayStep,
+        behavior_correction,
+        cached_target,
+        replay_loss,
+        sequence_advantages,
+    )
 
     loss, aggregation = replay_loss(settings)
     corrected = settings.importance_correction != "none"
@@ -281,31 +286,17 @@ def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Name
         kl_coefficient=settings.kl_coefficient,
         kl_estimator="k3" if settings.kl_estimator == "exact" else settings.kl_estimator,
         vocab_size=args.vocab_size,
-        kl_target=cached_target if settings.has_exact_kl else None,
+        target=cached_target if settings.has_exact_kl else None,
         correction=partial(behavior_correction, settings) if corrected else None,
-        early_stop=_early_stop(settings, run, args),
+        watchers=_early_stop(settings, run, args),
     )
 
 
-def _early_stop(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> EarlyStop | None:
+def _early_stop(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> list[EarlyStop]:
     if settings.max_kl is None and settings.min_entropy is None:
-        return None
-    return EarlyStop(
-        settings.max_kl,
-        settings.min_entropy,
-        means=_step_means(),
-        output=run.output,
-        iteration=args.iteration,
-        decides=_decides(),
-        exit_signal=args.exit_signal,
-    )
-
-
-def _step_means() -> StepMeans:
-    from megatron.core import mpu
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    return StepMeans(get_num_microbatches(), mpu.get_data_parallel_group(with_context_parallel=True))
+        return []
+    bounds = (settings.max_kl, settings.min_entropy)
+    return [EarlyStop(*bounds, run.output, args.iteration, decides=_decides(), exit_signal=args.exit_signal)]
 
 
 def _decides() -> bool:
@@ -320,11 +311,10 @@ def _policy_gradient_step(settings: DistillSettings, run: TrainingRun, args: arg
     from megatron.core import mpu
 
     from megatron_erpd.training.kl_budget import KlBudget
-    from megatron_erpd.training.replay_step import ReplayStep, signal_advantages, surrogate_loss
+    from megatron_erpd.training.step import ReplayStep, signal_advantages, surrogate_loss
 
     budget = KlBudget(
         KlController(settings.kl_budget, settings.kl_coefficient, args.train_iters),
-        means=_step_means(),
         history=run.output / "kl_control.jsonl",
         writes=_decides(),
     )
@@ -340,6 +330,7 @@ def _policy_gradient_step(settings: DistillSettings, run: TrainingRun, args: arg
         kl_coefficient=budget,
         kl_estimator="k3",
         vocab_size=args.vocab_size,
+        watchers=[budget],
     )
 
 
@@ -351,22 +342,20 @@ def _projection_step(
     args: argparse.Namespace,
 ) -> ForwardStep:
     from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
+    from megatron_erpd.model.projected_target import TrustRegion, hidden_target, live_target
     from megatron_erpd.precompute.forward import output_layers
-    from megatron_erpd.training.distill_step import DistillStep, cached_target, hidden_target, live_target
+    from megatron_erpd.training.step import DistillStep, cached_target
 
+    step = partial(DistillStep, kind=settings.divergence, vocab_size=args.vocab_size, gather=settings.gather_teacher)
     if settings.teacher == "cache":
-        return DistillStep(settings.divergence, [], cached_target, args.vocab_size)
-    names = _policies_of_target(settings)
-    region = (settings.delta, settings.eta_max, settings.projection_clip)
-    projected = (names, parse_signal(settings.signal), *region)
+        return step(target=cached_target)
+    region = TrustRegion.of(settings, _policies_of_target(settings))
     if cache is not None:
         assert cache.meta.hidden_dtype is not None
-        layers = output_layers(args, {name: policies[name] for name in names}, cache)
-        target = partial(hidden_target, *projected, getattr(torch, cache.meta.hidden_dtype), layers)
-        return DistillStep(settings.divergence, [], target, args.vocab_size, gather=settings.gather_teacher)
+        layers = output_layers(args, {name: policies[name] for name in region.policies}, cache)
+        return step(target=partial(hidden_target, region, getattr(torch, cache.meta.hidden_dtype), layers))
     frozen = []
-    for name in names:
+    for name in region.policies:
         frozen.append(build_frozen_model(model_config(args)))
         load_weights(frozen[-1], policies[name])
-    target = partial(live_target, *projected)
-    return DistillStep(settings.divergence, frozen, target, args.vocab_size, gather=settings.gather_teacher)
+    return step(target=partial(live_target, region), frozen=frozen)

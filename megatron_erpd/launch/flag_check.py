@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch
 from megatron_erpd.errors import CheckpointError, LayoutError, RecipeError, StageError, first_line
 from megatron_erpd.launcher import without_launcher
 from megatron_erpd.model.arguments import MEGATRON_DEFAULTS, megatron_argv, own_flags

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, mpu
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
@@ -16,8 +16,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
 from megatron_erpd.errors import CheckpointError, LayoutError
+from megatron_erpd.model.forward import unwrap
 from megatron_erpd.model.layer_spec import local_block_spec
-from megatron_erpd.vocab_parallel import VocabShard
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
@@ -39,25 +39,6 @@ def build_frozen_model(config: GPTModelConfig) -> torch.nn.Module:
     model = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False)[0]
     model.requires_grad_(False)
     return model.eval()
-
-
-def unwrap(model: Any) -> Any:
-    """The GPTModel under DDP and mixed-precision wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
-def vocab_shard(model: Any, vocab_size: int) -> VocabShard:
-    """The vocabulary range that this tensor-parallel rank's output layer holds.
-
-    Args:
-        model: a GPTModel of a last pipeline stage, wrapped or not.
-        vocab_size: true size of the vocabulary, without padding rows.
-    """
-    width = unwrap(model).output_layer.output_size_per_partition
-    start = mpu.get_tensor_model_parallel_rank() * width
-    return VocabShard(start, start + width, vocab_size, mpu.get_tensor_model_parallel_group())
 
 
 def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> int:

@@ -1,16 +1,80 @@
-"""The target distribution of the projection, from policies whose hidden states are at hand."""
+"""Targets that are made beside the student, from policies whose hidden states are at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_erpd.model.heads import HiddenStates
-from megatron_erpd.objectives.signals import SignalTerm, combine
-from megatron_erpd.vocab_parallel import VocabShard, local_blocks, log_softmax_of, normalizer, project_shard
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import HiddenStates, at_positions
+from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal
+from megatron_erpd.settings import DistillSettings, PrecomputeSettings
+from megatron_erpd.teacher_cache.format import hidden_table
+from megatron_erpd.vocab_parallel import (
+    HiddenTarget,
+    VocabShard,
+    local_blocks,
+    log_softmax_of,
+    normalizer,
+    project_shard,
+)
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """What q is: the base policy moved along a signal between policies until KL(q || base) = delta.
+
+    Attributes:
+        policies: names, `base` among them; logits and log-probs of several policies come in this order.
+        terms: the signal; none where q is the base itself.
+        delta: nats per response token.
+        eta_max: the largest step along the signal.
+        clip: bound of the combined signal in nats, +-, or None.
+    """
+
+    policies: tuple[str, ...]
+    terms: tuple[SignalTerm, ...]
+    delta: float
+    eta_max: float
+    clip: float | None = None
+
+    @classmethod
+    def of(
+        cls, settings: DistillSettings | PrecomputeSettings, policies: Sequence[str], has_signal: bool = True
+    ) -> TrustRegion:
+        terms = parse_signal(settings.signal) if has_signal else ()
+        return cls(tuple(policies), terms, settings.delta, settings.eta_max, settings.projection_clip)
+
+    def base_and_signal(
+        self, logits: Sequence[Tensor], normalizers: Sequence[tuple[Tensor, Tensor]], shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """Shards of log pi_0 and of the signal, `[n, v/tp]`, a block of tokens at a time; log pi_0 is -inf and the
+        signal 0 in padding columns. No collective.
+
+        Args:
+            logits: each policy's `[n, v/tp]`.
+            normalizers: of `normalizer`, for each policy.
+        """
+        columns = shard.valid_columns
+        base, signal = (torch.empty_like(logits[0], dtype=normalizers[0][0].dtype) for _ in range(2))
+        base[:, columns:], signal[:, columns:] = -torch.inf, 0.0
+        for rows in local_blocks(base, self.bytes_per_token(shard)):
+            log_probs = {
+                name: log_softmax_of(shard.values(x[rows]), maximum[rows], remainder[rows])
+                for name, x, (maximum, remainder) in zip(self.policies, logits, normalizers, strict=True)
+            }
+            block = combine(self.terms, log_probs)
+            base[rows, :columns] = log_probs["base"]
+            signal[rows, :columns] = block if self.clip is None else block.clamp_(-self.clip, self.clip)
+        return base, signal
+
+    def bytes_per_token(self, shard: VocabShard) -> int:
+        """Of a chunk: logits and fp32 log-probs of each policy, the signal in the making (3) and log q."""
+        return 4 * shard.width * (2 * len(self.policies) + 4)
 
 
 class _Step(NamedTuple):
@@ -21,28 +85,21 @@ class _Step(NamedTuple):
 
 
 class ProjectedTarget:
-    """The base policy moved along a signal between policies, made a chunk of tokens at a time (a `FullTarget`).
+    """q of a trust region, made a chunk of tokens at a time (a `FullTarget`).
 
     Normalisers and steps, a few numbers per token, are found when a chunk is asked for the first time, in forward, with
     one collective per policy and one for the step; they are kept, and backward needs none.
+
+    Args:
+        outputs: each policy's hidden states, of whose rows `positions` are wanted.
     """
 
     temperature = 1.0
 
     def __init__(
-        self,
-        names: Sequence[str],
-        terms: tuple[SignalTerm, ...],
-        delta: float,
-        eta_max: float,
-        clip: float | None,
-        positions: Tensor,
-        outputs: Sequence[HiddenStates],
-        shard: VocabShard,
+        self, region: TrustRegion, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard
     ) -> None:
-        self.names, self.terms = names, terms
-        self.delta, self.eta_max, self.clip = delta, eta_max, clip
-        self.positions, self.outputs, self.shard = positions, outputs, shard
+        self.region, self.positions, self.outputs, self.shard = region, positions, outputs, shard
         self._steps: dict[int, _Step] = {}
 
     @property
@@ -51,7 +108,7 @@ class ProjectedTarget:
 
     @property
     def bytes_per_token(self) -> int:
-        return signal_bytes(len(self.names), self.shard)
+        return self.region.bytes_per_token(self.shard)
 
     @torch.no_grad()
     def rows(self, part: slice) -> Tensor:
@@ -61,51 +118,43 @@ class ProjectedTarget:
         normalizers = None if known is None else known.normalizers
         if normalizers is None:
             normalizers = [normalizer(self.shard.values(x), self.shard) for x in logits]
-        base, signal = base_and_signal_of(self.names, self.terms, self.clip, logits, normalizers, self.shard)
+        base, signal = self.region.base_and_signal(logits, normalizers, self.shard)
         if known is None:
-            eta = project_shard(base, signal, self.shard, delta=self.delta, eta_max=self.eta_max).eta
+            eta = project_shard(base, signal, self.shard, delta=self.region.delta, eta_max=self.region.eta_max).eta
             known = self._steps[part.start] = _Step(normalizers, eta)
         # Where the base excludes a token the signal says nothing: 0 * inf must not become NaN.
         signal.masked_fill_(base == -torch.inf, 0.0)
         return base.addcmul_(signal, known.eta.to(base.dtype).unsqueeze(-1))
 
 
-def base_and_signal(
-    names: Sequence[str], terms: tuple[SignalTerm, ...], clip: float | None, log_probs: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Shards of log pi_0 and of the signal, `[n, v/tp]`, from each policy's log-probs.
+def live_base(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> HiddenTarget:
+    """The one frozen policy itself, over the whole vocabulary."""
+    return HiddenTarget(outputs[0].rows[positions], outputs[0].weight)
+
+
+def live_target(
+    region: TrustRegion, batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard
+) -> ProjectedTarget:
+    """q from policies that run beside the student, in the region's order."""
+    return ProjectedTarget(region, positions, outputs, shard)
+
+
+def hidden_target(
+    region: TrustRegion,
+    dtype: torch.dtype,
+    layers: Sequence[Tensor],
+    batch: Batch,
+    positions: Tensor,
+    outputs: Sequence[HiddenStates],
+    shard: VocabShard,
+) -> ProjectedTarget:
+    """q from cached hidden states.
 
     Args:
-        names: the policies in the order of `log_probs`, `base` among them.
-        clip: bound of the combined signal in nats, +-, or None.
+        dtype: of the hidden states, 16 bits per element.
+        layers: each policy's output layer, `[v/tp, h]`, in the region's order.
     """
-    by_name = dict(zip(names, log_probs, strict=True))
-    signal = combine(terms, by_name)
-    return by_name["base"], signal if clip is None else signal.clamp_(-clip, clip)
-
-
-def base_and_signal_of(
-    names: Sequence[str],
-    terms: tuple[SignalTerm, ...],
-    clip: float | None,
-    logits: Sequence[Tensor],
-    normalizers: Sequence[tuple[Tensor, Tensor]],
-    shard: VocabShard,
-) -> tuple[Tensor, Tensor]:
-    """`base_and_signal` from each policy's logits `[n, v/tp]` and their `normalizer`, a block of tokens at a time;
-    log pi_0 is -inf and the signal 0 in padding columns. No collective."""
-    columns = shard.valid_columns
-    base, signal = (torch.empty_like(logits[0], dtype=normalizers[0][0].dtype) for _ in range(2))
-    base[:, columns:], signal[:, columns:] = -torch.inf, 0.0
-    for rows in local_blocks(base, signal_bytes(len(names), shard)):
-        log_probs = [
-            log_softmax_of(shard.values(x[rows]), maximum[rows], remainder[rows])
-            for x, (maximum, remainder) in zip(logits, normalizers, strict=True)
-        ]
-        base[rows, :columns], signal[rows, :columns] = base_and_signal(names, terms, clip, log_probs)
-    return base, signal
-
-
-def signal_bytes(num_policies: int, shard: VocabShard) -> int:
-    """Bytes per token of a chunk: logits and fp32 log-probs of each policy, the signal in the making (3) and log q."""
-    return 4 * shard.width * (2 * num_policies + 4)
+    rows = [at_positions(batch.token_rows[hidden_table(name)], positions).view(dtype) for name in region.policies]
+    states = [HiddenStates(row.to(layer.dtype), layer) for row, layer in zip(rows, layers, strict=True)]
+    own = torch.arange(len(positions), device=positions.device)
+    return ProjectedTarget(region, own, states, shard)

@@ -13,7 +13,7 @@ import torch
 
 from megatron_erpd import meeting, platform
 from megatron_erpd.checkpoint.torch_dist.iterations import read_of_latest
-from megatron_erpd.data import prefetch
+from megatron_erpd.data.batch import close_all
 from megatron_erpd.manifest import Reads, begin_artifact
 from megatron_erpd.model.arguments import parse_megatron_arguments, process_store, rank
 from megatron_erpd.sampling.inputs import input_digests
@@ -114,7 +114,7 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
         with meeting.meeting(store):
             yield store
     finally:
-        prefetch.close_all()
+        close_all()
         _close_tensorboard()
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator

@@ -22,40 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_erpd.errors import ErpdError, RecipeError
-from megatron_erpd.objectives.off_policy import KL_ESTIMATORS, importance_correction, kl_penalty
-from megatron_erpd.objectives.ratios import (
-    MAX_LOG_RATIO,
-    importance_ratios,
-    ratio_metrics,
-    token_advantages_of,
-    token_log_ratios,
-    weighted,
-)
-from megatron_erpd.objectives.reduction import (
+from megatron_erpd.objectives.per_token import (
     aggregate,
+    importance_ratios,
     masked,
     non_empty_rows,
+    ratio_metrics,
     sequence_mean,
     sequence_sum,
     sum_rows,
+    token_advantages_of,
+    token_log_ratios,
     token_mask,
+    weighted,
 )
 from megatron_erpd.objectives.types import Aggregation, LossOutput, ReplayInputs, SequenceAggregation
-
-__all__ = [
-    "KL_ESTIMATORS",
-    "MAX_LOG_RATIO",
-    "REPLAY_LOSSES",
-    "ce_loss",
-    "cispo_loss",
-    "gspo_loss",
-    "importance_correction",
-    "kl_penalty",
-    "mse_loss",
-    "ppo_loss",
-    "sapo_loss",
-    "sft_loss",
-]
 
 
 def ppo_loss(
@@ -76,7 +57,7 @@ def ppo_loss(
         inputs: advantages per sequence or per token.
         clip_low, clip_high: distances from 1, 0 <= clip_low <= 1, clip_high >= 0.
         dual_clip: c > 1, or None for no second clip.
-        aggregation: see `reduction.aggregate`; count is tokens or sequences accordingly.
+        aggregation: see `per_token.aggregate`; count is tokens or sequences accordingly.
         unlearn: use -A.
 
     Raises:
@@ -112,7 +93,7 @@ def gspo_loss(
     Args:
         inputs: advantages must be per sequence, [b].
         clip_low, clip_high: distances from 1, 0 <= clip_low <= 1, clip_high >= 0.
-        aggregation: see `reduction.aggregate`.
+        aggregation: see `per_token.aggregate`.
         unlearn: use -A.
 
     Raises:
@@ -144,7 +125,7 @@ def cispo_loss(
     Args:
         inputs: advantages per sequence or per token.
         clip_high: the cap's distance from 1, >= 0. `clip_fraction` is the share of tokens at the cap.
-        aggregation: see `reduction.aggregate`.
+        aggregation: see `per_token.aggregate`.
         unlearn: use -A.
 
     Raises:
@@ -175,7 +156,7 @@ def sapo_loss(
     Args:
         inputs: advantages per sequence or per token.
         tau_positive, tau_negative: temperatures of the gate, > 0; larger ones gate more tightly.
-        aggregation: see `reduction.aggregate`.
+        aggregation: see `per_token.aggregate`.
         unlearn: use -A (the temperatures follow the flipped sign).
 
     Raises:
@@ -281,7 +262,7 @@ def sft_loss(
     Args:
         inputs: advantages and old_log_probs enter the metrics only (which cover all rows).
         threshold: in units of the reward.
-        aggregation: see `reduction.aggregate`, over the imitated rows.
+        aggregation: see `per_token.aggregate`, over the imitated rows.
         unlearn: flip the label: imitate the rows with reward <= threshold instead. (This project's choice: raising
             -log pi of good rollouts has no bound, imitating failures does.)
     """

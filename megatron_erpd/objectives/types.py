@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_erpd.errors import ErpdError
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"]
-"""How per-token losses become one number (see `reduction.aggregate`)."""
+"""How per-token losses become one number (see `per_token.aggregate`)."""
 
 SequenceAggregation = Literal["sum", "mean"]
 """How the token log-ratios of a response become one sequence log-ratio."""

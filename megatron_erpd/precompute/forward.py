@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.batch import BatchSource, length_groups, pad_multiple
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch, BatchSource, length_groups, pad_multiple
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
-from megatron_erpd.model.context_parallel import context_parallel_rank, slice_batch
-from megatron_erpd.model.heads import Hidden, HiddenStates
+from megatron_erpd.model.forward import Hidden, HiddenStates, SequenceShard, forward_stage, join, unwrap, vocab_shard
 from megatron_erpd.precompute.scores import hidden_states, output_layer_digest
 from megatron_erpd.progress import StepLines, say_progress
 from megatron_erpd.settings import Layout
@@ -59,15 +57,14 @@ def run_forward(
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_erpd.model.policies import forward_stage, join
-
+    sequence = SequenceShard.here()
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     source = BatchSource(rollouts, pad_multiple(layout), {}, {})
     progress = Progress(what, sum(len(group) for group in groups[index::size]), lines)
 
     def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
         batch = next(data_iterator)
-        outputs = forward_stage([model], slice_batch(batch, *context_parallel_rank()), [Hidden()])
+        outputs = forward_stage([model], sequence.slice(batch), [Hidden()])
 
         def collect(output: Tensor, non_loss_data: bool = True) -> None:
             if not is_filler(batch):
@@ -122,7 +119,7 @@ def from_store(stored: Stored, policy: str, batch: Batch, rollouts: Rollouts, we
     """A policy's hidden states of a batch, this context-parallel rank's."""
     ids = rollouts.sample_ids
     rows = [stored.hidden_row(policy, ids[i]) for i in batch.row_indices.tolist()]
-    return hidden_states(batch, rows, weight, context_parallel_rank())
+    return hidden_states(batch, rows, weight, SequenceShard.here())
 
 
 def is_filler(batch: Batch) -> bool:
@@ -179,8 +176,6 @@ class Progress:
 
 def output_weight(model: Any) -> Tensor:
     """This rank's part of the output layer, `[v/tp, h]`, of a model of the last pipeline stage."""
-    from megatron_erpd.model.model import unwrap
-
     core = unwrap(model)
     shared = core.share_embeddings_and_output_weights
     return core.shared_embedding_or_output_weight() if shared else core.output_layer.weight
@@ -191,7 +186,6 @@ def load_output_layer(model: Any, artifact: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_erpd.checkpoint.torch_dist.iterations import iteration_folder, latest_iteration
-    from megatron_erpd.model.model import unwrap
 
     core, checkpoint = unwrap(model), artifact / "megatron"
     names = ("output_layer.", "embedding.word_embeddings.")
@@ -209,7 +203,7 @@ def output_layers(args: argparse.Namespace, policies: Mapping[str, Path], cache:
     """
     from megatron.core import mpu
 
-    from megatron_erpd.model.model import build_frozen_model, model_config, vocab_shard
+    from megatron_erpd.model.model import build_frozen_model, model_config
 
     model, layers = build_frozen_model(model_config(args)), []
     for name, folder in policies.items():

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron_erpd import meeting, platform
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.model.arguments import rank
-from megatron_erpd.model.context_parallel import context_parallel_rank, slice_batch
-from megatron_erpd.model.heads import HiddenStates, response_positions
+from megatron_erpd.model.forward import HiddenStates, SequenceShard, response_positions, unwrap, vocab_shard
 from megatron_erpd.objectives.global_eta import eta_grid, kl_curve, solve_global_eta
 from megatron_erpd.precompute.forward import (
     Stored,
@@ -32,7 +31,7 @@ from megatron_erpd.precompute.forward import (
     run_forward,
     run_stored,
 )
-from megatron_erpd.precompute.scores import Scores, hidden_rows, output_layer_digest
+from megatron_erpd.precompute.scores import Scores, output_layer_digest, response_states
 from megatron_erpd.progress import StepLines
 from megatron_erpd.settings import Layout, PrecomputeSettings
 from megatron_erpd.teacher_cache.format import TOPK, CacheMeta, hidden_table, log_probs_table
@@ -79,8 +78,6 @@ class CachePasses:
     ) -> None:
         from megatron.core import mpu
 
-        from megatron_erpd.model.model import unwrap, vocab_shard
-
         self.settings, self.layout, self.meta = settings, layout, meta
         self.policies, self.rollouts, self.output = policies, rollouts, output
         self.names = list(policies)
@@ -94,7 +91,7 @@ class CachePasses:
         self._scores: Scores | None = None
         if self._is_last:
             shard = vocab_shard(unwrap(self._model), meta.vocab_size)
-            self._scores = Scores(settings, self.names, shard, context_parallel_rank())
+            self._scores = Scores(settings, self.names, shard, SequenceShard.here())
         self._layers: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
         self._missing: dict[str, np.ndarray] = {}
@@ -168,8 +165,6 @@ class CachePasses:
 
     @property
     def _model_config(self) -> Any:
-        from megatron_erpd.model.model import unwrap
-
         return unwrap(self._model).config
 
     def _take_log_probs(self, given: CacheReader) -> None:
@@ -276,7 +271,7 @@ class CachePasses:
     ) -> None:
         """Writes what is missing of a batch of a policy's forward pass."""
         assert self._scores is not None
-        states = hidden_rows(batch, hidden, context_parallel_rank()) if stores else []
+        states = response_states(batch, hidden, SequenceShard.here()) if stores else []
         target: dict[str, list[np.ndarray]] = {}
         if makes_target:
             # As they will be read again, so that the same q follows from what is kept.
@@ -335,7 +330,7 @@ class CachePasses:
 
         def consume(batch: Batch, policies: Sequence[HiddenStates]) -> None:
             assert scores is not None
-            local = slice_batch(batch, *scores.place)
+            local = scores.sequence.slice(batch)
             for _, logits in scores.chunks(response_positions(local), policies):
                 law = signal_law(*scores.base_and_signal(logits), scores.shard, settings.eta_max)
                 sums[:3].add_(kl_curve(*law, etas))

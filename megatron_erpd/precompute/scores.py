@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.collate import Batch, gather_response_rows
-from megatron_erpd.model.context_parallel import gather_sequence, slice_batch
-from megatron_erpd.model.heads import HiddenStates, at_positions, response_positions, to_grid
-from megatron_erpd.model.projected_target import base_and_signal_of, signal_bytes
-from megatron_erpd.objectives.signals import SignalTerm, parse_signal
+from megatron_erpd.data.batch import Batch, gather_response_rows
+from megatron_erpd.model.forward import HiddenStates, SequenceShard, at_positions, response_positions, to_grid
+from megatron_erpd.model.projected_target import TrustRegion
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import (
     Projection,
@@ -29,8 +27,7 @@ from megatron_erpd.vocab_parallel import (
     vocab_parallel_topk,
 )
 
-Place = tuple[int, int]
-"""A rank in its context-parallel group, and the group's size."""
+WHOLE = SequenceShard()
 
 
 class Scores:
@@ -42,31 +39,29 @@ class Scores:
         settings: signal and projection.
         names: the policies, `base` among them.
         shard: this rank's vocabulary range.
-        place: this rank's in its context-parallel group, and the group's size.
+        sequence: its part of every sequence.
     """
 
     def __init__(
-        self, settings: PrecomputeSettings, names: list[str], shard: VocabShard, place: Place = (0, 1)
+        self, settings: PrecomputeSettings, names: list[str], shard: VocabShard, sequence: SequenceShard = WHOLE
     ) -> None:
-        self.settings = settings
-        self.place = place
-        self.names = names
+        self.region = TrustRegion.of(settings, names, settings.has_signal)
         self.shard = shard
-        self.terms: tuple[SignalTerm, ...] = parse_signal(settings.signal) if settings.has_signal else ()
+        self.sequence = sequence
         self.eta: float | None = None
         """One for all tokens, where the projection is global."""
         self.k = min(settings.k, shard.vocab_size)
 
     def log_probs(self, batch: Batch, hidden: HiddenStates) -> list[np.ndarray]:
         """Each rollout's log-probs of its response tokens, `[R]`."""
-        local = slice_batch(batch, *self.place)
+        local = self.sequence.slice(batch)
         positions = response_positions(local)
         labels = at_positions(local.labels, positions)
         parts = [
             token_terms(logits[0], self.shard, labels[part], with_entropy=False).log_probs
             for part, logits in self.chunks(positions, [hidden])
         ]
-        return _rows(torch.cat(parts), positions, local, batch, self.place)
+        return _rows(torch.cat(parts), positions, local, batch, self.sequence)
 
     def target(
         self, batch: Batch, policies: Sequence[HiddenStates], with_log_probs: bool = False
@@ -75,10 +70,10 @@ class Scores:
         `target_kl`, KL(q || pi_0), `[R]`.
 
         Args:
-            policies: in the order of `names`.
+            policies: in the order of the names.
             with_log_probs: `policy_log_probs` too, what `log_probs` gives of the last policy, from the same logits.
         """
-        local = slice_batch(batch, *self.place)
+        local = self.sequence.slice(batch)
         positions = response_positions(local)
         labels = at_positions(local.labels, positions)
         parts = []
@@ -88,17 +83,17 @@ class Scores:
                 terms = token_terms(logits[-1], self.shard, labels[part], with_entropy=False)
                 parts[-1]["policy_log_probs"] = terms.log_probs
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {name: _rows(values, positions, local, batch, self.place) for name, values in columns.items()}
+        return {name: _rows(values, positions, local, batch, self.sequence) for name, values in columns.items()}
 
     def chunks(self, positions: Tensor, policies: Sequence[HiddenStates]) -> Iterator[tuple[slice, list[Tensor]]]:
         """Each policy's logits `[c, v/tp]` of some of the response tokens, until all have been seen."""
-        for part in token_chunks(len(positions), signal_bytes(len(policies), self.shard)):
+        for part in token_chunks(len(positions), self.region.bytes_per_token(self.shard)):
             yield part, [policy.logits(positions[part]) for policy in policies]
 
     def base_and_signal(self, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Shards of log pi_0 and the signal on a chunk, `[n, v/tp]`."""
         normalizers = [normalizer(self.shard.values(x), self.shard) for x in chunk]
-        return base_and_signal_of(self.names, self.terms, self.settings.projection_clip, chunk, normalizers, self.shard)
+        return self.region.base_and_signal(chunk, normalizers, self.shard)
 
     def _target(self, chunk: Sequence[Tensor]) -> dict[str, Tensor]:
         eta, log_q, kl = self._projection(chunk)
@@ -113,31 +108,33 @@ class Scores:
 
     def _projection(self, chunk: Sequence[Tensor]) -> Projection:
         """q on a chunk; without a signal the base policy itself, at eta 0."""
-        if not self.settings.has_signal:
-            base = vocab_parallel_log_softmax(chunk[self.names.index("base")], self.shard).float()
+        if not self.region.terms:
+            base = vocab_parallel_log_softmax(chunk[self.region.policies.index("base")], self.shard).float()
             return Projection(base.new_zeros(len(base)), base, base.new_zeros(len(base)))
         base, signal = self.base_and_signal(chunk)
         if self.eta is None:
-            return project_shard(base, signal, self.shard, self.settings.delta, self.settings.eta_max)
+            return project_shard(base, signal, self.shard, self.region.delta, self.region.eta_max)
         log_q = apply_eta(base, signal, self.eta, self.shard)
         eta = log_q.new_full(log_q.shape[:1], self.eta)
         return Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
 
 
-def hidden_rows(batch: Batch, hidden: HiddenStates, place: Place = (0, 1)) -> list[Tensor]:
+def response_states(batch: Batch, hidden: HiddenStates, sequence: SequenceShard = WHOLE) -> list[Tensor]:
     """Each rollout's hidden states from which its response tokens are predicted, `[R, h]`, on the CPU."""
-    grid = hidden.rows.unflatten(0, (batch.tokens.shape[1] // place[1], -1)).transpose(0, 1)
-    whole = _whole(grid, *place)
+    grid = hidden.rows.unflatten(0, (batch.tokens.shape[1] // sequence.size, -1)).transpose(0, 1)
+    whole = _whole(grid, sequence)
     return [whole[b][mask].cpu() for b, mask in enumerate(batch.loss_mask > 0)]
 
 
-def hidden_states(batch: Batch, rows: Sequence[Tensor], weight: Tensor, place: Place = (0, 1)) -> HiddenStates:
-    """The inverse of `hidden_rows`: this context-parallel rank's `[s * b, h]`, 0 where no response is predicted."""
+def hidden_states(
+    batch: Batch, rows: Sequence[Tensor], weight: Tensor, sequence: SequenceShard = WHOLE
+) -> HiddenStates:
+    """The inverse of `response_states`: this context-parallel rank's `[s * b, h]`, 0 where no response is predicted."""
     mask = batch.loss_mask > 0
     grid = weight.new_zeros((*mask.shape, weight.shape[1]))
     for b, row in enumerate(rows):
         grid[b, mask[b]] = row.to(weight.device, weight.dtype)
-    local = slice_batch(Batch(grid, grid, grid, grid, batch.row_indices), *place).tokens
+    local = sequence.slice(Batch(grid, grid, grid, grid, batch.row_indices)).tokens
     return HiddenStates(local.transpose(0, 1).flatten(0, 1), weight)
 
 
@@ -155,17 +152,13 @@ def output_layer_digest(weight: Tensor, shard: VocabShard) -> str:
     return hashlib.sha256(summed.tobytes()).hexdigest()
 
 
-def _rows(values: Tensor, positions: Tensor, local: Batch, batch: Batch, place: Place) -> list[np.ndarray]:
+def _rows(values: Tensor, positions: Tensor, local: Batch, batch: Batch, sequence: SequenceShard) -> list[np.ndarray]:
     """Values of response tokens `[n, ...]` as one array per rollout."""
-    grid = to_grid(values, positions, local)
-    return gather_response_rows(_whole(grid, *place), batch)
+    return gather_response_rows(_whole(to_grid(values, positions, local), sequence), batch)
 
 
-def _whole(grid: Tensor, rank: int, size: int) -> Tensor:
+def _whole(grid: Tensor, sequence: SequenceShard) -> Tensor:
     """`[b, s / cp, ...]` of this rank as `[b, s, ...]`; one all-gather where sequences are split."""
-    if size == 1:
+    if sequence.size == 1:
         return grid
-    from megatron.core import mpu
-
-    whole = gather_sequence(grid.movedim(1, -1).contiguous(), mpu.get_context_parallel_group(), rank, size)
-    return whole.movedim(-1, 1)
+    return sequence.gather(grid.movedim(1, -1).contiguous()).movedim(-1, 1)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_json
-from megatron_erpd.training.step_means import StepMeans
 
 RECORD = "early_stop.json"
 
@@ -50,12 +48,11 @@ def read_stop(output: Path) -> Stop | None:
 
 
 class EarlyStop:
-    """Watches the bounds, once per step on the step's global batch; on last pipeline stages.
+    """Watches the bounds, once per step on the step's global batch (a `Watcher`); on last pipeline stages.
 
     Args:
         max_kl: ceiling on KL(policy || base), nats per token; None for none.
         min_entropy: floor under the policy's entropy, nats per token; None for none.
-        means: adds up KL and entropy; its all-reduce is the only collective.
         output: the stage's folder.
         iteration: steps done before the first one that is measured.
         decides: whether this rank writes the reason and sends the signal; one rank of the run does.
@@ -66,7 +63,6 @@ class EarlyStop:
         self,
         max_kl: float | None,
         min_entropy: float | None,
-        means: StepMeans,
         output: Path,
         iteration: int,
         decides: bool,
@@ -74,7 +70,6 @@ class EarlyStop:
     ) -> None:
         self.max_kl = max_kl
         self.min_entropy = min_entropy
-        self.means = means
         self.output = output
         self.iteration = iteration
         self.decides = decides
@@ -82,17 +77,10 @@ class EarlyStop:
         if decides:  # of a step whose checkpoint a kill prevented; the step comes again
             (output / RECORD).unlink(missing_ok=True)
 
-    def measure(self, kl: tuple[Tensor, Tensor] | None, entropy: tuple[Tensor, Tensor]) -> None:
-        """Adds a micro-batch's sums and counts; the last one of a step may end the training.
-
-        Args:
-            kl: KL to the base policy; None where its log-probs are not at hand (then there is no `max_kl`).
-        """
-        means = self.means.add(entropy, *([] if kl is None else [kl]))
-        if means is None:
-            return
+    def after_step(self, means: Mapping[str, float]) -> None:
+        """May end the training, by the step's `entropy` and `policy_base_kl` (which a `max_kl` needs)."""
         self.iteration += 1
-        reason = self._crossed(means[0], None if kl is None else means[1])
+        reason = self._crossed(means["entropy"], means.get("policy_base_kl"))
         if reason is not None and self.decides:
             self._stop(reason)
 

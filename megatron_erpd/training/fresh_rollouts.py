@@ -14,8 +14,7 @@ import torch.distributed as dist
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import export_hf_weights
-from megatron_erpd.data.batch import BatchSource
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch, BatchSource
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.errors import StageError
 from megatron_erpd.meeting import gather_objects

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import json_line
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.progress import keep_before, read_json_lines
-from megatron_erpd.training.step_means import StepMeans
 
 
 class KlBudget:
-    """Moves the KL coefficient once per optimizer step.
+    """Moves the KL coefficient once per optimizer step (a `Watcher`), on last pipeline stages.
 
-    `measure` is called per micro-batch on last pipeline stages. With the step's last micro-batch all ranks get the
-    same mean, and so hold the same coefficient. Its state after every step goes to a JSON-lines file, from which a
-    resumed run takes it.
+    All ranks get the same mean, and so hold the same coefficient. Its state after every step goes to a JSON-lines file,
+    from which a resumed run takes it.
 
     Args:
         controller: where it starts.
-        means: adds up the KL; its all-reduce is the only collective.
         history: file of the states; written by the rank for which `writes` is true.
     """
 
     def __init__(
         self,
         controller: KlController,
-        means: StepMeans,
         history: Path,
         writes: bool,
     ) -> None:
         self.controller = controller
-        self.means = means
         self.history = history
         self.writes = writes
         self.iteration = 0
@@ -61,12 +55,9 @@ class KlBudget:
         if self.writes:
             keep_before(self.history, iteration + 1)
 
-    def measure(self, kl_sum: Tensor, num_tokens: Tensor) -> None:
-        """Adds a micro-batch's KL; the last one of a step moves the coefficient."""
-        means = self.means.add((kl_sum, num_tokens))
-        if means is None:
-            return
-        self.controller.update(means[0])
+    def after_step(self, means: Mapping[str, float]) -> None:
+        """Moves the coefficient by the step's `policy_base_kl`."""
+        self.controller.update(means["policy_base_kl"])
         self.iteration += 1
         if self.writes:
             with self.history.open("a") as file:

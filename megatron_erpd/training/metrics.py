@@ -1,33 +1,15 @@
-"""Metrics as `(sum, count)` pairs on their way to Megatron, and as JSON lines on disk."""
+"""A training's metrics as JSON lines on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
 
 from megatron_erpd.files import json_line
 from megatron_erpd.progress import keep_before
 
 _LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
-
-
-def report(prefix: str, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Megatron's report of a micro-batch: name to `[sum, count]`, which it adds up over DP x CP and divides once."""
-    return {
-        f"{prefix}/{name}": torch.stack([total.detach().float(), count.detach().to(total.device).float()])
-        for name, (total, count) in metrics.items()
-    }
-
-
-def token_mean(values: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the trained tokens' values; masked values may be anything."""
-    mask = loss_mask > 0
-    return torch.where(mask, values, 0.0).sum(), mask.sum()
 
 
 class JsonLinesWriter:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.checkpoint.mapping.config import model_flags
-from megatron_erpd.data.batch import pad_multiple
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch, pad_multiple
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.held_out import too_few
 from megatron_erpd.files import check_output
@@ -27,7 +26,7 @@ from megatron_erpd.model.arguments import (
     rank,
     split_pass_through,
 )
-from megatron_erpd.objectives.reduction import aggregate
+from megatron_erpd.objectives.per_token import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.sampling.inputs import task_identity
 from megatron_erpd.sampling.policy import load_tokenizer
@@ -36,9 +35,8 @@ from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
 from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.training.fresh_rollouts import FreshBatches, Sampler
-from megatron_erpd.training.metrics import report, token_mean
-from megatron_erpd.training.replay_step import ReplayStep, sequence_advantages
-from megatron_erpd.training.run import ForwardStep, TrainingRun, with_rates
+from megatron_erpd.training.run import TrainingRun, with_rates
+from megatron_erpd.training.step import ForwardStep, ReplayStep, report, sequence_advantages
 
 
 def train_on_policy(argv: list[str]) -> None:
@@ -184,6 +182,7 @@ class OnPolicyRun(TrainingRun):
         return {**super().megatron_flags(), "eval_interval": 1}
 
 
+@dataclass(kw_only=True)
 class OnPolicyStep(ReplayStep):
     """The policy gradient of rollouts that are the policy's own, with rewards and lengths among the metrics."""
 
@@ -197,16 +196,16 @@ class OnPolicyStep(ReplayStep):
             "truncated": torch.where(rows, batch.seq_rows["truncated"], 0.0).sum(),
         }
         more = {name: (total, rows.sum()) for name, total in seen.items()}
-        if self.kl_target is not None:
+        if self.target is not None:
             assert isinstance(self.kl_coefficient, float)
             loss_sum = loss_sum + self.kl_coefficient * aggregate(output[2], batch.loss_mask, self.aggregation)[0]
-            more["policy_base_kl"] = token_mean(output[2].detach(), batch.loss_mask)
+            more["policy_base_kl"] = aggregate(output[2].detach(), batch.loss_mask, "token_mean")
         return loss_sum, count, metrics | report(self.prefix, more)
 
 
 def _step(run: OnPolicyRun, args: argparse.Namespace) -> ForwardStep:
     from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
-    from megatron_erpd.training.distill_step import live_base
+    from megatron_erpd.model.projected_target import live_base
 
     settings, frozen = run.settings, []
     if settings.kl_coefficient > 0:
@@ -220,6 +219,6 @@ def _step(run: OnPolicyRun, args: argparse.Namespace) -> ForwardStep:
         kl_coefficient=settings.kl_coefficient,
         kl_estimator="k3",
         vocab_size=args.vocab_size,
-        kl_target=live_base if frozen else None,
+        target=live_base if frozen else None,
         frozen=frozen,
     )

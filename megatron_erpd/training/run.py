@@ -27,8 +27,7 @@ from megatron_erpd.checkpoint.torch_dist.iterations import (
     saved_iterations,
 )
 from megatron_erpd.checkpoint.torch_dist.recovery import recover
-from megatron_erpd.data.batch import BatchSource, TokenRow, pad_multiple
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch, BatchSource, TokenRow, pad_multiple
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
@@ -36,7 +35,7 @@ from megatron_erpd.errors import NoRoom, StageError, StageInterrupted, has_no_ro
 from megatron_erpd.manifest import METRICS, settings_identity
 from megatron_erpd.meeting import finish_together, first
 from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
-from megatron_erpd.model.loss_guard import NonFiniteLoss, has_finite_gradients
+from megatron_erpd.model.forward import NonFiniteLoss, has_finite_gradients
 from megatron_erpd.model.runtime import (
     common_flags,
     configure_head,
@@ -47,8 +46,7 @@ from megatron_erpd.settings import DistillSettings, Layout, Monitoring, ReplaySe
 from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.training.advantages import Advantages
 from megatron_erpd.training.early_stop import Stop, read_stop
-
-ForwardStep = Callable[[Iterator[Batch], Any], Any]
+from megatron_erpd.training.step import ForwardStep, StepHooks
 
 _NAMES_SHOWN = 4
 
@@ -205,27 +203,24 @@ class TrainingRun(ABC):
 
         platform.pretrain_on_cpu(args)
         platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS))
-        steps: list[ForwardStep] = []
-        models: dict[int, Any] = {}
+        hooks = StepHooks()
 
         def datasets(num_samples: object, vp_stage: int | None = None) -> tuple[Iterator[Batch], None, None]:
             # Called on every rank when models and process groups exist: the place for collective set-up.
-            steps.append(self.make_step(self, args))
+            hooks.step = self.make_step(self, args)
             return self.batches(args), None, None
 
         datasets.is_distributed = True  # type: ignore[attr-defined]
 
-        def forward_step(data_iterator: Any, model: Any) -> Any:
-            models[id(model)] = model
-            return steps[0](data_iterator, model)
-
-        config = pretrain_cfg_container_from_args(args, model_config(args))
+        model = model_config(args)
+        model.transformer.finalize_model_grads_func = hooks.finalize
+        config = pretrain_cfg_container_from_args(args, model)
         try:
             training.pretrain(
                 config,
                 datasets,
                 ModelType.encoder_or_decoder,
-                forward_step,
+                hooks.forward,
                 # Megatron's evaluation is the one place where it hands out the model between two steps.
                 non_loss_data_func=self.after_step,
                 store=store,
@@ -241,7 +236,7 @@ class TrainingRun(ABC):
             names += f" and {len(error.rows) - _NAMES_SHOWN} more" if len(error.rows) > _NAMES_SHOWN else ""
             raise self._diverged(f"{error.what}; from {names}", args) from None
         except RuntimeError as error:  # Megatron's check of the gradients has no type of its own
-            if type(error) is not RuntimeError or has_finite_gradients(models.values()):
+            if type(error) is not RuntimeError or has_finite_gradients(hooks.models.values()):
                 raise
             raise self._diverged("the gradient is NaN or infinite, though the loss is finite", args) from error
         return False

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.collate import Batch
-from megatron_erpd.model.context_parallel import gather_sequence, loss_once, rank_positions, slice_batch
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import SequenceShard, loss_of, rank_positions
 from megatron_erpd.objectives.replay import ce_loss, sapo_loss
 from megatron_erpd.objectives.types import LossOutput, ReplayInputs
 from tests.distributed.harness import run_ranks
@@ -25,11 +25,16 @@ def make(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return log_probs, old, mask, torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
 
 
-def loss_of(name: str, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def whole_loss(name: str, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     _, old, mask, rewards = make()
     inputs = ReplayInputs(output[0], old, mask, rewards - rewards.mean(), rewards)
     result: LossOutput = {"ce": ce_loss, "sapo": sapo_loss}[name](inputs)
     return result.loss_sum, result.count, {"loss": torch.stack([result.loss_sum.detach(), result.count.double()])}
+
+
+def grid() -> Batch:
+    positions = torch.arange(S).expand(B, S)
+    return Batch(positions, positions, positions, positions.float(), torch.arange(B), {"k": positions[..., None]})
 
 
 def split(rank: int, world_size: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +42,7 @@ def split(rank: int, world_size: int, name: str) -> tuple[Tensor, Tensor, Tensor
     positions = rank_positions(S, rank, world_size)
     local = make()[0].index_select(-1, positions).requires_grad_()
     group = torch.distributed.group.WORLD
-    total, count, report = loss_once(partial(loss_of, name), local, group, rank, world_size)
+    total, count, report = loss_of(partial(whole_loss, name), grid(), local, SequenceShard(rank, world_size, group))
     total.backward()
     torch.distributed.all_reduce(count)
     torch.distributed.all_reduce(report["loss"])
@@ -49,18 +54,18 @@ def split(rank: int, world_size: int, name: str) -> tuple[Tensor, Tensor, Tensor
 
 
 def order(rank: int, world_size: int) -> Tensor:
-    positions = torch.arange(S).expand(B, S)
-    batch = Batch(positions, positions, positions, positions.float(), torch.arange(B), {"k": positions[..., None]})
-    local = slice_batch(batch, rank, world_size)
+    batch = grid()
+    shard = SequenceShard(rank, world_size, torch.distributed.group.WORLD)
+    local = shard.slice(batch)
     assert local.token_rows["k"].shape == (B, S // world_size, 1)
     assert torch.equal(local.row_indices, batch.row_indices)
-    return gather_sequence(local.tokens.double(), torch.distributed.group.WORLD, rank, world_size)
+    return shard.gather(local.tokens.double())
 
 
 def test_split_loss_is_the_whole_loss() -> None:
     for name in ("ce", "sapo"):
         output = make()[0].requires_grad_()
-        total, count, _ = loss_of(name, output)
+        total, count, _ = whole_loss(name, grid(), output)
         total.backward()
         for gradient, counted, reported in run_ranks(split, 2, name):
             assert output.grad is not None

@@ -48,12 +48,11 @@ def dense(k: int, aggregation: str) -> tuple[Tensor, Tensor]:
 
 def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Tensor, Tensor, float]:
     """The same by the replay step, whose policy loss is 0 here: sum, gradient of this rank's rows, measured KL."""
-    from megatron_erpd.data.collate import Batch
-    from megatron_erpd.model.heads import PolicyHead
+    from megatron_erpd.data.batch import Batch
+    from megatron_erpd.model.forward import PolicyHead
     from megatron_erpd.objectives.divergences import topk_with_tail
     from megatron_erpd.objectives.replay import ppo_loss
-    from megatron_erpd.training.distill_step import cached_target
-    from megatron_erpd.training.replay_step import ReplayStep
+    from megatron_erpd.training.step import ReplayStep, cached_target
     from megatron_erpd.vocab_parallel import VocabShard
 
     hidden, weight, base, labels = made()
@@ -80,7 +79,7 @@ def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Ten
         kl_coefficient=COEFFICIENT,
         kl_estimator="k3",
         vocab_size=VOCAB_SIZE,
-        kl_target=cached_target,
+        target=cached_target,
     )
     step._head = PolicyHead(shard, "reverse_kl", cached_target)
     output = step._head(

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_erpd.data.collate import Batch
-from megatron_erpd.model.context_parallel import rank_positions
-from megatron_erpd.model.heads import HiddenStates, response_positions
-from megatron_erpd.precompute.scores import Scores, hidden_rows, hidden_states, output_layer_digest
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import HiddenStates, SequenceShard, rank_positions, response_positions
+from megatron_erpd.precompute.scores import Scores, hidden_states, output_layer_digest, response_states
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import VocabShard
 from tests.distributed.harness import run_ranks
@@ -31,17 +30,17 @@ def rows_of_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(context_parallel_size=world_size)
-    place = (rank, world_size)
+    sequence = SequenceShard.here()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(VOCAB, H, generator=generator)
     whole = [torch.randn(B, S, H, generator=generator) for _ in range(2)]
     own = [grid[:, rank_positions(S, rank, world_size)] for grid in whole]
     batch = make_batch()
     states = [HiddenStates(grid.transpose(0, 1).flatten(0, 1), weight) for grid in own]
-    scores = Scores(PrecomputeSettings(k=4, delta=0.1), ["base", "teacher"], VocabShard.dense(VOCAB, VOCAB), place)
+    scores = Scores(PrecomputeSettings(k=4, delta=0.1), ["base", "teacher"], VocabShard.dense(VOCAB, VOCAB), sequence)
     found = scores.target(batch, states) | {"teacher": scores.log_probs(batch, states[1])}
-    kept = hidden_rows(batch, states[1], place)
-    again = hidden_states(batch, kept, weight, place)
+    kept = response_states(batch, states[1], sequence)
+    again = hidden_states(batch, kept, weight, sequence)
     local = torch.zeros(B, S)[:, rank_positions(S, rank, world_size)]
     positions = response_positions(
         Batch(local, local, local, batch.loss_mask[:, rank_positions(S, rank, world_size)], batch.row_indices)

@@ -13,8 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration
-from megatron_erpd.data.batch import BatchSource
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch, BatchSource
 from megatron_erpd.data.replay_dataset import BatchOrder
 from tests.distributed.harness import RankError, run_ranks
 from tests.integration.stages import make_round, run_stages

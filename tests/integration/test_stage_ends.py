@@ -25,7 +25,7 @@ def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str,
     from megatron_erpd import platform
 
     platform.enable_cpu()
-    from megatron_erpd.training.replay_step import ReplayStep
+    from megatron_erpd.training.step import ReplayStep
 
     loss = ReplayStep.loss_and_metrics
     data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet"]

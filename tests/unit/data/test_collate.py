@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_erpd.data.collate import collate, gather_response_rows, scatter_response_rows
+from megatron_erpd.data.batch import collate, gather_response_rows, scatter_response_rows
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.errors import RolloutError
 
@@ -67,12 +67,6 @@ def test_pad_multiple_rounds_the_sequence_length(rollouts: Rollouts, multiple: i
     assert torch.equal(padded.tokens[:, :length], plain.tokens)
     assert padded.loss_mask.sum() == plain.loss_mask.sum() == rollouts.response_lengths[:6].sum()
     assert padded.loss_mask[:, length:].sum() == 0
-
-
-def test_pad_to(rollouts: Rollouts) -> None:
-    assert collate(rollouts, [0, 1], pad_token_id=0, pad_to=40, pad_multiple=8).labels.shape == (2, 40)
-    with pytest.raises(RolloutError, match="don't fit a sequence length of 2"):
-        collate(rollouts, range(10), pad_token_id=0, pad_to=2)
 
 
 def test_scatter_and_gather_are_inverse(rollouts: Rollouts) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_erpd.data.prefetch import Prefetch, close_all
+from megatron_erpd.data.batch import Prefetch, close_all
 
 
 def threads() -> list[threading.Thread]:
@@ -94,7 +94,7 @@ def test_its_end_waits_for_the_item_in_the_making(end: str) -> None:
 
 BUSY_IN_TORCH = """
 import itertools, os, sys, torch
-from megatron_erpd.data.prefetch import Prefetch
+from megatron_erpd.data.batch import Prefetch
 torch.set_num_threads(1)
 
 def work(i):

@@ -1,4 +1,4 @@
-"""A loss that is no number: which rollouts are blamed."""
+"""A loss that is NaN or infinite: which rollouts are named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.collate import Batch
-from megatron_erpd.model.loss_guard import NonFiniteLoss, finite_loss
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import NonFiniteLoss, SequenceShard, loss_of
 
 
 def batch() -> Batch:
@@ -25,7 +25,7 @@ def total(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]
 
 def test_a_finite_loss_goes_through_with_its_gradient() -> None:
     output = torch.ones(2, 3, 4, requires_grad=True)
-    loss, count, _ = finite_loss(total, batch(), output)
+    loss, count, _ = loss_of(total, batch(), output, SequenceShard())
     loss.backward()
     assert float(loss.detach()) == 6 == float(count)
     assert output.grad is not None and torch.equal(output.grad[0], batch().loss_mask)
@@ -36,7 +36,7 @@ def test_the_rollout_with_the_value_is_named(value: float) -> None:
     output = torch.ones(2, 3, 4)
     output[0, 1, 2] = value
     with pytest.raises(NonFiniteLoss) as caught:
-        finite_loss(total, batch(), output)
+        loss_of(total, batch(), output, SequenceShard())
     assert caught.value.rows == [3]
 
 
@@ -45,11 +45,11 @@ def test_values_outside_the_response_are_nobody_s() -> None:
     output[0, 1, 2] = math.nan
     output[1, 0, 0] = math.nan
     with pytest.raises(NonFiniteLoss) as caught:
-        finite_loss(total, batch(), output)
+        loss_of(total, batch(), output, SequenceShard())
     assert caught.value.rows == [3]
 
 
 def test_a_sum_that_overflows_names_the_micro_batch() -> None:
     with pytest.raises(NonFiniteLoss) as caught:
-        finite_loss(total, batch(), torch.full((1, 3, 4), 3e38))
+        loss_of(total, batch(), torch.full((1, 3, 4), 3e38), SequenceShard())
     assert caught.value.rows == [7, 3, 9] and caught.value.what == "the loss is inf"

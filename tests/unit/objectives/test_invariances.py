@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_erpd.objectives.off_policy import KL_ESTIMATORS, kl_penalty
-from megatron_erpd.objectives.reduction import AGGREGATIONS
+from megatron_erpd.objectives.per_token import AGGREGATIONS, KL_ESTIMATORS, kl_penalty
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.signals import combine, parse_signal, token_advantages
 from megatron_erpd.objectives.types import KlEstimator, LossOutput, ReplayInputs

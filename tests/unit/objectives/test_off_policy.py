@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.objectives.off_policy import KL_ESTIMATORS, importance_correction, kl_penalty
+from megatron_erpd.objectives.per_token import KL_ESTIMATORS, importance_correction, kl_penalty
 from megatron_erpd.objectives.types import KlEstimator
 from tests.tolerances import FLOAT64, Tolerance
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.objectives.reduction import AGGREGATIONS, aggregate, sequence_mean, sequence_sum
+from megatron_erpd.objectives.per_token import AGGREGATIONS, aggregate, sequence_mean, sequence_sum
 from megatron_erpd.objectives.types import Aggregation
 from tests.tolerances import FLOAT64
 

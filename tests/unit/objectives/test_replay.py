@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import ErpdError, RecipeError
-from megatron_erpd.objectives.ratios import MAX_LOG_RATIO
+from megatron_erpd.objectives.per_token import MAX_LOG_RATIO
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.objectives.types import LossOutput, ReplayInputs
 from tests.tolerances import FLOAT64, FP32

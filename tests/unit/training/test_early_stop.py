@@ -12,7 +12,7 @@ import torch
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.training.early_stop import EarlyStop, Stop, read_stop
-from megatron_erpd.training.step_means import StepMeans
+from megatron_erpd.training.step import step_means
 
 SIGNAL = signal.SIGUSR1
 
@@ -26,33 +26,22 @@ def received() -> Iterator[list[int]]:
     signal.signal(SIGNAL, before)
 
 
-def pair(total: float, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(total), torch.tensor(count)
-
-
 def watch(output: Path, decides: bool = True, **bounds: float) -> EarlyStop:
     bounds = {"max_kl": None, "min_entropy": None, **bounds}  # type: ignore[dict-item]
-    return EarlyStop(
-        **bounds, means=StepMeans(2, None), output=output, iteration=3, decides=decides, exit_signal=SIGNAL
-    )
+    return EarlyStop(**bounds, output=output, iteration=3, decides=decides, exit_signal=SIGNAL)
 
 
 def test_means_weigh_micro_batches_by_their_counts():
-    means = StepMeans(2, None)
-    assert means.add(pair(3.0, 3), pair(1.0, 4)) is None
-    assert means.add(pair(7.0, 1), pair(0.0, 0)) == [10 / 4, 1 / 4]
-    assert means.add(pair(1.0, 1)) is None and means.add(pair(1.0, 1)) == [1.0], "a step begins afresh"
-    assert StepMeans(1, None).add(pair(0.0, 0)) == [0.0], "no token: nothing to divide"
+    assert step_means([torch.tensor([3.0, 3, 1, 4]), torch.tensor([7.0, 1, 0, 0])]) == [10 / 4, 1 / 4]
+    assert step_means([torch.tensor([0.0, 0])]) == [0.0], "no token: nothing to divide"
 
 
 def test_a_kl_above_the_ceiling_ends_the_step(tmp_path, received):
     stop = watch(tmp_path, max_kl=0.25)
-    for kl in (0.125, 0.375, 0.25, 0.25):  # means of 0.25: not above it
-        stop.measure(pair(kl, 1), pair(1.0, 1))
+    for _ in range(2):
+        stop.after_step({"entropy": 1.0, "policy_base_kl": 0.25})  # not above it
     assert not received and read_stop(tmp_path) is None
-    for kl in (0.25, 0.375):
-        assert not received, "only a whole step counts"
-        stop.measure(pair(kl, 1), pair(1.0, 1))
+    stop.after_step({"entropy": 1.0, "policy_base_kl": 0.3125})
     assert received == [SIGNAL]
     assert read_stop(tmp_path) == Stop(6, "max_kl 0.3125 > 0.25")
     assert str(read_stop(tmp_path)) == "max_kl 0.3125 > 0.25 at iteration 6"
@@ -60,16 +49,14 @@ def test_a_kl_above_the_ceiling_ends_the_step(tmp_path, received):
 
 def test_an_entropy_below_the_floor_ends_the_step(tmp_path, received):
     stop = watch(tmp_path, min_entropy=0.5)
-    stop.measure(None, pair(3.0, 5))
-    stop.measure(None, pair(1.0, 5))
+    stop.after_step({"entropy": 0.4})
     assert received == [SIGNAL] and read_stop(tmp_path) == Stop(4, "min_entropy 0.4 < 0.5")
 
 
 def test_only_one_rank_decides(tmp_path, received):
     (tmp_path / "early_stop.json").write_text(json.dumps({"iteration": 5, "reason": "max_kl 1 > 0.5"}))
     stop = watch(tmp_path, decides=False, max_kl=0.3)
-    stop.measure(pair(1.0, 1), pair(1.0, 1))
-    stop.measure(pair(1.0, 1), pair(1.0, 1))
+    stop.after_step({"entropy": 1.0, "policy_base_kl": 1.0})
     assert not received and read_stop(tmp_path) == Stop(5, "max_kl 1 > 0.5")
     watch(tmp_path, max_kl=0.3)
     assert read_stop(tmp_path) is None, "a reason of a step that comes again counts no more"

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from megatron_erpd.data.collate import Batch
+from megatron_erpd.data.batch import Batch
 from megatron_erpd.objectives.replay import sft_loss
-from megatron_erpd.training.replay_step import ReplayStep
+from megatron_erpd.training.step import ReplayStep
 from tests.tolerances import FLOAT64
 
 

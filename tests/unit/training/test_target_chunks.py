@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.collate import Batch
-from megatron_erpd.model.heads import HiddenStates, response_positions
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import HiddenStates, response_positions
+from megatron_erpd.model.projected_target import TrustRegion, live_target
 from megatron_erpd.objectives.projection import project_per_token
 from megatron_erpd.objectives.signals import combine, parse_signal
-from megatron_erpd.precompute.scores import Scores, hidden_rows, hidden_states
+from megatron_erpd.precompute.scores import Scores, hidden_states, response_states
 from megatron_erpd.settings import PrecomputeSettings
-from megatron_erpd.training import distill_step
 from megatron_erpd.vocab_parallel import VocabShard, chunks
 from tests.tolerances import FP32, PROJECTION_KL_FP32
 
@@ -57,9 +57,8 @@ def test_live_target(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = dense(logits, clip).log_probs.flatten(0, 1)[positions]
     for budget in BUDGETS:
         monkeypatch.setattr(chunks, "CHUNK_BYTES", budget)
-        target = distill_step.live_target(
-            ["base", "teacher"], TERMS, 0.2, 1.0, clip, batch, positions, states(logits), SHARD
-        )
+        region = TrustRegion(("base", "teacher"), TERMS, 0.2, 1.0, clip)
+        target = live_target(region, batch, positions, states(logits), SHARD)
         parts = list(chunks.token_chunks(target.num_tokens, target.bytes_per_token))
         for _ in range(2):  # forward, and backward from the steps that forward found
             rows = torch.cat([target.rows(part) for part in parts])
@@ -117,7 +116,7 @@ def test_a_batch_of_fillers_has_no_rows() -> None:
 def test_hidden_states_on_the_grid_and_off_it() -> None:
     batch, weight = make_batch(MASK), torch.zeros(VOCAB, 4)
     whole = torch.randn(B, S, 4)
-    found = hidden_rows(batch, HiddenStates(whole.transpose(0, 1).flatten(0, 1), weight))
+    found = response_states(batch, HiddenStates(whole.transpose(0, 1).flatten(0, 1), weight))
     expected = [whole[b][MASK[b] > 0] for b in range(B)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     again = hidden_states(batch, found, weight)

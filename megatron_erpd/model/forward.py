@@ -1,0 +1,404 @@
+"""A micro-batch through one policy or several of one architecture, to numbers per response token and to the loss.
+
+`forward_stage` runs this pipeline stage of every policy; on the last stage `PolicyHead` takes the place of the
+language-model head (Megatron's `output_processor`). No head makes the logits of a whole micro-batch: they are computed
+a chunk of response tokens at a time, where they are used (`vocab_parallel.token_terms`), and prompt and padding tokens
+get none at all. `loss_of` makes Megatron's loss of the result.
+
+*Several policies.* Live teachers and the offline scoring need the hidden states of several policies on the same
+tokens. They travel between stages side by side, concatenated on the hidden dimension, so that a schedule of Megatron's
+moves all of them with its own sends and receives. (Stages tell each other their shapes: `variable_seq_lengths`.)
+
+*Context parallelism.* The model sees a slice of every sequence, the loss sees all of it: the per-token results (a few
+numbers per token) are gathered, and every rank computes the whole loss, so that sequence-level losses need no other
+code. Megatron gives each rank two of 2 * CP equal pieces of a sequence, one from the front and one from the back, so
+that causal attention costs all ranks the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.errors import LayoutError, StageError, TokenError
+from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.vocab_parallel import (
+    LiveTarget,
+    OutputLayer,
+    Target,
+    TopKTarget,
+    VocabShard,
+    fused_token_terms,
+    gathered_divergence,
+    token_terms,
+)
+
+
+def forward_stage(models: Sequence[Any], batch: Batch, processors: Sequence[Any], context: Any = None) -> list[Any]:
+    """This pipeline stage of every model on one micro-batch.
+
+    Args:
+        models: the policies, the trained one (if any) first. Those after the first run without gradients.
+        batch: tokens and positions `[b, s]`, this context-parallel rank's slice.
+        processors: one output processor per model. A processor after the first is run first, so that the first
+            one's can use what the others gave (as `context["outputs"]`).
+        context: handed to the first model's processor.
+
+    Returns:
+        On the last stage each processor's result; elsewhere hidden states `[s, b, h]` (see `join`).
+    """
+    cores = [unwrap(m) for m in models]
+    if len(cores) > 1 and not cores[0].pre_process:
+        received = cores[0].decoder.input_tensor
+        for core, part in zip(cores, received.chunk(len(cores), dim=-1), strict=True):
+            core.set_input_tensor(part if core is cores[0] else part.detach())
+    outputs: list[Any] = [None] * len(models)
+    with torch.no_grad():
+        for i in range(1, len(models)):
+            outputs[i] = _forward(models[i], batch, processors[i], None)
+    if isinstance(context, dict):
+        context["outputs"] = outputs[1:]
+    outputs[0] = _forward(models[0], batch, processors[0], context)
+    return outputs
+
+
+def join(outputs: list[Any], model: Any) -> torch.Tensor:
+    """What a stage hands to the schedule: the first processor's result, or all policies' hidden states side by side."""
+    if unwrap(model).post_process or len(outputs) == 1:
+        return outputs[0].rows if isinstance(outputs[0], HiddenStates) else outputs[0]
+    return torch.cat(outputs, dim=-1)
+
+
+def _forward(model: Any, batch: Batch, processor: Any, context: Any) -> Any:
+    return model(
+        input_ids=batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        packed_seq_params=batch.packed_seq_params,
+        output_processor=processor,
+        output_processor_context=context,
+    )
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """A frozen policy's final hidden states `[s * b, h]`, whole on every rank, and its output layer's shard
+    `[v/tp, h]`."""
+
+    rows: Tensor
+    weight: Tensor
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """`[n, v/tp]` of these rows."""
+        return self.rows[positions] @ self.weight.t()
+
+
+class Hidden:
+    """An output processor of policies without gradient: their hidden states, before the output layer."""
+
+    def __call__(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Any, config: Any = None, **unused: Any
+    ) -> HiddenStates:
+        layer, weight = _output_layer(output_layer, output_weight, config)
+        return HiddenStates(layer.gather(hidden_states).flatten(0, 1), weight)
+
+
+TargetOf = Callable[[Batch, Tensor, Sequence[HiddenStates], VocabShard], Target]
+"""Given a batch, the response tokens' `positions` in it (`response_positions`), the frozen policies' hidden states and
+the vocabulary shard: a distribution for each of these tokens."""
+
+
+def response_positions(batch: Batch) -> Tensor:
+    """int64 `[n]`, where the labels are response tokens, in the order `[s, b]` of Megatron's hidden states, flat."""
+    return (batch.loss_mask.transpose(0, 1) > 0).flatten().nonzero().squeeze(-1)
+
+
+def at_positions(values: Tensor, positions: Tensor) -> Tensor:
+    """`[b, s, ...]` of a batch at `positions`, `[n, ...]`."""
+    return values.transpose(0, 1).flatten(0, 1)[positions]
+
+
+def to_grid(values: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+    """`[n, ...]` as `[b, s, ...]`, 0 elsewhere; the inverse of `at_positions`. Gradients flow back."""
+    b, s = batch.loss_mask.shape
+    flat = values.new_zeros((s * b, *values.shape[1:])).index_put((positions,), values)
+    return flat.unflatten(0, (s, b)).transpose(0, 1)
+
+
+def policy_head(
+    model: Any,
+    vocab_size: int,
+    kind: DivergenceKind | None = None,
+    target: TargetOf | None = None,
+    gather: bool = False,
+) -> PolicyHead | None:
+    """This rank's head; None before the last pipeline stage, where Megatron calls no processor."""
+    if not unwrap(model).post_process:
+        return None
+    return PolicyHead(vocab_shard(model, vocab_size), kind, target, gather)
+
+
+class PolicyHead:
+    """Log-probs of the labels, entropy and, where asked, a divergence per token, from the policy's hidden states.
+
+    Called by Megatron with hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism). Returns fp32
+    `[n, b, s]` with n = 2 or 3 rows: `log_probs`, `entropy` (without gradient), the divergence; 0 outside of the
+    responses. Every tensor-parallel rank returns the same values. Collectives: see `fused_token_terms`.
+
+    Args:
+        kind, target: of the divergence; both or neither.
+        gather: compute the divergence on vocabularies gathered from all ranks, with logits of all response tokens.
+    """
+
+    def __init__(
+        self,
+        shard: VocabShard,
+        kind: DivergenceKind | None = None,
+        target: TargetOf | None = None,
+        gather: bool = False,
+    ) -> None:
+        self.shard = shard
+        self.kind = kind
+        self.target = target
+        self.gather = gather
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Any,
+        context: dict[str, Any],
+        config: Any = None,
+        **unused: Any,
+    ) -> Tensor:
+        batch: Batch = context["batch"]
+        positions = response_positions(batch)
+        labels = at_positions(batch.labels, positions)
+        target = None
+        if self.target is not None:
+            with torch.no_grad():
+                target = self.target(batch, positions, context["outputs"], self.shard)
+        if self.gather and target is not None and not isinstance(target, TopKTarget):
+            assert self.kind is not None
+            logits = output_layer(hidden_states, weight=output_weight)[0].flatten(0, 1)[positions]
+            whole = LiveTarget(target.rows(slice(0, len(positions))), target.temperature)
+            with naming_rollouts(batch, positions):
+                log_probs, entropy, _ = token_terms(logits, self.shard, labels)
+            rows = [log_probs, entropy.detach(), gathered_divergence(self.kind, logits, whole, self.shard)]
+        else:
+            layer, weight = _output_layer(output_layer, output_weight, config)
+            with naming_rollouts(batch, positions):
+                log_probs, entropy, divergence = fused_token_terms(
+                    hidden_states, weight, self.shard, labels, self.kind, target, positions=positions, layer=layer
+                )
+            rows = [log_probs, entropy.detach(), *([divergence] if target is not None else [])]
+        return torch.stack([to_grid(row.float(), positions, batch) for row in rows])
+
+
+def _output_layer(layer: Any, tied_weight: Tensor | None, config: Any) -> tuple[OutputLayer, Tensor]:
+    """Megatron's column-parallel output layer as the fused head sees it, and its weight.
+
+    Raises:
+        LayoutError: the layer does something that isn't a plain matrix product.
+    """
+    unsupported = {
+        "a bias": getattr(layer, "bias", None) is not None,
+        "--defer-embedding-wgrad-compute": getattr(config, "defer_embedding_wgrad_compute", False),
+        "MuP's scaled logits": getattr(config, "use_mup", False),
+        "a weight gathered from data-parallel ranks": getattr(layer, "gtp_remat_size", 1) > 1,
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise LayoutError(f"the output layer has {name}, which the fused head doesn't compute; leave it out")
+    shape = OutputLayer(layer.tp_group, layer.sequence_parallel, bool(layer.gradient_accumulation_fusion))
+    return shape, layer.weight if tied_weight is None else tied_weight
+
+
+# Context parallelism
+
+
+def rank_positions(length: int, rank: int, size: int) -> Tensor:
+    """The positions `[length / size]` of a sequence that a context-parallel rank holds, ascending.
+
+    Args:
+        length: a multiple of 2 * size.
+    """
+    pieces = torch.arange(length).view(2 * size, -1)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+
+
+class SequenceShard(NamedTuple):
+    """A context-parallel rank's part of every sequence: `rank_positions`. By default the whole sequence."""
+
+    rank: int = 0
+    size: int = 1
+    group: torch.distributed.ProcessGroup | None = None
+
+    @classmethod
+    def here(cls) -> SequenceShard:
+        """This process's."""
+        from megatron.core import mpu
+
+        size = mpu.get_context_parallel_world_size()
+        group = mpu.get_context_parallel_group() if size > 1 else None
+        return cls(mpu.get_context_parallel_rank(), size, group)
+
+    def slice(self, batch: Batch) -> Batch:
+        """This rank's positions of a batch, `[b, s / size]`; the batch itself where `size` is 1."""
+        if self.size == 1:
+            return batch
+        positions = rank_positions(batch.tokens.shape[1], self.rank, self.size).to(batch.tokens.device)
+
+        def take(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: take(item) for name, item in value.items()}
+            return value.index_select(1, positions)
+
+        names = [item.name for item in fields(batch) if item.name in _SEQUENCE_FIELDS]
+        return replace(batch, **{name: take(getattr(batch, name)) for name in names})
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Per-token values of the whole sequence, the same on every rank.
+
+        Args:
+            values: `[..., s / size]`, this rank's positions.
+
+        Returns:
+            `[..., s]` in the order of the sequence. One all-gather forward, none backward: every rank computes the
+            same loss from the result and keeps its own slice of the gradient.
+        """
+        return values if self.size == 1 else _Gather.apply(values, self)
+
+
+_SEQUENCE_FIELDS = ("tokens", "labels", "position_ids", "loss_mask", "token_rows")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, shard: SequenceShard) -> Tensor:
+        length = values.shape[-1] * shard.size
+        ctx.positions = rank_positions(length, shard.rank, shard.size).to(values.device)
+        parts = [torch.empty_like(values) for _ in range(shard.size)]
+        torch.distributed.all_gather(parts, values.contiguous(), group=shard.group)
+        whole = values.new_empty((*values.shape[:-1], length))
+        for other, part in enumerate(parts):
+            whole[..., rank_positions(length, other, shard.size).to(values.device)] = part
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream.index_select(-1, ctx.positions), None
+
+
+# The loss
+
+
+LossAndMetrics = Callable[[Batch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""A micro-batch and the head's per-token values `[n, b, s]` to Megatron's (sum, count, {name: [sum, count]})."""
+
+
+class NonFiniteLoss(StageError):
+    """The loss of a micro-batch is NaN or infinite, or so are the logits that it is made of.
+
+    Attributes:
+        what: which of them, and its value.
+        rows: the rollouts whose own values are NaN or infinite, by their number in the data; all of the micro-batch's
+            where none is (the sum over them overflows, say).
+    """
+
+    def __init__(self, what: str, rows: Sequence[int]) -> None:
+        super().__init__(f"{what} (rollouts number {', '.join(map(str, rows))})")
+        self.what, self.rows = what, list(dict.fromkeys(rows))
+
+
+def loss_of(
+    loss: LossAndMetrics, batch: Batch, output: Tensor, shard: SequenceShard | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What Megatron gets for a micro-batch, from this rank's `[n, b, s / cp]` of the head's values.
+
+    Megatron sums gradients, counts and reports over DP x CP. Each rank's gradient holds its own positions' part only,
+    so the gradients' sum is right as it is; counts and reports would come out CP times too large, and are those of the
+    first context-parallel rank alone. Reads one number back from the device.
+
+    Args:
+        loss: computed on whole sequences.
+        batch: the whole micro-batch.
+        shard: by default this process's.
+
+    Raises:
+        NonFiniteLoss: the sum of the loss is NaN or infinite.
+    """
+    shard = SequenceShard.here() if shard is None else shard
+    output = shard.gather(output)
+    total, count, report = loss(batch, output)
+    value = float(total.detach())
+    if not math.isfinite(value):
+        wrong = (~torch.isfinite(output.detach()) & (batch.loss_mask > 0)).flatten(2).any(dim=2).any(dim=0)
+        rows = batch.row_indices[wrong] if wrong.any() else batch.row_indices
+        raise NonFiniteLoss(f"the loss is {value}", rows.tolist())
+    if shard.rank > 0:
+        count = torch.zeros_like(count)
+        report = {name: torch.zeros_like(value) for name, value in report.items()}
+    return total, count, report
+
+
+def has_finite_gradients(models: Iterable[Any]) -> bool:
+    """Whether this rank's gradients are finite, as Megatron checks them before the collective over data-parallel ranks
+    (`--check-for-nan-in-loss-and-grad`, on by default).
+
+    Args:
+        models: model chunks in Megatron's `DistributedDataParallel`.
+    """
+    groups = [group for model in models for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups)]
+    return all(math.isfinite(bucket.grad_data.norm(p=2)) for group in groups for bucket in group.buckets)
+
+
+@contextmanager
+def naming_rollouts(batch: Batch, positions: Tensor) -> Iterator[None]:
+    """Turns the error of response tokens into one that names their rollouts.
+
+    Args:
+        positions: int64 `[n]`, the response tokens in the flat order `[s, b]`.
+
+    Raises:
+        NonFiniteLoss: something of these tokens is NaN or infinite.
+    """
+    try:
+        yield
+    except TokenError as error:
+        columns = positions[torch.tensor(error.tokens, device=positions.device)] % batch.loss_mask.shape[0]
+        raise NonFiniteLoss(str(error), batch.row_indices[columns].tolist()) from error
+
+
+# Megatron's model
+
+
+def unwrap(model: Any) -> Any:
+    """The GPTModel under DDP and mixed-precision wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def vocab_shard(model: Any, vocab_size: int) -> VocabShard:
+    """The vocabulary range that this tensor-parallel rank's output layer holds.
+
+    Args:
+        model: a GPTModel of a last pipeline stage, wrapped or not.
+        vocab_size: true size of the vocabulary, without padding rows.
+    """
+    from megatron.core import mpu
+
+    width = unwrap(model).output_layer.output_size_per_partition
+    start = mpu.get_tensor_model_parallel_rank() * width
+    return VocabShard(start, start + width, vocab_size, mpu.get_tensor_model_parallel_group())
