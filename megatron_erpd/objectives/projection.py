@@ -165,7 +165,7 @@ def solve_eta(base_log_probs: Tensor, signal: Tensor, delta: float, eta_max: flo
         partition = log_partition(base, signal, eta)
         kl = partition.kl(eta, log_mass)
         inside = kl <= delta
-        # At the first, eta is eta_max, and a token that is inside there has its answer.
+        # The first eta is eta_max: a token whose KL is within delta there is solved.
         done = done | ((kl - delta).abs() <= SOLVED * delta) | (inside if iteration == 0 else False)
         lower, upper = torch.where(inside, eta, lower), torch.where(inside, upper, eta)
         middle = (lower + upper) / 2

@@ -39,7 +39,7 @@ BIN_SCALE = 96.0
 """Nats of eta_max s at which bins are four times as wide as at 0. Measured against 64 and 128."""
 
 RESOLUTION = 1e-11
-"""Spread within a bin, as the squared norm of an orthogonal polynomial on [-1, 1], below which it is rounding."""
+"""Squared norm of an orthogonal polynomial on [-1, 1] below which the spread within a bin is taken for rounding."""
 
 
 class SignalLaw(NamedTuple):
@@ -74,8 +74,8 @@ def signal_moments(base_log_probs: Tensor, signal: Tensor, eta_max: float) -> Te
     if not bool(x.sum().isfinite()):  # looking at the sum costs less than masking every entry
         x = torch.where(masses > 0, x, 0.0)
     moments = masses.new_zeros(*masses.shape[:-1], NUM_MOMENTS, NUM_BINS)
-    # Most entries are in the middle bin, whose sums need no indices. What is outside is added one by one, and weighs
-    # nothing there; which of the two an entry at the very edge is, rounding decides.
+    # Most entries are in the middle bin, whose sums need no indices. The entries outside are scattered into their bins,
+    # and their mass is set to 0 for the middle bin. An entry at the edge is in either, by rounding, but only in one.
     far = torch.nn.functional.hardshrink(x, float(half_widths[MIDDLE]))
     outside = far.flatten().nonzero().squeeze(-1)
     if len(outside):
@@ -105,8 +105,8 @@ def _add_outside(
 
 
 MOMENT_BYTES = 80
-"""Bytes per entry that `signal_moments` has in use at most, when all entries are outside of the middle bin: masses,
-x, its part outside, places, and of each entry mass, x, bin, target and two passing ones, 8 bytes each."""
+"""Bytes per entry that `signal_moments` has in use at most, when all entries are outside of the middle bin: masses, x,
+x outside, places, and of each entry mass, x, bin, target and two temporaries, 8 bytes each."""
 
 LAW_BYTES = 20 * 8 * NUM_BINS * NUM_MOMENTS
 """Bytes per token that `law_of_moments` and a root find on it have in use at most."""
@@ -120,8 +120,8 @@ def law_of_moments(moments: Tensor, eta_max: float) -> SignalLaw:
         eta_max: the one they were made with.
 
     Returns:
-        N atoms per token, at most NUM_BINS NUM_MOMENTS / 2: those that no token uses are left out. No collectives:
-        equal moments give equal laws on every rank.
+        N atoms per token, at most NUM_BINS NUM_MOMENTS / 2; atoms that no token uses are dropped. No collectives: equal
+        moments give equal laws on every rank.
 
     Raises:
         ErpdError: a moment isn't finite.

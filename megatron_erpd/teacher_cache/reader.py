@@ -1,7 +1,7 @@
 """Reading a teacher cache: rows by sample id, memory-mapped (one copy in the page cache serves all ranks of a node).
 
-Opening reads `cache.json` and maps the indices; parts are opened when the first of their rows is asked for. Every row
-that is given was checked: it is there, is of this sample, and its payload is what was written.
+Opening reads `cache.json` and maps the indices; a part is opened when one of its rows is first read. Every row that is
+read is checked: its sample id, and the checksum of its payload.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_erpd.teacher_cache.index import Index
 from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
 from megatron_erpd.teacher_cache.parts import Part
 
-if TYPE_CHECKING:  # what looks at log-probs alone needs no torch
+if TYPE_CHECKING:  # reading log-probs alone needs no torch
     from torch import Tensor
 
     from megatron_erpd.data.rollouts import Rollouts
@@ -96,9 +96,9 @@ class CacheReader:
         return self._tables[name]
 
     def check(self, rollouts: Rollouts, tables: Sequence[str] | None = None) -> None:
-        """Proves, rollout by rollout, that the cache was made for exactly these tokens.
+        """Checks that every rollout has a row that was made for exactly its tokens.
 
-        Rows for other rollouts may be there too (after `Rollouts.select`, say).
+        Rows of other rollouts may be there too (after `Rollouts.select`, say).
 
         Args:
             tables: those that will be read; default: all.
@@ -114,21 +114,17 @@ class CacheReader:
         crcs = np.array([rollouts.token_crc(i) for i in range(len(rollouts))], dtype=np.uint32)
         for table in tables or self._tables:
             found = self.table(table).keys(names)
-            for kind, bad in (
-                ("missing", found.part < 0),
-                ("length", found.num_tokens != lengths),
-                ("crc", found.crc != crcs),
-            ):
-                if not bad.any():
-                    continue
-                i = int(bad.argmax())
-                sample = f"sample {names[i]} ({rollouts.location(i)})"
-                if kind == "missing":
-                    self._refuse(f"{table} has no row for {sample}")
-                if kind == "length":
-                    detail = f"{found.num_tokens[i]} response tokens, the rollout has {lengths[i]}"
-                    self._refuse(f"{table} holds {sample} with {detail}")
-                self._refuse(f"{table} holds {sample} for other token ids (checksums differ)")
+            bad = (found.part < 0) | (found.num_tokens != lengths) | (found.crc != crcs)
+            if not bad.any():
+                continue
+            i = int(bad.argmax())
+            sample = f"sample {names[i]} ({rollouts.location(i)})"
+            if found.part[i] < 0:
+                self._refuse(f"{table} has no row for {sample}")
+            if found.num_tokens[i] != lengths[i]:
+                detail = f"{found.num_tokens[i]} response tokens, the rollout has {lengths[i]}"
+                self._refuse(f"{table} holds {sample} with {detail}")
+            self._refuse(f"{table} holds {sample} for other token ids (checksums differ)")
 
     def require_policies(self, fingerprints: Mapping[str, str]) -> None:
         """Raises `CacheError` unless the cache was made from these policies.
@@ -174,10 +170,10 @@ class CacheReader:
 
 
 class UnfinishedHidden:
-    """Hidden states that lie in a cache which is still being written, by sample id.
+    """Hidden states of a cache that is still being written, by sample id.
 
     Args:
-        folder, meta: of the cache. What is published when this is made can be read.
+        folder, meta: of the cache. Parts that are published later aren't seen.
     """
 
     def __init__(self, folder: Path, meta: CacheMeta) -> None:
@@ -281,9 +277,9 @@ class Table:
         return [entry["num_rows"] for entry in self._entries]
 
     def close_part(self, number: int) -> None:
-        """Lets go of a part; `part` opens it again."""
+        """Closes a part; `part` opens it again."""
         self._parts[number] = None
 
     def close_parts(self) -> None:
-        """Lets go of all parts."""
+        """Closes all parts."""
         self._parts = [None] * len(self._entries)

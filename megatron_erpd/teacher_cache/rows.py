@@ -50,7 +50,7 @@ def open_cache(folder: Path, rollouts: Rollouts, policies: Mapping[str, Path], p
         )
     if cache.meta.temperature != 1.0:
         raise CacheError(f"{folder}: temperature is {cache.meta.temperature}, training compares at 1; precompute again")
-    # A cache of before precisions were part of its format has its own in the settings.
+    # Caches from before the format had a precision record it in the manifest's settings.
     made_in = manifest.settings.get("precision", cache.meta.precision)
     if made_in != precision:
         raise CacheError(

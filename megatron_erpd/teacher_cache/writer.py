@@ -6,9 +6,9 @@
             writer.write_log_probs("base", sample_id, crc, log_probs)
         finalize(folder, meta, rollouts.sample_ids)             # after all writers have closed
 
-Rows are packed, checked and written on a thread of their own; arrays that were given must not change afterwards. A part
-has its name only when it is whole and on disk, so a killed run loses at most the part in progress of each table, and
-what is there can be counted on: `prepare_cache` names the rollouts that each table has, whichever rank wrote them.
+Rows are packed, checked and written on a thread of their own; the arrays must not change afterwards. A part gets its
+name when it is complete and on disk, so a killed run loses at most the part in progress of each table. `prepare_cache`
+names the rollouts that each table has already, whichever rank wrote them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART_BYTES = 256 * 2**20
-"""A part is what a killed run can lose; larger parts make fewer files."""
+"""Payload of a part: a killed run loses at most one per table and writer; larger parts make fewer files."""
 QUEUE_BYTES = 512 * 2**20
 """Rows that wait to be written, at most (one row always may)."""
 MASS_TOLERANCE = 1e-3
@@ -55,7 +55,7 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Holds a cache's folder for one program; the operating system lets go of it when the program ends, however.
+    """Locks a cache's folder for one program; the operating system releases the lock however the program ends.
 
     Raises:
         CacheError: another program holds it (names host and process).

@@ -4,10 +4,10 @@ The mathematics, and what the names mean, are those of `megatron_erpd.objectives
 tilted, q(v) ~ pi_0(v) exp(eta s(v)), as far as KL(q || pi_0) <= delta and eta <= eta_max allow. Finding that eta takes
 many evaluations of K(eta) = log E_{pi_0}[exp(eta s)], and over a split vocabulary each would cost collectives. Here the
 ranks add up the moments of the signal's law (`objectives.signal_law`), in one collective, and each finds the root by
-itself: identically, because the sums are identical.
+itself, on equal sums with equal results.
 
 Everything is computed without gradient: base and signal are fixed in stage 2. Where the base's log-probability is
--inf, q is 0 and the signal isn't looked at; elsewhere the signal must be finite. Temporaries with a vocabulary
+-inf, q is 0 and the signal is ignored; elsewhere the signal must be finite. Temporaries with a vocabulary
 dimension are made for one chunk of tokens at a time (`chunks.CHUNK_BYTES`).
 """
 
@@ -57,9 +57,10 @@ def apply_eta(base_log_probs: Tensor, signal: Tensor, eta: Tensor | float, shard
     Returns:
         float32 (float64 for a float64 base). Collectives: one all-gather of two numbers per token.
     """
-    base, signal = _values(base_log_probs, signal, shard)
+    base = shard.values(base_log_probs)
+    values = shard.values(signal).to(base.dtype).masked_fill(base == -torch.inf, 0.0)
     step = eta.to(base.dtype).unsqueeze(-1) if isinstance(eta, Tensor) and eta.dim() else eta
-    exponents = base + step * signal
+    exponents = base + step * values
     log_probs = log_softmax_of(exponents, *normalizer(exponents, shard))
     return shard.with_padding(log_probs, like=log_probs, fill=-torch.inf)
 
@@ -135,10 +136,3 @@ def _summed_moments(base_log_probs: Tensor, signal: Tensor, shard: VocabShard, e
     for rows in local_blocks(base_log_probs, MOMENT_BYTES * shard.width):
         moments[rows] = signal_moments(shard.values(base_log_probs[rows]), shard.values(signal[rows]), eta_max)
     return shard.all_reduce_sum(moments)
-
-
-def _values(base_log_probs: Tensor, signal: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The valid columns of both in one type, the signal 0 where the base excludes the token."""
-    base = shard.values(base_log_probs)
-    values = shard.values(signal).to(base.dtype)
-    return base, values.masked_fill(base == -torch.inf, 0.0)

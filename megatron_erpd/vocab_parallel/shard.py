@@ -2,7 +2,7 @@
 
 Megatron splits the vocabulary, padded to a multiple of the tensor-parallel size, into equal contiguous ranges.
 The columns past the true vocabulary are padding: they hold logits of rows that no token uses, and every function of
-this package leaves them out, also where a whole shard is padding.
+this package ignores them, also where a whole shard is padding.
 
 Gradients follow one convention, Megatron's: every rank computes the **same, replicated** loss, and the gradient
 of a rank's own shard of the logits is exactly that slice of the dense gradient. There is no factor of the

@@ -59,7 +59,7 @@ def test_log_probs_of_another_precision(recorded: str, where: str, base: Path, t
         writer.write_log_probs("base", rollouts.sample_ids[0], rollouts.token_crc(0), np.zeros(2, np.float32))
     finalize(cache, meta, rollouts.sample_ids)
     write_manifest(cache, "precompute", {"precision": recorded} if where == "manifest" else {}, {})
-    assert len(open_cache(cache, rollouts, {"base": base}, recorded)) == 1
+    assert open_cache(cache, rollouts, {"base": base}, recorded).num_rows == 1
     other = {"fp32": "bf16", "bf16": "fp32"}[recorded]
     words = f"computed in {recorded}, this training computes in {other}.*--precision {other}.*--precision {recorded}"
     with pytest.raises(CacheError, match=words):
