@@ -1,20 +1,6 @@
-"""Rollouts on disk and in batches: schema, files, replay order, collation."""
+"""Rollouts on disk and in batches.
 
-from megatron_erpd.data.batch import Batch, collate, gather_response_rows, scatter_response_rows
-from megatron_erpd.data.replay_dataset import BatchOrder
-from megatron_erpd.data.rollouts import Rollouts, read_rollouts, validate_against_vocabulary, write_rollouts
-from megatron_erpd.data.schema import Rollout, sample_id
-
-__all__ = [
-    "Batch",
-    "BatchOrder",
-    "Rollout",
-    "Rollouts",
-    "collate",
-    "gather_response_rows",
-    "read_rollouts",
-    "sample_id",
-    "scatter_response_rows",
-    "validate_against_vocabulary",
-    "write_rollouts",
-]
+- `schema`: the columns of a rollout and their checks · `rollouts`: reading, writing and counting files of them
+- `rewards`: rewards apart from the rollouts · `rollout_warnings`: what a training will learn little from
+- `replay_dataset`: the order of the batches · `batch`: collation, and the micro-batches of a rank ahead of need
+"""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_erpd.data.ragged import list_array
 from megatron_erpd.errors import CacheError, full_disk
 from megatron_erpd.files import new_file
 from megatron_erpd.teacher_cache.format import KEYS, PART_KEY, REMEDY, CacheMeta, check_version
@@ -48,8 +49,6 @@ def write_part(
     Raises:
         CacheError: the file exists already, or can't be written (a full disk); no part of it is left.
     """
-    from megatron_erpd.data.ragged import list_array  # brings torch, which reading does without
-
     payload = list(schema)[len(KEYS) :]
     if any(sum(len(row[item.name]) for row in rows) > MAX_ELEMENTS for item in payload):
         longest = keys["sample_id"][int(np.argmax(keys["num_tokens"]))]
