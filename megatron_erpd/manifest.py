@@ -4,15 +4,14 @@ A stage writes one folder, its artifact. The artifact is complete when `manifest
 rename. The manifest names the stage, its settings, the digests of its inputs' manifests and every file with its
 size and SHA-256. "Done" means that the manifest verifies and that settings and inputs are those asked for.
 
-An artifact that is not complete yet says in `request.json` what was asked for, so that an interrupted stage is taken up
-again only by a stage with the same settings and inputs. A plan (the pipeline's) and the stage itself compute both with
-`settings_identity` and `sampling.inputs.input_digests`, so that they agree.
+An artifact that is not complete yet says in `request.json` what was asked for, so that an interrupted stage is resumed
+only with the same settings and inputs. The plan of a run and the stage itself compute both with `settings_identity` and
+`sampling.inputs.input_digests`, so that they agree.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
 import re
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypedDict
@@ -81,6 +79,9 @@ class Manifest:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+_MANIFEST_TYPE = TypeAdapter(Manifest)
+
+
 def settings_identity(
     settings: BaseModel | Mapping[str, Any], megatron: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
@@ -100,33 +101,31 @@ def settings_identity(
 def begin_artifact(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
     """Takes a folder for a stage that writes its artifact there, or refuses it.
 
-    A finished artifact is never written over. An unfinished one is taken up again only by the same stage with the same
-    settings and inputs (digests).
+    A finished artifact is never overwritten. An unfinished one is resumed only by the same stage with the same settings
+    and inputs (digests).
 
     Returns:
-        Whether the folder holds the work of an interrupted run to go on with.
+        Whether the folder holds the work of an interrupted run to resume.
 
     Raises:
         StageError: the folder holds a finished artifact, an unfinished one of another request, or foreign files.
     """
     if (folder / MANIFEST).is_file():
-        lines = differences(read_manifest(folder), stage, dict(settings), dict(inputs))
+        lines = differences(read_manifest(folder), stage, settings, inputs)
         what = "the same one" if not lines else "another one:\n  " + "\n  ".join(lines)
         raise StageError(f"{folder}: already holds a finished artifact, {what}; give another --output or delete it")
-    request = read_request(folder)
-    if request is not None:
-        lines = differences(request, stage, dict(settings), dict(inputs))
-        if lines:
+    if (request := read_request(folder)) is not None:
+        if lines := differences(request, stage, settings, inputs):
             raise StageError(
                 f"{folder}: was begun with other settings or inputs and can't be continued with these; give another "
                 "--output or delete it:\n  " + "\n  ".join(lines)
             )
-        _write_request(folder, request, _seconds_worked(folder))
+        _write_request(folder, request)
         return True
     if folder.is_dir() and any(_is_content(path.relative_to(folder)) for path in folder.iterdir()):
         raise StageError(f"{folder}: holds files that no stage left there; give an empty or new folder as --output")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_request(folder, Manifest(stage, dict(settings), dict(inputs), files={}), seconds=0.0)
+    _write_request(folder, Manifest(stage, dict(settings), dict(inputs), files={}))
     return False
 
 
@@ -162,23 +161,19 @@ def finish_artifact(
     return manifest
 
 
-def _write_request(folder: Path, request: Manifest, seconds: float) -> None:
-    """Notes what is wanted, that a start begins now, and how long those before have worked."""
+def _write_request(folder: Path, request: Manifest) -> None:
+    """Notes what is wanted, that a start begins now, and how long those before worked, each until its last file."""
     path = folder / REQUEST
-    starts = json.loads(path.read_text()).get("starts", 1) + 1 if path.is_file() else 1
+    starts, seconds = 1, 0.0
+    if path.is_file():
+        record, written = json.loads(path.read_text()), path.stat().st_mtime
+        starts, seconds = record.get("starts", 1) + 1, record.get("seconds", 0.0)
+        started = record.get("started", written)
+        if abs(written - started) <= _COPIED_SECONDS:  # otherwise the times of its files are those of the copying
+            last = max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
+            seconds += max(0.0, min(last, time.time()) - started)
     wanted = {"stage": request.stage, "settings": request.settings, "inputs": request.inputs}
     write_json(path, wanted | {"started": time.time(), "starts": starts, "seconds": seconds})
-
-
-def _seconds_worked(folder: Path) -> float:
-    """How long the starts of an unfinished stage have worked; of the last one, until its last file."""
-    path = folder / REQUEST
-    record, written = json.loads(path.read_text()), path.stat().st_mtime
-    started = record.get("started", written)
-    if abs(written - started) > _COPIED_SECONDS:  # the times of a copy's files are those of the copying
-        return record.get("seconds", 0.0)
-    files = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
-    return record.get("seconds", 0.0) + max(0.0, min(max(files), time.time()) - started)
 
 
 def read_request(folder: Path) -> Manifest | None:
@@ -227,17 +222,6 @@ def content_files(folder: Path) -> dict[str, int]:
     return {str(name): (folder / name).stat().st_size for name in names if _is_content(name)}
 
 
-def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Deals files into `count` shares of about equal size: the largest first, each to the smallest share so far."""
-    dealt: list[list[str]] = [[] for _ in range(count)]
-    heap = [(0, 0, number) for number in range(count)]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        total, files, number = heapq.heappop(heap)
-        dealt[number].append(name)
-        heapq.heappush(heap, (total + sizes[name], files + 1, number))
-    return dealt
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact.
 
@@ -284,7 +268,7 @@ def _parsed(record: Mapping[str, Any]) -> Manifest:
     if unknown := [name for name in record if name not in known]:
         raise ValueError(f"{unknown[0]}: unknown key")
     try:
-        manifest = _manifest_type().validate_python(record)
+        manifest = _MANIFEST_TYPE.validate_python(record)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
@@ -292,11 +276,6 @@ def _parsed(record: Mapping[str, Any]) -> Manifest:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"files: {name!r} is outside of the artifact")
     return manifest
-
-
-@cache
-def _manifest_type() -> TypeAdapter[Manifest]:
-    return TypeAdapter(Manifest)
 
 
 def verify_manifest(folder: Path, checksums: bool = True) -> Manifest:
@@ -393,10 +372,10 @@ def _difference(path: Path, size: int, digest: str | None) -> str:
     return f"{path}: differs from what {MANIFEST} recorded; run the stage again"
 
 
-def differences(manifest: Manifest, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+def differences(manifest: Manifest, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """What keeps an artifact from being the one asked for, a line each; empty when it is."""
     lines = [] if manifest.stage == stage else [f"stage: {manifest.stage} -> {stage}"]
-    wanted = json.loads(json.dumps(finite(settings)))
+    wanted = json.loads(json.dumps(finite(dict(settings))))
     for name in sorted({*manifest.settings, *wanted}):
         before, now = manifest.settings.get(name), wanted.get(name)
         if before != now and not (name == "verifier" and _without_folder(before) == _without_folder(now)):
@@ -427,34 +406,31 @@ def input_digest(path: Path, counts: Callable[[Iterable[PurePath]], list[PurePat
     """
     if (path / MANIFEST).is_file():
         return read_manifest(path).digest
-    recorded = _recorded_files(path)
-    if recorded is not None and path.is_file():
-        return recorded[""]
+    recorded = _recorded_digests(path)
     if path.is_file():
-        return file_digest(path)
+        return recorded.get("") or file_digest(path)
     if not path.is_dir():
         raise StageError(f"{path}: no such file or folder; check the path")
-    if recorded is None:
-        recorded = _contents(path, counts(files_below(path)))
-    return _digest_of(recorded, counts(map(PurePath, recorded)))
+    digests = recorded or _content_digests(path, counts(files_below(path)))
+    return _digest_of(digests, counts(map(PurePath, digests)))
 
 
 def former_digests(path: Path) -> set[str]:
-    """What `input_digest` could have given a path before it knew which files count: digests of all files, with junk and
-    without.
+    """What `input_digest` could have given a path that is no artifact before it knew which files count: digests of all
+    files, with junk and without.
 
     Raises:
         StageError: the path does not exist.
     """
-    recorded = _recorded_files(path)
     if not path.is_dir():
         return {input_digest(path)}
-    files = recorded or _contents(path, [p.relative_to(path) for p in path.rglob("*") if p.is_file()])
-    names = [PurePath(name) for name in files]
-    return {_digest_of(files, names), _digest_of(files, [name for name in names if not is_junk(name)])}
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    digests = _recorded_digests(path) or _content_digests(path, files)
+    names = [PurePath(name) for name in digests]
+    return {_digest_of(digests, names), _digest_of(digests, [name for name in names if not is_junk(name)])}
 
 
-def _contents(folder: Path, names: Sequence[PurePath]) -> dict[str, str]:
+def _content_digests(folder: Path, names: Sequence[PurePath]) -> dict[str, str]:
     # Hashing lets other threads run; a model's files are large enough for it to matter.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         digests = threads.map(file_digest, [folder / name for name in names])
@@ -466,11 +442,9 @@ def _digest_of(files: Mapping[str, str], names: Iterable[PurePath]) -> str:
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
-def _recorded_files(path: Path) -> dict[str, str] | None:
-    """Checksums that the enclosing artifact's manifest has for `path` ("") or for the files below it."""
-    if not any((folder / MANIFEST).is_file() for folder in path.parents):
-        return None
-    return {name: record["sha256"] for name, record in recorded_files(path).items()} or None
+def _recorded_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the files that the artifact around `path` has recorded (`recorded_files`)."""
+    return {name: record["sha256"] for name, record in recorded_files(path).items()}
 
 
 def file_digest(path: Path) -> str:

@@ -8,6 +8,7 @@ through that group.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import resource
@@ -31,7 +32,6 @@ from megatron_erpd.manifest import (
     file_digest,
     files_of_inputs,
     finish_artifact,
-    shares,
 )
 from megatron_erpd.progress import say_progress
 
@@ -216,6 +216,17 @@ def do_together(where: object, work: Callable[[], None]) -> None:
     raise_together(where, problems)
 
 
+def shares_by_size(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Divides files into `count` shares of about equal size: the largest first, each to the smallest share so far."""
+    found: list[list[str]] = [[] for _ in range(count)]
+    heap = [(0, 0, number) for number in range(count)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        total, files, number = heapq.heappop(heap)
+        found[number].append(name)
+        heapq.heappush(heap, (total + sizes[name], files + 1, number))
+    return found
+
+
 def checksums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """SHA-256 of an artifact's files, but for the `known` ones, at the first process; empty at the others. Each process
     reads a share of about equal size, so that none waits longer than the largest share, or file, takes.
@@ -227,7 +238,7 @@ def checksums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[s
 
     def deal() -> None:
         sizes = content_files(folder)
-        listed.extend(shares({n: size for n, size in sizes.items() if n not in (known or {})}, num_processes()))
+        listed.extend(shares_by_size({n: size for n, size in sizes.items() if n not in (known or {})}, num_processes()))
 
     first(deal)
     found: dict[str, str] = {}
@@ -275,7 +286,7 @@ def verify_inputs_together(inputs: Iterable[Path], reads: Reads | None = None) -
 
     def deal() -> None:
         files = files_of_inputs(inputs, reads)
-        parts = shares({file: record["size"] for file, record in files.items()}, num_processes())
+        parts = shares_by_size({file: record["size"] for file, record in files.items()}, num_processes())
         dealt.extend([(file, files[file]["size"], files[file]["sha256"]) for file in part] for part in parts)
 
     first(deal)

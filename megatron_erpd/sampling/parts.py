@@ -85,7 +85,7 @@ def is_merged(output: Path, settings: Mapping[str, Any], inputs: Mapping[str, st
     """Whether the whole is finished and a kill kept its slices from being removed."""
     if not (output / MANIFEST).is_file() or not slice_folders(output):
         return False
-    return not differences(read_manifest(output), "sample", dict(settings), dict(inputs))
+    return not differences(read_manifest(output), "sample", settings, inputs)
 
 
 def take_parts(names: Sequence[str], folders: Sequence[Path], into: Path) -> None:

@@ -102,3 +102,12 @@ def test_a_share_that_can_not_be_read_ends_all(tmp_path: Path) -> None:
         assert "part-1: can't be read (No such file or directory)" in said
     with pytest.raises(StageError, match="has not finished"):
         verify_manifest(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_of_about_equal_size(count):
+    sizes = {f"file-{i}": size for i, size in enumerate([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0])}
+    dealt = meeting.shares_by_size(sizes, count)
+    assert sorted(name for share in dealt for name in share) == sorted(sizes) and len(dealt) == count
+    totals = [sum(sizes[name] for name in share) for share in dealt]
+    assert max(totals) <= sum(sizes.values()) / count + max(sizes.values()) / 2

@@ -18,7 +18,6 @@ from megatron_erpd.manifest import (
     read_manifest,
     read_request,
     settings_identity,
-    shares,
     verify_inputs,
     verify_manifest,
     write_manifest,
@@ -160,15 +159,6 @@ def test_inputs_are_compared_with_their_manifests(artifact, tmp_path):
     (artifact / "rollouts.parquet").unlink()
     with pytest.raises(StageError, match=r"rollouts\.parquet: named in .* but missing(.|\n)*model\.bin: differs"):
         verify_inputs([artifact])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_are_of_about_equal_size(count):
-    sizes = {f"file-{i}": size for i, size in enumerate([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0])}
-    dealt = shares(sizes, count)
-    assert sorted(name for share in dealt for name in share) == sorted(sizes) and len(dealt) == count
-    totals = [sum(sizes[name] for name in share) for share in dealt]
-    assert max(totals) <= sum(sizes.values()) / count + max(sizes.values()) / 2
 
 
 def test_beginning_again(tmp_path):
