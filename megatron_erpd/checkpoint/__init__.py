@@ -1,7 +1,7 @@
 """Hugging Face folders to Megatron-Core checkpoints and back, on any tensor- and pipeline-parallel layout.
 
-- `mapping/`: what `config.json` means to Megatron (`config`), the table of parameter names and row layouts
-  (`param_map`), and which rank of a layout holds what
+- `mapping/`: the families, each with a table of parameters and a reader of `config.json` (`families`, `llama/`),
+  how a table's rows make up Megatron's tensors (`param_map`), and which rank of a layout holds what
 - `hugging_face/` and `torch_dist/`: reading and writing the two formats
 - `stream_import`, `stream_export`: from file to file in bounded memory; `model_export`: from a model in memory;
   `bridge`: by Megatron-Bridge

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.recipe.recipe import MegatronFlags
 from megatron_erpd.settings import Layout

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
 from megatron_erpd.checkpoint.mapping.parameter_count import count_parameters
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.plan.memory import DISTRIBUTED_OPTIMIZER, OPTIMIZER_BYTES, WEIGHT_BYTES
 from megatron_erpd.recipe.stages import TRAINS, Stage
 from megatron_erpd.teacher_cache.sizes import cache_size

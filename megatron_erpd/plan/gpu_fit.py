@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, check_layout
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.plan.activations import Recompute, recompute_of
 from megatron_erpd.plan.memory import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, stage_layers
 from megatron_erpd.checkpoint.mapping.parameter_count import (
     VOCABULARY_MULTIPLE,
@@ -13,6 +12,7 @@ from megatron_erpd.checkpoint.mapping.parameter_count import (
     count_parameters,
     parameters_per_stage,
 )
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.plan.activations import (
     MicroBatch,

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
 from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.plan.activations import recompute_of
 from megatron_erpd.plan.cache import forward_flop, training_flop

@@ -6,7 +6,7 @@ its ranks from tensor, context and data parallelism together.
 
 from __future__ import annotations
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.settings import Layout
 

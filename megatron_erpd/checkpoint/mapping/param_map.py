@@ -1,4 +1,4 @@
-"""The table of parameters: which rows of which Hugging Face tensors make up which Megatron tensor.
+"""What a family's table of parameters says: which rows of which Hugging Face tensors make up which Megatron tensor.
 
 Megatron's names are the global keys of `model.sharded_state_dict()`. They are the same for the local and for the
 Transformer Engine layer spec: both store a layer's norms under the name of the projection that follows
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -68,58 +68,6 @@ def by_query_group(shape: ModelShape) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _hidden(shape: ModelShape) -> int:
-    return shape.hidden_size
-
-
-def _ffn(shape: ModelShape) -> int:
-    return shape.ffn_hidden_size
-
-
-def _expert_ffn(shape: ModelShape) -> int:
-    return shape.expert_ffn_hidden_size
-
-
-def _experts(shape: ModelShape) -> int:
-    return shape.num_experts
-
-
-def _queries(shape: ModelShape) -> int:
-    return shape.query_size
-
-
-def _head_dim(shape: ModelShape) -> int:
-    return shape.head_dim
-
-
-def _vocabulary(shape: ModelShape) -> int:
-    return shape.vocab_size
-
-
-def _always(shape: ModelShape) -> bool:
-    return True
-
-
-def _is_dense(shape: ModelShape) -> bool:
-    return shape.family.mixture is None
-
-
-def _is_mixture(shape: ModelShape) -> bool:
-    return shape.family.mixture is not None
-
-
-def _has_qkv_bias(shape: ModelShape) -> bool:
-    return shape.family.qkv_bias
-
-
-def _has_qk_norm(shape: ModelShape) -> bool:
-    return shape.family.qk_norm
-
-
-def _is_untied(shape: ModelShape) -> bool:
-    return not shape.tied_embeddings
-
-
 @dataclass(frozen=True)
 class Entry:
     """One line of the table.
@@ -127,7 +75,7 @@ class Entry:
     Args:
         key: Megatron's global key.
         hf_names: source tensors; `{layer}` and `{expert}` stand for numbers, `{moe.NAME}` for the family's own word
-            (`hf_config.Mixture`).
+            (`shape.Mixture`).
         rows: how their rows make up Megatron's.
         columns: size of the second dimension; None for a vector.
         split: what each tensor-parallel rank has of it. Experts are split by the expert-tensor-parallel size instead.
@@ -140,7 +88,7 @@ class Entry:
     rows: RowLayout
     columns: Size | None = None
     split: Split = Split.WHOLE
-    present: Callable[[ModelShape], bool] = _always
+    present: Callable[[ModelShape], bool] = lambda shape: True
     padded: bool = False
 
     @property
@@ -152,54 +100,9 @@ class Entry:
         return "{expert}" in self.hf_names[0]
 
 
-_ATTENTION = "decoder.layers.self_attention"
-_MLP = "decoder.layers.mlp"
-_EXPERTS = "decoder.layers.mlp.experts.experts"
-_HF_LAYER = "model.layers.{layer}"
-_HF_ATTENTION = "model.layers.{layer}.self_attn"
-_HF_MLP = "model.layers.{layer}.mlp"
-_HF_MOE = "model.layers.{layer}.{moe.block}"
-_HF_EXPERT = "model.layers.{layer}.{moe.block}.experts.{expert}"
-
-
-def _qkv(kind: str) -> tuple[str, ...]:
-    return tuple(f"{_HF_ATTENTION}.{projection}_proj.{kind}" for projection in "qkv")
-
-
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 EMBEDDING_HF_NAME = "model.embed_tokens.weight"
 HEAD_HF_NAME = "lm_head.weight"
-
-_Q_NORM, _K_NORM = (f"{_HF_ATTENTION}.q_norm.weight",), (f"{_HF_ATTENTION}.k_norm.weight",)
-_POST_ATTENTION_NORM = (f"{_HF_LAYER}.post_attention_layernorm.weight",)
-_GATE_AND_UP = (f"{_HF_MLP}.gate_proj.weight", f"{_HF_MLP}.up_proj.weight")
-_EXPERT_GATE_AND_UP = (f"{_HF_EXPERT}.{{moe.gate}}.weight", f"{_HF_EXPERT}.{{moe.up}}.weight")
-_EXPERT_DOWN = (f"{_HF_EXPERT}.{{moe.down}}.weight",)
-_ROWS, _EACH, _COLUMNS = Split.ROWS, Split.ROWS_OF_EACH, Split.COLUMNS
-
-TABLE: tuple[Entry, ...] = (
-    Entry(EMBEDDING_KEY, (EMBEDDING_HF_NAME,), plain(_vocabulary), _hidden, _ROWS, padded=True),
-    # attention
-    Entry(f"{_ATTENTION}.linear_qkv.layer_norm_weight", (f"{_HF_LAYER}.input_layernorm.weight",), plain(_hidden)),
-    Entry(f"{_ATTENTION}.linear_qkv.weight", _qkv("weight"), by_query_group, _hidden, _ROWS),
-    Entry(f"{_ATTENTION}.linear_qkv.bias", _qkv("bias"), by_query_group, None, _ROWS, _has_qkv_bias),
-    Entry(f"{_ATTENTION}.q_layernorm.weight", _Q_NORM, plain(_head_dim), present=_has_qk_norm),
-    Entry(f"{_ATTENTION}.k_layernorm.weight", _K_NORM, plain(_head_dim), present=_has_qk_norm),
-    Entry(f"{_ATTENTION}.linear_proj.weight", (f"{_HF_ATTENTION}.o_proj.weight",), plain(_hidden), _queries, _COLUMNS),
-    # feed-forward layer
-    Entry(f"{_MLP}.linear_fc1.layer_norm_weight", _POST_ATTENTION_NORM, plain(_hidden), present=_is_dense),
-    Entry(f"{_MLP}.linear_fc1.weight", _GATE_AND_UP, gate_then_up(_ffn), _hidden, _EACH, _is_dense),
-    Entry(f"{_MLP}.linear_fc2.weight", (f"{_HF_MLP}.down_proj.weight",), plain(_hidden), _ffn, _COLUMNS, _is_dense),
-    # mixture of experts
-    Entry("decoder.layers.pre_mlp_layernorm.weight", _POST_ATTENTION_NORM, plain(_hidden), present=_is_mixture),
-    Entry(f"{_MLP}.router.weight", (f"{_HF_MOE}.gate.weight",), plain(_experts), _hidden, present=_is_mixture),
-    Entry(f"{_EXPERTS}.linear_fc1.weight", _EXPERT_GATE_AND_UP, gate_then_up(_expert_ffn), _hidden, _EACH, _is_mixture),
-    Entry(f"{_EXPERTS}.linear_fc2.weight", _EXPERT_DOWN, plain(_hidden), _expert_ffn, _COLUMNS, _is_mixture),
-    # after the layers
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), plain(_hidden)),
-    Entry("output_layer.weight", (HEAD_HF_NAME,), plain(_vocabulary), _hidden, _ROWS, _is_untied, padded=True),
-)
-"""All parameters of all supported architectures, in the order in which they are exported."""
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 """Tensors in older Hugging Face folders that follow from `config.json`; neither imported nor exported."""
@@ -276,7 +179,7 @@ class Unit:
 
 def units(shape: ModelShape) -> list[Unit]:
     """All tensors of a model of this shape: before the layers, layer by layer (there expert by expert), after them."""
-    present = [entry for entry in TABLE if entry.present(shape)]
+    present = [entry for entry in shape.family.table if entry.present(shape)]
     layered = [entry for entry in present if entry.per_layer]
     first = present.index(layered[0])
     before = [entry for entry in present[:first] if not entry.per_layer]

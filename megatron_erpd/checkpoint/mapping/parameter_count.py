@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
-from megatron_erpd.checkpoint.mapping.families import ModelShape
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_layout, stage_layers
 from megatron_erpd.checkpoint.mapping.param_map import EMBEDDING_KEY, Split, Unit, units
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 
 VOCABULARY_MULTIPLE = 128
 """On a GPU the vocabulary is padded to a multiple of this times the tensor-parallel size."""

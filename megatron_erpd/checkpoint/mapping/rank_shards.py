@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_erpd.checkpoint.mapping.families import ModelShape
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, check_layout, stage_layers
 from megatron_erpd.checkpoint.mapping.param_map import EMBEDDING_KEY, Split, Unit, units
 from megatron_erpd.checkpoint.mapping.parameter_count import VOCABULARY_MULTIPLE
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.settings import Layout
 
 

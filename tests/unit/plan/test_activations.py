@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_erpd.checkpoint.mapping.config import model_flags, read_model_shape
-from megatron_erpd.checkpoint.mapping.families import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.mapping.families import FAMILIES
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.plan.activations import (
     MicroBatch,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.checkpoint.mapping.families import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.mapping.families import FAMILIES
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.plan.gpu_fit import Gpus, Proposal, gpu_fit, parse_gpus, propose
 from megatron_erpd.plan.memory import stage_memory

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_erpd.checkpoint.mapping.families import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.mapping.families import FAMILIES
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, pipeline_flags, stage_layers
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.settings import Layout
 

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 from megatron_erpd.checkpoint.hugging_face.weights import HfWeights, check_tensors
-from megatron_erpd.checkpoint.mapping.families import FAMILIES, ModelShape
+from megatron_erpd.checkpoint.mapping.families import FAMILIES
 from megatron_erpd.checkpoint.mapping.param_map import Segment, Unit, by_query_group, gate_then_up, hf_shapes, units
+from megatron_erpd.checkpoint.mapping.shape import ModelShape
 
 SHAPE = ModelShape(
     family=FAMILIES["Qwen2ForCausalLM"],
