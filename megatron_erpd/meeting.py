@@ -99,7 +99,7 @@ def conversion_processes() -> Iterator[None]:
 
 @contextmanager
 def meeting(store: dist.Store | None) -> Iterator[None]:
-    """Has this module's functions work for the processes that met by this store; None: for those of the group."""
+    """Makes this module's functions send their messages through this store; None: through the process group."""
     global _store, _messages
     before = _store, _messages
     _store, _messages = None if store is None else dist.PrefixStore("meeting", store), 0
@@ -117,7 +117,7 @@ def rank() -> int:
 
 
 def num_processes() -> int:
-    """How many meet here."""
+    """How many processes share the work."""
     if _store is None:
         return dist.get_world_size() if dist.is_initialized() else 1
     return launch().world_size
@@ -129,7 +129,7 @@ def share[T](work: Sequence[T]) -> list[T]:
 
 
 def scatter[T](values: Sequence[T] | None) -> T:
-    """The value for this process, of a list that the first process has. Values are JSON's."""
+    """The value for this process, of a list that the first process has. Values must be JSON."""
     if num_processes() == 1:
         assert values is not None
         return values[0]
@@ -146,7 +146,7 @@ def scatter[T](values: Sequence[T] | None) -> T:
 
 
 def gather[T](value: T) -> list[T]:
-    """The values of all processes, at the first one; empty at the others. Values are JSON's."""
+    """The values of all processes, at the first one; empty at the others. Values must be JSON."""
     if num_processes() == 1:
         return [value]
     if _store is None:
@@ -175,6 +175,13 @@ def first(work: Callable[[], None]) -> None:
         raise problem
     if said is not None:
         raise StageError(said)
+
+
+def scatter_from[T](values: Callable[[], Sequence[T]]) -> T:
+    """The value for this process, of a list that the first process makes; raises as `first`."""
+    made: list[T] = []
+    first(lambda: made.extend(values()))
+    return scatter(made if rank() == 0 else None)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -234,17 +241,16 @@ def checksums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[s
     Raises:
         StageError: a file can't be read; at all of them.
     """
-    listed: list[list[str]] = []
 
-    def deal() -> None:
+    def shares() -> list[list[str]]:
         sizes = content_files(folder)
-        listed.extend(shares_by_size({n: size for n, size in sizes.items() if n not in (known or {})}, num_processes()))
+        return shares_by_size({n: size for n, size in sizes.items() if n not in (known or {})}, num_processes())
 
-    first(deal)
     found: dict[str, str] = {}
     problem = ""
+    mine = scatter_from(shares)
     try:
-        for name in scatter(listed if rank() == 0 else None):
+        for name in mine:
             found[name] = file_digest(folder / name)
     except OSError as error:
         problem = f"{error.filename}: can't be read ({error.strerror}); run the stage again"
@@ -282,16 +288,14 @@ def verify_inputs_together(inputs: Iterable[Path], reads: Reads | None = None) -
     Raises:
         StageError: names the files that differ and says what to do; at all processes.
     """
-    dealt: list[list[tuple[str, int, str]]] = []
 
-    def deal() -> None:
+    def shares() -> list[list[tuple[str, int, str]]]:
         files = files_of_inputs(inputs, reads)
-        parts = shares_by_size({file: record["size"] for file, record in files.items()}, num_processes())
-        dealt.extend([(file, files[file]["size"], files[file]["sha256"]) for file in part] for part in parts)
+        names = shares_by_size({file: record["size"] for file, record in files.items()}, num_processes())
+        return [[(file, files[file]["size"], files[file]["sha256"]) for file in share] for share in names]
 
-    first(deal)
-    together = gather(differing_files(scatter(dealt if rank() == 0 else None)))
-    first(lambda: _raise([problem for part in together for problem in part]))
+    together = gather(differing_files(scatter_from(shares)))
+    first(lambda: _raise([problem for problems in together for problem in problems]))
 
 
 class ShareProgress:

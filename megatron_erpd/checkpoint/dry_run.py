@@ -203,7 +203,7 @@ def _split_words(unit: Unit, layout: Layout) -> str:
         groups = layout.expert_parallel
         experts = unit.axes[1] // groups
         return f"{experts} experts each over EP {groups}" if groups > 1 else "whole"
-    if unit.split is Split.WHOLE or layout.tensor_parallel == 1:
+    if unit.split is Split.REPLICATED or layout.tensor_parallel == 1:
         return "whole"
     return f"{unit.split.value} over TP {layout.tensor_parallel}"
 

@@ -86,7 +86,7 @@ class FileWriter:
         return done
 
     def _send(self) -> None:
-        """Has what is staged hashed and written, and goes on with memory that nobody needs any longer."""
+        """Hands what is staged to the threads that hash and write, and takes a buffer that is free again."""
         staged = memoryview(self._stage)[: self._used]
         hashing = self._hasher.submit(self._digest.update, staged)
         self._sent.append((self._stage, hashing, self._writer.submit(self._write, staged)))

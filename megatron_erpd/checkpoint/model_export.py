@@ -39,7 +39,7 @@ class _LocalShard:
     row: int
     column: int
     is_main: bool
-    """Whether this is the copy that speaks for its replicas (over DP, TP and tied embeddings)."""
+    """Whether this is the main replica (over DP, TP and tied embeddings), the one that is exported."""
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def export_hf_weights(
     which gets the output's name only when every tensor that the source lists is in it. With the source's element
     types, an import followed by an export gives the same bits.
 
-    Collective over all ranks; parameters travel over gloo, point to point, from the copy that speaks for its replicas.
+    Collective over all ranks; parameters travel over gloo, point to point, from the main replica.
 
     Args:
         model_chunks: this rank's Megatron `GPTModel`s, wrapped or not.

@@ -36,7 +36,7 @@ from megatron_erpd.files import partial_folder, publish_folder, remove_unfinishe
 from megatron_erpd.meeting import ShareProgress, do_together, rank, share
 
 _PLAN = ".export.json"
-"""In an unfinished export: what it is of, so that no other one goes on with it."""
+"""In an unfinished export: what it is of, so that no other export resumes it."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd.checkpoint.hugging_face.tokenizer_report import stop_ids
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.sources.tokenizer import has_tokenizer, read_object, same_vocabulary
 
@@ -38,7 +39,7 @@ def configuration_differences(ours: Path, theirs: Path) -> tuple[list[str], list
         if first.get(key) != second.get(key) and key not in _OF_NO_MATTER:
             line = f"{key} is {_shown(first, key)} in {ours}/config.json, {_shown(second, key)} in {theirs}/config.json"
             (noted if key in _NOTED else matter).append(line)
-    stops = [_stop_ids(folder) for folder in (ours, theirs)]
+    stops = [sorted(stop_ids(folder)) for folder in (ours, theirs)]
     if stops[0] != stops[1]:
         matter.append(
             f"eos_token_id is {stops[0]} in {ours}/{_GENERATION}, {stops[1]} in {theirs}/{_GENERATION}, so that "
@@ -75,9 +76,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
     return repr(config[key]) if key in config else "not set"
-
-
-def _stop_ids(folder: Path) -> list[int] | None:
-    path = folder / _GENERATION
-    value = read_object(path).get("eos_token_id") if path.is_file() else None
-    return None if value is None else sorted(value) if isinstance(value, list) else [value]

@@ -57,12 +57,13 @@ def describe_tokenizer(folder: Path) -> TokenizerReport | None:
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
-        stop=_stop_ids(folder),
+        stop=stop_ids(folder),
         has_chat_template=chat_template_digest(folder) is not None,
     )
 
 
-def _stop_ids(folder: Path) -> tuple[int, ...]:
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that end a generation by `generation_config.json`, in its order; none where it names none."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return ()

@@ -1,7 +1,7 @@
-"""How a model's layers, heads and experts are dealt to the ranks of a layout, and layouts that don't fit.
+"""How a model's layers, heads and experts are split over the ranks of a layout, and layouts that don't fit.
 
-Experts are whole on their rank: Megatron's expert tensor parallelism is always 1 here, so that expert parallelism takes
-its ranks from tensor, context and data parallelism together.
+An expert is not split: Megatron's expert tensor parallelism is always 1 here, so that expert parallelism takes its
+ranks from tensor, context and data parallelism together.
 """
 
 from __future__ import annotations
@@ -80,21 +80,21 @@ def check_expert_groups(shape: ModelShape, layout: Layout, trains: bool) -> None
 
 
 def stage_layers(num_layers: int, pipeline_parallel: int, virtual_stages: int = 1) -> list[list[range]]:
-    """The layers of every pipeline stage, chunk by chunk, as Megatron deals them.
+    """The layers of every pipeline stage, chunk by chunk, as Megatron distributes them.
 
-    Chunk `i` of all stages comes before chunk `i + 1` of any. Where the layers can't be dealt evenly, the last chunk
+    Chunk `i` of all stages comes before chunk `i + 1` of any. Where the layers can't be split evenly, the last chunk
     has one less, or the first and the last have: `pipeline_flags` tells Megatron.
 
     Raises:
         LayoutError: neither gives every chunk a layer.
     """
-    found = _deal(num_layers, pipeline_parallel, virtual_stages)
+    found = _split_layers(num_layers, pipeline_parallel, virtual_stages)
     if found is not None:
         return found
     words = f"pipeline parallel size {pipeline_parallel}"
     if virtual_stages != 1:
         words += f" with {virtual_stages} chunks each"
-    good = [str(n) for n in range(1, num_layers + 1) if _deal(num_layers, n, virtual_stages)]
+    good = [str(n) for n in range(1, num_layers + 1) if _split_layers(num_layers, n, virtual_stages)]
     raise LayoutError(
         f"{words} does not divide the model's {num_layers} layers, nor with one layer less on the last stage or on the "
         f"first and last; use {_either(good) if good else 'fewer chunks'}"
@@ -102,7 +102,7 @@ def stage_layers(num_layers: int, pipeline_parallel: int, virtual_stages: int = 
 
 
 def pipeline_flags(num_layers: int, pipeline_parallel: int, virtual_stages: int = 1) -> dict[str, object]:
-    """Megatron's arguments for layers that aren't dealt evenly: the embedding and the output layer count as layers."""
+    """Megatron's arguments for layers that aren't split evenly: the embedding and the output layer count as layers."""
     spare = _spare(num_layers, pipeline_parallel, virtual_stages) or 0
     flags = ("account_for_loss_in_pipeline_split", "account_for_embedding_in_pipeline_split")
     return dict.fromkeys(flags[:spare], True)
@@ -121,7 +121,7 @@ def _spare(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int 
     return None
 
 
-def _deal(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> list[list[range]] | None:
+def _split_layers(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> list[list[range]] | None:
     spare = _spare(num_layers, pipeline_parallel, virtual_stages)
     if spare is None:
         return None

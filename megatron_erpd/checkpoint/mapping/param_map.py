@@ -34,8 +34,8 @@ class Segment:
 class Split(Enum):
     """What tensor parallelism gives to each of its ranks."""
 
-    WHOLE = "whole"
-    """Everything, on every rank."""
+    REPLICATED = "replicated"
+    """Every rank has all of it."""
     ROWS = "rows"
     """A range of Megatron's rows (column-parallel: each rank computes some of the outputs)."""
     ROWS_OF_EACH = "rows of each"
@@ -87,7 +87,7 @@ class Entry:
     hf_names: tuple[str, ...]
     rows: RowLayout
     columns: Size | None = None
-    split: Split = Split.WHOLE
+    split: Split = Split.REPLICATED
     present: Callable[[ModelShape], bool] = lambda shape: True
     padded: bool = False
 

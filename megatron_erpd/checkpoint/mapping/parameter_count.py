@@ -90,7 +90,7 @@ def _split_sizes(found: Iterable[Unit], tensor_parallel: int) -> int:
 
 
 def _split_size(unit: Unit, tensor_parallel: int) -> int:
-    if unit.split is Split.WHOLE:
+    if unit.split is Split.REPLICATED:
         return _size(unit, unit.num_rows)
     multiple = VOCABULARY_MULTIPLE * tensor_parallel if unit.padded else tensor_parallel
     return _size(unit, -(-unit.num_rows // multiple) * multiple // tensor_parallel)

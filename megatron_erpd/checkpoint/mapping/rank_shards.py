@@ -114,13 +114,13 @@ class Sharding:
         return found
 
     def shards(self, unit: Unit, tensor_rank: int) -> list[RankShard]:
-        """A tensor-parallel rank's part of a unit. Experts are whole."""
+        """A tensor-parallel rank's shards of a unit. Experts are not split by tensor parallelism."""
         size, rank = (1, 0) if unit.expert is not None else (self.layout.tensor_parallel, tensor_rank)
         rows, columns = unit.num_rows, unit.columns
         if unit.padded:
             multiple = self.vocabulary_multiple * size
             rows = -(-rows // multiple) * multiple
-        if unit.split is Split.WHOLE:
+        if unit.split is Split.REPLICATED:
             return [RankShard(unit, rows, columns, 0, 0, rows)]
         if unit.split is Split.ROWS:
             return [RankShard(unit, rows // size, columns, rank * rows // size, 0, rows)]

@@ -1,4 +1,4 @@
-"""Which of a training's checkpoints an interrupted run can go on from."""
+"""Which of a training's checkpoints an interrupted run can resume from."""
 
 from __future__ import annotations
 

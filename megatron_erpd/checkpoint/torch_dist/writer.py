@@ -2,7 +2,7 @@
 
 A checkpoint is planned as a list of files, the same for any number of processes. Each file is written whole or not at
 all and leaves a record of what lies where in it; when all records are there, `.metadata` is made of them. So an
-interrupted conversion goes on with the first file that is missing, whatever number of processes goes on.
+interrupted conversion resumes with the first file that is missing, with any number of processes.
 """
 
 from __future__ import annotations
