@@ -85,43 +85,37 @@ def evaluate_policies(
         "settings": settings.model_dump(exclude={"batch_size"}),
         "verifier": verifier,
     }
-    judge: Verifier | None = None
-    base_policy: Policy | None = None
-    origin_policy: Policy | None = None
-    results: dict[str, PolicyMetrics] = {}
-    checked = False
+    identities = {name: {"policy": policy_fingerprint(path), **common} for name, path in policies.items()}
+    saved = {name: saved_metrics(folder / f"{name}.json", identity) for name, identity in identities.items()}
+    results = {name: metrics for name, metrics in saved.items() if metrics is not None}
+    if len(results) == len(policies):
+        return results
+    base_policy = load_policy(base, device, dtype)
+    judge = None if verifier is None else Verifier(verifier)
+    if fixed is not None:
+        place = fixed.location(0).partition(": row")[0]
+        if note := check_rollouts(fixed, place, base_policy.path, base_policy.tokenizer):
+            print(f"note: {note}", flush=True)
+    origin_policy = None
+    if origin is not None and common["origin"] != common["base"]:
+        origin_policy = load_policy(origin, device, dtype)
     for name, path in policies.items():
-        identity = {"policy": policy_fingerprint(path), **common}
-        file = folder / f"{name}.json"
-        saved = saved_metrics(file, identity)
-        if saved is not None:
-            results[name] = saved
+        if name in results:
             continue
-        started = time.monotonic()
-        base_policy = base_policy or load_policy(base, device, dtype)
-        judge = judge or (Verifier(verifier) if verifier is not None else None)
-        if fixed is not None and not checked:
-            note = check_rollouts(
-                fixed, fixed.location(0).partition(": row")[0], base_policy.path, base_policy.tokenizer
-            )
-            checked = True
-            if note:
-                print(f"note: {note}", flush=True)
+        started, identity = time.monotonic(), identities[name]
         policy = base_policy if identity["policy"] == common["base"] else load_policy(path, device, dtype)
         check_policies(name, policy.path, base_policy.path)
-        if origin is not None and common["origin"] != common["base"]:
-            origin_policy = origin_policy or load_policy(origin, device, dtype)
         told = None if status is None else partial(status, name)
         evaluation = evaluate_policy(
             policy, base_policy, prompts, judge, fixed, settings, origin=origin_policy, status=told
         )
         facts = {"name": name, "identity": identity, "seconds": round(time.monotonic() - started, 3)}
-        write_json(file, {**facts, **asdict(evaluation)}, default=str)
+        write_json(folder / f"{name}.json", {**facts, **asdict(evaluation)}, default=str)
         StepLines(folder / METRICS, f"evaluation/{name}").add(
             {"policy_seconds": facts["seconds"], **asdict(evaluation.metrics)}
         )
         results[name] = evaluation.metrics
-    return results
+    return {name: results[name] for name in policies}
 
 
 def evaluate_policy(
