@@ -84,12 +84,12 @@ def slice_folders(output: Path) -> list[Path]:
     return sorted(path for path in output.glob("*slice-*") if _FOLDER.fullmatch(path.name))
 
 
-def refuse_other_counts(output: Path, part: Slice) -> None:
-    """Raises `StageError` where the folder holds slices of another number than `part` is of."""
-    others = {_count(path) for path in slice_folders(output)} - {part.count}
+def refuse_other_counts(output: Path, own: Slice) -> None:
+    """Raises `StageError` where the folder holds slices of another number than `own` is of."""
+    others = {_count(path) for path in slice_folders(output)} - {own.count}
     if others:
         raise StageError(
-            f"{output}: holds slices of {', '.join(map(str, sorted(others)))}, --slice {part} asks for {part.count}; "
+            f"{output}: holds slices of {', '.join(map(str, sorted(others)))}, --slice {own} asks for {own.count}; "
             "delete them or go on with their number"
         )
 

@@ -1,1 +1,1 @@
-"""Stages as processes of this machine: checked before, started, watched, judged when they end."""
+"""Stages as processes on this machine: preflight, start, progress, outcome."""

@@ -1,4 +1,4 @@
-"""Showing a run: a live table on a terminal, a line for each change elsewhere."""
+"""Shows a run's stages: a live table on a terminal, elsewhere a line for each change."""
 
 from __future__ import annotations
 

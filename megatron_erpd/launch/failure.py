@@ -1,4 +1,4 @@
-"""Why a stage's command failed, from what its processes printed: the error itself, not what followed from it."""
+"""Finds the error that ended a stage in the output of its processes, not the errors of ranks that only lost a peer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FOLLOWS = re.compile(
     r"nccl (communicator|watchdog)|timed out|timeout|peer)",
     re.IGNORECASE,
 )
-"""In errors of ranks that wait for one that is gone."""
+"""In errors of ranks that lost a peer."""
 _USAGE = re.compile(r"^[\w./-]+( [\w-]+)*: error: (.+)")
 """How argparse ends, Megatron's too, after a line that begins with `usage:`."""
 _SLURM = re.compile(r"^(srun|slurmstepd(-[\w.-]+)?): ")

@@ -1,4 +1,4 @@
-"""A run's report while it is going on: figures after every stage, the page now and then."""
+"""The report of a running run: figures after every stage, the page at most once a minute."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Running the stages of a recipe on this machine.
 
 A stage runs when its inputs are there and its artifact is not: what is complete, with the same settings and inputs,
-is kept; what was interrupted is given to its stage again, which goes on with it; an artifact with other settings or
+is kept; an interrupted stage is started again and resumes; an artifact with other settings or
 inputs is put aside, the user is told what differs, and a new one is made. Stages that don't wait for each other run
 side by side as far as GPUs (or, without any, cores) allow.
 """
@@ -181,7 +181,7 @@ class Runner:
             self.artifacts.begin(stage)
         log = log_file(self.root, stage)
         self.running[stage.name] = StageProcess(stage, log, gpus, self.slots.threads, self.keep_open)
-        again = "goes on with what is there, " if self._resumes(stage) else ""
+        again = "resumes from what is there, " if self._resumes(stage) else ""
         self.display.update(stage.name, "running", note=f"{again}log in {log}")
 
     def _resumes(self, stage: Stage) -> bool:

@@ -1,4 +1,4 @@
-"""What has become of a stage whose command has ended. `run` and the jobs of SLURM both ask here, so that they agree."""
+"""Whether a stage whose command has ended is done, and if not, why: one rule for `run` and the jobs of SLURM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything runs. All of it is told at once.
+"""Checks a recipe before anything runs and reports all problems at once.
 
 `run`, `submit` and their dry runs ask the same. What depends on the machine that a stage will run on (GPUs, what is
 installed in a container) is judged where that is known: for `run` here; for a job only what holds on every machine.

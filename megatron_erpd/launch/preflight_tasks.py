@@ -1,5 +1,5 @@
-"""Prompts and verifiers before a run: can they be read, do prompts and responses fit the model, does a trial answer get
-a reward?"""
+"""Checks prompts and verifiers before a run: whether they can be read, whether prompts and responses fit the model, and
+whether a trial answer gets a reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of stages on this machine: what they may use, how they are started, watched and ended."""
+"""Stage processes on this machine: their GPUs and cores, start, progress and termination."""
 
 from __future__ import annotations
 

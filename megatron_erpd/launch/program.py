@@ -1,4 +1,4 @@
-"""Running a command as a program: what becomes of its errors."""
+"""Runs a command as a program: an error becomes one message and an exit code."""
 
 from __future__ import annotations
 

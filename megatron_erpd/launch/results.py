@@ -1,4 +1,4 @@
-"""The last words of a command: what it wrote, and its main figures."""
+"""The last line of a command: the artifact that it wrote, and its main figures."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def output_folders(argv: Sequence[str]) -> list[Path]:
     parser.add_argument("--slice")
     try:
         given = parser.parse_known_args(argv)[0]
-        part = Slice.parse(given.slice) if given.slice else None
+        own = Slice.parse(given.slice) if given.slice else None
     except (argparse.ArgumentError, argparse.ArgumentTypeError):  # the command itself says what is wrong
         return []
     if given.output is None:
         return []
-    return [given.output / part.folder, given.output / part.hidden_folder] if part else [given.output]
+    return [given.output / own.folder, given.output / own.hidden_folder] if own else [given.output]
 
 
 def stamps(folders: Sequence[Path]) -> dict[Path, Stamp]:

@@ -1,4 +1,4 @@
-"""What a running stage leaves behind: whether it still does something, and what it has printed."""
+"""Detects a hanging stage by its files, and reads its log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_BYTES = 4 * 2**20
 
 
 class Watch:
-    """Whether any of some files and folders has changed lately."""
+    """Whether any of some files and folders has changed within a time."""
 
     def __init__(self, paths: Sequence[Path], seconds: float) -> None:
         """`seconds`: that they may stand still."""

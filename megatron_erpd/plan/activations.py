@@ -73,9 +73,9 @@ def recompute_of(megatron: tuple[str, ...]) -> Recompute:
 def layer_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, recompute: Recompute | None = None) -> int:
     """What one layer keeps of one micro-batch in one process.
 
-    Where sequence parallelism is off, what lies between the layers is whole on every tensor-parallel rank. Experts are
-    taken to get equal numbers of tokens. In fp32 attention isn't fused, and its probabilities are kept unless they are
-    recomputed (`selective`).
+    Without sequence parallelism, the activations between the layers are replicated over the tensor-parallel ranks.
+    Experts are taken to get equal numbers of tokens. In fp32 attention isn't fused, and its probabilities are kept
+    unless they are recomputed (`selective`).
     """
     size, tokens, shards = ELEMENT_BYTES[layout.precision], _tokens(layout, batch), layout.tensor_parallel
     own = -(-tokens // _sequence_shards(layout))  # tokens of this rank between the layers

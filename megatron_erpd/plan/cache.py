@@ -1,4 +1,4 @@
-"""What a run's teacher cache will take, and what its alternatives would: bytes and rates."""
+"""Size and data rates of a run's teacher cache and of its alternatives."""
 
 from __future__ import annotations
 

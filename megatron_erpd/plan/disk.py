@@ -1,4 +1,4 @@
-"""What a run will write: checkpoints, exports, caches."""
+"""Disk space of a run: checkpoints, exports, caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the stages of a run fit GPUs of a kind, what would make them fit, and which layouts do."""
+"""Whether a run's stages fit the memory of given GPUs, changes that make them fit, and layouts that do."""
 
 from __future__ import annotations
 

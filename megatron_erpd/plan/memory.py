@@ -1,4 +1,4 @@
-"""What a process of a stage keeps in memory: weights, gradients, optimizer, the output layer, activations."""
+"""Memory of a stage's process: weights, gradients, optimizer, output layer, activations."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _process_memory(
     weight_bytes, trains = WEIGHT_BYTES[layout.precision], stage.command != "precompute"
     is_last = number == layout.pipeline_parallel - 1
     parameters, updated = held.total, held.total
-    if DISTRIBUTED_OPTIMIZER in stage.megatron:  # splits what it keeps over all copies of a parameter
+    if DISTRIBUTED_OPTIMIZER in stage.megatron:  # shards its state over the replicas of a parameter
         copies = layout.data_parallel * layout.context_parallel
         updated = -(-held.dense // copies) - (
             -held.experts // (copies * layout.tensor_parallel // layout.expert_parallel)
@@ -155,7 +155,7 @@ def global_batch_size(stage: Stage) -> int | None:
 
 
 def micro_batches(stage: Stage) -> int:
-    """Micro-batches of an optimizer step in one copy of the model; of a stage that doesn't train 1."""
+    """Micro-batches of an optimizer step per data-parallel rank; 1 for a stage that doesn't train."""
     together = stage.layout.micro_batch_size * stage.layout.data_parallel
     return max(1, (global_batch_size(stage) or 1) // together)
 

@@ -1,4 +1,4 @@
-"""What a recipe will need, known before anything runs: stages, memory, the teacher cache, disk.
+"""The plan of a recipe: its stages, memory, time, teacher cache and disk.
 
 Read are the recipe, the model's `config.json`, the prompts, and the footers of Parquet files with rollouts, as far as
 they are there. What can't be known yet is told, and the rest is planned.

@@ -21,10 +21,10 @@ _MANY = 4
 
 def tables(found: Resources) -> RenderableType:
     """All of a plan, one table under the other."""
-    parts = [_stages(found), *_learning_rates(found), *_data(found), *_memory(found), *_gpus(found), *_times(found)]
-    parts += [*_cache(found), *_disk(found)]
-    parts += [Text(f"not known or assumed: {note}", "yellow") for note in found.notes]
-    return Group(*(piece for part in parts for piece in (part, Text())))
+    sections = [_stages(found), *_learning_rates(found), *_data(found), *_memory(found), *_gpus(found), *_times(found)]
+    sections += [*_cache(found), *_disk(found)]
+    sections += [Text(f"not known or assumed: {note}", "yellow") for note in found.notes]
+    return Group(*(piece for section in sections for piece in (section, Text())))
 
 
 def show(found: Resources, console: Console | None = None) -> None:
@@ -96,12 +96,12 @@ def _memory(found: Resources) -> list[RenderableType]:
         activations = "unknown" if row.activations is None else _gib(row.activations)
         table.add_row(row.stage, *(_gib(cell) for cell in cells), activations, _gib(row.total))
     legend = (
-        "Gradients: Megatron's fp32 buffer. Optimizer: Adam's moments and, with bf16, fp32 weights (split over the "
-        "copies with --use-distributed-optimizer). Frozen: policies that only run forward; on policy also the model of "
-        "the sampler. Output layer: a chunk of logits (head_chunk_mib), in training also the fp32 gradient of its "
-        "weight, unless Apex adds it to the buffer. Activations: of micro-batches of the longest rollouts, in "
-        "Transformer Engine's fused layers (in bf16 without attention scores). The largest process is of the first "
-        "pipeline stage or of the last."
+        "Gradients: Megatron's fp32 buffer. Optimizer: Adam's moments and, with bf16, fp32 weights (sharded over the "
+        "data-parallel ranks with --use-distributed-optimizer). Frozen: policies that only run forward; on policy also "
+        "the model of the sampler. Output layer: a chunk of logits (head_chunk_mib), in training also the fp32 "
+        "gradient of its weight, unless Apex adds it to the buffer. Activations: of micro-batches of the longest "
+        "rollouts, in Transformer Engine's fused layers (in bf16 without attention scores). The largest process is of "
+        "the first pipeline stage or of the last."
     )
     return [table, Text(legend, "dim")]
 
@@ -139,8 +139,8 @@ def _proposals(fit: GpuFit) -> list[RenderableType]:
     legend = (
         "Least work first (a full recomputation is a third more, the ends of a pipeline are (PP - 1) / micro-batches; "
         "exchanges are not counted); then the most DP, the least TP, PP, CP and EP, and the largest micro-batch. TP "
-        "stays within a node of 8 and has sequence parallelism, the distributed optimizer is on where there are "
-        "copies, and a tenth of the memory stays free."
+        "stays within a node of 8 and has sequence parallelism, the distributed optimizer is on with data or "
+        "context parallelism, and a tenth of the memory stays free."
     )
     return [table, Text(legend, "dim"), Text(f"layout: {_inline(best.layout)}\nmegatron: {_inline(best.megatron)}")]
 

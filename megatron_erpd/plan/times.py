@@ -1,4 +1,4 @@
-"""How long the stages of a run will take: operations over speed, which is given or was measured by finished stages."""
+"""Times of a run's stages: operations over speed, which is given or measured by a finished training."""
 
 from __future__ import annotations
 

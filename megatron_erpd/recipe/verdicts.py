@@ -94,7 +94,7 @@ def judge(stage: Stage, artifacts: Artifacts, before: Mapping[str, Verdict]) -> 
         return _coming_back(stage, artifacts) or Verdict("again", found.reasons, is_other=is_other)
     if not stage.is_tool:
         return Verdict("again", ["it did not end, and starts over"])
-    return Verdict("resumed", ["it did not end, and goes on with what is there"])
+    return Verdict("resumed", ["it did not end, and resumes from what is there"])
 
 
 def _coming_back(stage: Stage, artifacts: Artifacts) -> Verdict | None:

@@ -212,7 +212,9 @@ class StageJob:
                 looked = now
                 if not self.lock.held():
                     self._kill(process)
-                    raise StageError(f"{self.lock.path}: is another's now; this start of the job was given up")
+                    raise StageError(
+                        f"{self.lock.path}: is held by another job now; this start of the job was given up"
+                    )
         return code
 
     def _judge(self, code: int, start: int) -> int:

@@ -31,16 +31,16 @@ class Job:
     stage: Stage
     needs: tuple[str, ...] = ()
     """Names of the jobs that it waits for."""
-    part: Literal["whole", "slices", "merge"] = "whole"
+    kind: Literal["whole", "slices", "merge"] = "whole"
 
     @property
     def processes(self) -> int:
         """Processes of all nodes; a merge reads and writes files in one."""
-        return 1 if self.part == "merge" else self.stage.num_processes
+        return 1 if self.kind == "merge" else self.stage.num_processes
 
     @property
     def uses_gpus(self) -> bool:
-        return self.stage.command in USES_GPU and self.part != "merge"
+        return self.stage.command in USES_GPU and self.kind != "merge"
 
     @property
     def nodes(self) -> int:
@@ -78,7 +78,7 @@ class Job:
             "inputs": {name: str(path) for name, path in stage.inputs.items()},
             "output": str(stage.output),
             "settings": stage.settings,
-            "slices": slurm.slices if self.part == "slices" else 1,
+            "slices": slurm.slices if self.kind == "slices" else 1,
             "requeues": slurm.requeues,
             "hang_minutes": slurm.hang_minutes,
             "signal_seconds": slurm.signal_seconds,
@@ -116,9 +116,9 @@ class JobRecord:
 
     def as_slice(self, number: int) -> Stage:
         """The artifact of one slice, which lies in that of the whole."""
-        part = Slice(number, self.slices)
-        settings = settings_identity({**self.settings, "slice": str(part)})
-        output = Path(self.output) / (part.hidden_folder if self.command == "sample" else part.folder)
+        own = Slice(number, self.slices)
+        settings = settings_identity({**self.settings, "slice": str(own)})
+        output = Path(self.output) / (own.hidden_folder if self.command == "sample" else own.folder)
         return replace(self.as_stage(), name=f"{self.stage} {number}/{self.slices}", settings=settings, output=output)
 
 

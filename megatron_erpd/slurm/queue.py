@@ -1,4 +1,4 @@
-"""What is asked of SLURM, by its own programs."""
+"""Queries to SLURM through its command-line programs."""
 
 from __future__ import annotations
 

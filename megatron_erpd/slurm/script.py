@@ -1,4 +1,4 @@
-"""The sbatch file of a job: plain bash, to be read and changed by the person whose job it is."""
+"""The sbatch file of a job: plain bash that its user can read and change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render(job: Job, run: str, root: Path) -> str:
         run: name of the run.
         root: the run's folder, which all nodes must share.
     """
-    parts = [
+    sections = [
         ["#!/bin/bash", *_about(job, run)],
         list(_directives(job, run, root.absolute())),
         list(_log(job, root.absolute())),
@@ -36,13 +36,13 @@ def render(job: Job, run: str, root: Path) -> str:
         list(_launch(job, root)),
         list(_wait(job)),
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
 def _about(job: Job, run: str) -> Iterator[str]:
     processes = f"{job.processes} process{'es' if job.processes > 1 else ''}"
     yield f"# Stage {job.stage.name} of {run}: {job.stage.command}, {processes} on {counted(job.nodes, 'node')}."
-    if job.part == "slices":
+    if job.kind == "slices":
         does = "samples" if job.stage.command == "sample" else "scores"
         yield f"# Each of {job.stage.slurm.slices} jobs of an array {does} a slice; {job.stage.name} joins these."
     if job.needs:
@@ -52,7 +52,7 @@ def _about(job: Job, run: str) -> Iterator[str]:
 def _directives(job: Job, run: str, root: Path) -> Iterator[str]:
     slurm = job.stage.slurm
     gpus = job.processes // job.nodes * job.stage.gpus_per_process if job.uses_gpus and slurm.gpus_per_node else None
-    log = root / "logs" / "slurm" / f"{job.name}-%{'A_%a' if job.part == 'slices' else 'j'}.log"
+    log = root / "logs" / "slurm" / f"{job.name}-%{'A_%a' if job.kind == 'slices' else 'j'}.log"
     options: dict[str, object] = {
         "job-name": f"{run}/{job.name}",
         "account": slurm.account,
@@ -66,7 +66,7 @@ def _directives(job: Job, run: str, root: Path) -> Iterator[str]:
         "cpus-per-task": slurm.cpus_per_task,
         "mem": slurm.memory,
         "time": slurm.time,
-        "array": f"1-{slurm.slices}" if job.part == "slices" else None,
+        "array": f"1-{slurm.slices}" if job.kind == "slices" else None,
         "chdir": Path.cwd(),
         "output": log,
         "open-mode": "append",
@@ -91,7 +91,7 @@ def _log(job: Job, root: Path) -> Iterator[str]:
 
 def _number(job: Job) -> str:
     """The job's number, as the shell knows it."""
-    return "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.part == "slices" else "$SLURM_JOB_ID"
+    return "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.kind == "slices" else "$SLURM_JOB_ID"
 
 
 def _environment(job: Job) -> Iterator[str]:
@@ -176,9 +176,9 @@ def _command(job: Job, python: str) -> list[str]:
     program, flags = stage.program(), stage.flags()
     at = flags.index("--") if "--" in flags else len(flags)
     own, megatron = _lines(flags[:at]), [shlex.join(flags[at:])] if flags[at:] else []
-    if job.part == "slices":
+    if job.kind == "slices":
         own += [f'--slice "$SLURM_ARRAY_TASK_ID/{stage.slurm.slices}"']
-    elif job.part == "merge":
+    elif job.kind == "merge":
         own += ["--merge-slices"]
     if job.processes == 1:
         return [shlex.join([python, *program]), *own, *megatron]

@@ -1,4 +1,4 @@
-"""Submitting a run: what is done is skipped, what is queued or running is left alone, the rest goes into the queue."""
+"""Submits a run to SLURM: stages that are done, queued or running are skipped."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[
 
     Raises:
         RecipeError: the recipe can't run as it is.
-        StageError: somebody else is submitting or running this, jobs with other settings are in the queue, or SLURM
+        StageError: another process is submitting or running this, jobs with other settings are in the queue, or SLURM
             refuses a job (those before it are in the queue then, and are left alone by the next try).
     """
     stages, root = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)], recipe.folder
@@ -153,7 +153,8 @@ def cancel(root: Path, say: Say = print) -> None:
     for name, number in live.items():
         say(f"{name}: job {number} cancelled")
     say(
-        f"{counted(len(live), 'job')} cancelled; what is saved stays, and `megatron-erpd submit {root}` goes on with it"
+        f"{counted(len(live), 'job')} cancelled; saved checkpoints stay, and `megatron-erpd submit {root}` resumes "
+        "from them"
     )
 
 

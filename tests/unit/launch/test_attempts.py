@@ -47,7 +47,7 @@ def test_a_failed_stage_is_shown_with_its_error_and_log(make_stage, run_stages, 
     log = tmp_path / "run/logs/bad.log"
     assert shown["bad"].state == "failed"
     assert shown["bad"].note == f"rollouts.parquet: row 3 has no reward\n  line 2\n  line 3\n...\nlog in {log}"
-    assert shown["beside"].state == "stopped" and "goes on with what is there" in shown["beside"].note
+    assert shown["beside"].state == "stopped" and "resumes from what is there" in shown["beside"].note
     assert (shown["after"].state, shown["after"].note) == ("waiting", "waits for bad")
     # With other settings, that is what there is to say.
     assert rows(tmp_path / "run", [make_stage("bad", settings={"epochs": 2})])["bad"].state == "again"
@@ -122,7 +122,7 @@ def test_a_run_that_is_killed(make_stage, tmp_path):
     while lock_holder(root / RUN_LOCK) and time.monotonic() < deadline:
         time.sleep(0.05)
     row = rows(root, [stage])["a"]
-    assert row.state == "stopped" and "goes on with what is there" in row.note
+    assert row.state == "stopped" and "resumes from what is there" in row.note
 
 
 def test_a_look_at_the_lock_does_not_keep_a_run_out(tmp_path):
