@@ -10,7 +10,8 @@ d KL / d eta = eta K'' >= 0. So the KL grows with eta and the wanted eta is the 
 How the root is found without walking the vocabulary, or a collective, at each iteration: the law of s under pi_0 is
 compressed to a few hundred atoms per token in one pass (`signal_law`; on shards with one all-reduce), K and its
 derivatives are sums over these atoms, and `solve_eta` runs safeguarded Newton steps on them until the KL is delta. The
-functions here take rows of a vocabulary and such a law alike.
+functions here take rows of a vocabulary and such a law alike. docs/method.md has what the same steps on the vocabulary
+itself would cost.
 
 Accuracy, as |KL - delta| / delta where the budget binds, the KL taken on the whole row: rows of 300 and 400 entries;
 Gaussian signals of scale .01 to 15, one, several, rare and very rare (e^-80) spikes up to +-100 nats, clusters of
