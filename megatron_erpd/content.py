@@ -47,7 +47,7 @@ def is_junk(name: PurePath) -> bool:
     return last in _JUNK_NAMES or name.suffix.lower() in _JUNK_SUFFIXES or last.endswith("~") or last.startswith("~$")
 
 
-def counted(names: Iterable[PurePath]) -> list[PurePath]:
+def identifying_files(names: Iterable[PurePath]) -> list[PurePath]:
     """Those of a folder's files, by their paths in it, that make it what it is as an input.
 
     Junk and documents for people (README, licence, pictures) are left out. Of a Hugging Face folder only its own files
@@ -64,9 +64,9 @@ def counted(names: Iterable[PurePath]) -> list[PurePath]:
 
 
 def without_weights(names: Iterable[PurePath]) -> list[PurePath]:
-    """Those of `counted` that are no weights: what makes a Hugging Face folder the tokenizer that it is."""
+    """Those of `identifying_files` that are no weights: what makes a Hugging Face folder the tokenizer that it is."""
     weights = (*_WEIGHTS, ".safetensors", *_OTHER_WEIGHTS)
-    return [name for name in counted(names) if not name.name.endswith(weights)]
+    return [name for name in identifying_files(names) if not name.name.endswith(weights)]
 
 
 def files_below(folder: Path) -> list[PurePath]:

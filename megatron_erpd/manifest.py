@@ -25,7 +25,7 @@ from typing import Annotated, Any, TypedDict
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from megatron_erpd.content import counted, files_below, is_junk
+from megatron_erpd.content import files_below, identifying_files, is_junk
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import finite, write_json
 
@@ -391,7 +391,7 @@ def _without_folder(verifier: object) -> str:
     return re.sub(r"^python:.*/([^/]+\.py:\w+)$", r"python:\1", str(verifier))
 
 
-def input_digest(path: Path, counts: Callable[[Iterable[PurePath]], list[PurePath]] = counted) -> str:
+def input_digest(path: Path, counts: Callable[[Iterable[PurePath]], list[PurePath]] = identifying_files) -> str:
     """Identifies an input: an artifact by its manifest, a file by its content, another folder by those of its files
     that count.
 

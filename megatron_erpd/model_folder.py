@@ -47,7 +47,7 @@ _NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor's bytes are.
 
     Attributes:
@@ -123,7 +123,7 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def read_tensors(folder: Path | str, only: Sequence[str] | None = None) -> dict[str, Stored]:
+def read_tensors(folder: Path | str, only: Sequence[str] | None = None) -> dict[str, StoredTensor]:
     """Name to place of the tensors in a folder's weight files; reads headers only.
 
     Args:
@@ -136,7 +136,7 @@ def read_tensors(folder: Path | str, only: Sequence[str] | None = None) -> dict[
     folder = Path(folder)
     files: dict[Path, frozenset[str] | None]
     files = weight_files(folder) if only is None else {folder / name: None for name in only}
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path, indexed in files.items():
         held = read_header(path)
         if indexed is not None and indexed != held.keys():
@@ -149,7 +149,7 @@ def read_tensors(folder: Path | str, only: Sequence[str] | None = None) -> dict[
     return found
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, which the library has opened and found whole.
 
     Raises:
@@ -165,7 +165,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
     return {
-        name: Stored(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        name: StoredTensor(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in header.items()
         if name != "__metadata__"
     }

@@ -40,7 +40,7 @@ _PLAN = ".export.json"
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What an export wrote and compared."""
 
     compared: Compared
@@ -58,7 +58,7 @@ def export_checkpoint(
     dtype: torch.dtype | str | None = None,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> Exported:
+) -> ExportResult:
     """Writes an iteration of a Megatron checkpoint, of any layout, as a Hugging Face folder like the one it came from.
 
     A tensor's rows are put together from the chunks that the checkpoint has of them, a few MB at a time. With the
@@ -126,7 +126,7 @@ def export_checkpoint(
 
     do_together(output, publish)
     seconds = written_at - begin, compared_at - written_at
-    return Exported(Compared.of_all(found[0]), *seconds, checksums)
+    return ExportResult(Compared.of_all(found[0]), *seconds, checksums)
 
 
 def _begin(

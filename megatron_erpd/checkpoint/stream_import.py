@@ -35,7 +35,7 @@ from megatron_erpd.meeting import ShareProgress, do_together, rank, share
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportResult:
     """What an import wrote."""
 
     num_tensors: int
@@ -54,7 +54,7 @@ def write_checkpoint(
     *,
     block_bytes: int = BLOCK_BYTES,
     file_bytes: int = FILE_BYTES,
-) -> Imported:
+) -> ImportResult:
     """Writes a folder's weights as an iteration of a Megatron checkpoint, with the bits that they have.
 
     Tensors keep their element type (the widest of those that one Megatron tensor is made of); Megatron converts them
@@ -111,7 +111,7 @@ def write_checkpoint(
     do_together(folder, finish)
     num_tensors = sum(len(unit.hf_names) for unit in found)
     num_bytes = sum(_size(file, dtypes) for file in files)
-    return Imported(num_tensors, num_bytes, time.monotonic() - begin, checksums)
+    return ImportResult(num_tensors, num_bytes, time.monotonic() - begin, checksums)
 
 
 def _stored_dtypes(found: Sequence[Unit], weights: HfWeights) -> dict[str, torch.dtype]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from megatron_erpd.checkpoint.bridge import export_with_bridge
-from megatron_erpd.checkpoint.stream_export import Exported, export_checkpoint
+from megatron_erpd.checkpoint.stream_export import ExportResult, export_checkpoint
 from megatron_erpd.checkpoint.torch_dist.iterations import (
     iteration_folder,
     latest_iteration,
@@ -70,7 +70,7 @@ def export_checkpoints(argv: list[str]) -> None:
         # A numbered iteration may be any of the kept ones.
         reads = None if any(iterations.values()) else read_of_latest
         prepare_output(output, "export", settings, inputs, given.verify_inputs, reads)
-        exported: list[Exported] = []
+        exported: list[ExportResult] = []
         checksums: dict[str, str] = {}
         for name, folder, iteration in _expand(named):
             target = output / name
@@ -100,7 +100,7 @@ def _iteration(checkpoint: Path, iteration: int | None) -> Path:
     return folder
 
 
-def _export(source: Path, hf_folder: Path, target: Path) -> Exported:
+def _export(source: Path, hf_folder: Path, target: Path) -> ExportResult:
     exported = export_checkpoint(source, hf_folder, target)
     if rank() == 0:
         found = exported.compared

@@ -48,7 +48,7 @@ _TOKEN = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MismatchVerdict:
     """A figure, held against its limits.
 
     Attributes:
@@ -65,7 +65,7 @@ class Verdict:
     advice: str = ""
 
 
-def verdicts(found: Mismatch) -> list[Verdict]:
+def verdicts(found: Mismatch) -> list[MismatchVerdict]:
     """All that can be judged."""
     listed = [
         _above("mean exp|d|", found.mult_error, (1.02, 1.05), "typical factor between the two probabilities", _TRUST),
@@ -82,7 +82,7 @@ def verdicts(found: Mismatch) -> list[Verdict]:
     listed.append(_above("largest |d|", found.abs_percentiles["max"], limits, "nats, of the worst token", _TOKEN))
     if found.num_not_finite:
         meaning = "tokens with an infinite log-prob or NaN"
-        listed.append(Verdict("not finite", found.num_not_finite, "bad", "0", meaning, _TOKEN))
+        listed.append(MismatchVerdict("not finite", found.num_not_finite, "bad", "0", meaning, _TOKEN))
     temperature = _temperature(found)
     return [*listed, temperature] if temperature else listed
 
@@ -92,19 +92,19 @@ def worst_level(found: Mismatch) -> Level:
     return max((verdict.level for verdict in verdicts(found)), key=LEVELS.index)
 
 
-def _above(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> Verdict:
+def _above(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> MismatchVerdict:
     level: Level = "bad" if value > limits[1] else "look" if value > limits[0] else "ok"
     told = advice if level != "ok" else ""
-    return Verdict(name, value, level, f"> {limits[0]:.4g}, > {limits[1]:.4g}", meaning, told)
+    return MismatchVerdict(name, value, level, f"> {limits[0]:.4g}, > {limits[1]:.4g}", meaning, told)
 
 
-def _below(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> Verdict:
+def _below(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> MismatchVerdict:
     level: Level = "bad" if value < limits[1] else "look" if value < limits[0] else "ok"
     told = advice if level != "ok" else ""
-    return Verdict(name, value, level, f"< {limits[0]:.4g}, < {limits[1]:.4g}", meaning, told)
+    return MismatchVerdict(name, value, level, f"< {limits[0]:.4g}, < {limits[1]:.4g}", meaning, told)
 
 
-def _temperature(found: Mismatch) -> Verdict | None:
+def _temperature(found: Mismatch) -> MismatchVerdict | None:
     """Whether d follows log p_sampler in a line, as another temperature makes it and rounding doesn't.
 
     A sampler at temperature T has log p_train = T log p_sampler + (T - 1) H, with an entropy H that depends on the
@@ -118,7 +118,7 @@ def _temperature(found: Mismatch) -> Verdict | None:
     )
     is_line = found.explained > EXPLAINED_BY_TEMPERATURE
     if not is_line or abs(found.slope - 1) < SLOPE_ERRORS * found.slope_error:
-        return Verdict("slope", found.slope, "ok", limits, meaning)
+        return MismatchVerdict("slope", found.slope, "ok", limits, meaning)
     side = "below" if found.slope < 1 else "above"
     advice = (
         f"so looks a sampler at a temperature {side} 1 (further from it than {found.slope:.3g}), or one whose policy "
@@ -126,7 +126,7 @@ def _temperature(found: Mismatch) -> Verdict | None:
     )
     # Where the other figures are fine the line is there, and too small to matter.
     level: Level = "bad" if found.mult_error > 1.05 else "look" if found.mult_error > 1.02 else "ok"
-    return Verdict("slope", found.slope, level, limits, meaning, advice if level != "ok" else "")
+    return MismatchVerdict("slope", found.slope, level, limits, meaning, advice if level != "ok" else "")
 
 
 def mismatch_report(found: Mismatch) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_erpd import units
 from megatron_erpd.evaluation.mismatch import Mismatch
-from megatron_erpd.evaluation.mismatch_verdicts import Verdict, verdicts, worst_level
+from megatron_erpd.evaluation.mismatch_verdicts import MismatchVerdict, verdicts, worst_level
 from megatron_erpd.evaluation.strength import SelectionResult
 from megatron_erpd.files import write_text
 from megatron_erpd.report import plots
@@ -96,7 +96,7 @@ class RoundView:
     selection_rows: list[tuple[str, bool, list[str]]]
     """Name, whether it was chosen, and cells: reward, greedy, difference from the base."""
     mismatch: Mismatch | None
-    verdicts: list[Verdict]
+    verdicts: list[MismatchVerdict]
     """On the mismatch."""
     worst_verdict: str
     signal: SignalSample | None

@@ -6,9 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-
-from megatron_erpd.checkpoint.hugging_face.weights import DTYPES, HfWeights
+from megatron_erpd.checkpoint.hugging_face.weights import HfWeights
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.files import write_text
 from megatron_erpd.model_folder import has_weights, is_of_weights
@@ -61,13 +59,7 @@ def read_tensor_list(folder: Path) -> dict[str, tuple[str, list[int]]] | None:
     """
     if has_weights(folder):
         weights = HfWeights(folder)
-        labels = {dtype: label for label, dtype in DTYPES.items()}
-        found = {}
-        for name in sorted(weights.names):
-            dtype = weights.dtype(name)
-            label = labels[dtype] if isinstance(dtype, torch.dtype) else dtype
-            found[name] = (label, list(weights.shape(name)))
-        return found
+        return {name: (weights.label(name), list(weights.shape(name))) for name in sorted(weights.names)}
     path = folder / TENSOR_LIST
     if not path.is_file():
         return None

@@ -65,18 +65,21 @@ class HfWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def label(self, name: str) -> str:
+        """Safetensors' name of the element type."""
+        return self._tensors[name].label
+
     def dtype(self, name: str) -> torch.dtype | str:
         """The element type; safetensors' own name where it is none of `DTYPES`."""
-        stored = self._tensors[name].label
-        return DTYPES.get(stored, stored)
+        return DTYPES.get(self.label(name), self.label(name))
 
     def itemsize(self, name: str) -> int:
         """Bytes of an element."""
-        return DTYPES[self._tensors[name].label].itemsize
+        return DTYPES[self.label(name)].itemsize
 
     def read(self, name: str, start: int, count: int) -> torch.Tensor:
         """Rows `[start, start + count)` of a tensor; on the CPU, as stored."""
-        rows = torch.empty(count, *self.shape(name)[1:], dtype=DTYPES[self._tensors[name].label])
+        rows = torch.empty(count, *self.shape(name)[1:], dtype=DTYPES[self.label(name)])
         self.read_into(rows, name, start)
         return rows
 

@@ -17,7 +17,7 @@ from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.evaluation.mismatch import NUM_WORST, Mismatch, measure_mismatch
 from megatron_erpd.evaluation.mismatch_verdicts import (
     MISMATCH,
-    Verdict,
+    MismatchVerdict,
     describe_mismatch,
     mismatch_report,
     read_mismatch,
@@ -58,7 +58,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def verdict(found: Mismatch, name: str) -> Verdict:
+def verdict(found: Mismatch, name: str) -> MismatchVerdict:
     return next(v for v in verdicts(found) if v.name == name)
 
 
