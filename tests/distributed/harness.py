@@ -8,16 +8,16 @@
     def test_total() -> None:
         assert run_ranks(total, 2, 10) == [21, 21]
 
-The ranks are forked from a server process that has imported torch once, meet in a `FileStore` in a temporary
-folder (no ports, so tests can run side by side) and compute with one thread each. Starting two ranks takes a
-few tenths of a second after the first time; put several cases into one function all the same (`run_cases`).
+The ranks are forked from a process that has imported torch and Megatron once (`tests/forked.py`), meet in a
+`FileStore` in a temporary folder (no ports, so tests can run side by side) and compute with one thread each. Starting
+two ranks takes a few tenths of a second after the first time; put several cases into one function all the same
+(`run_cases`).
 """
 
 from __future__ import annotations
 
 import datetime
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import random
@@ -31,7 +31,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.forked import CONTEXT, REPOSITORY
 
 RankFunction = Callable[..., Any]
 """`fn(rank, world_size, *args)`, defined at the top level of a module so that a rank can import it."""
@@ -55,17 +55,14 @@ def run_ranks(fn: RankFunction, world_size: int, *args: Any, timeout: float = 12
         RankError: a rank raised (its traceback is in the message; where several did, the first one's), died,
             or did not end in `timeout` seconds (the stacks of the ranks that still ran are in the message).
     """
-    # The server has imported torch before it forks: a rank starts without paying for the import.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
     payload = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes: list[BaseProcess] = []
         connections: list[Connection] = []
         try:
             for rank in range(world_size):
-                receiver, sender = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(
+                receiver, sender = CONTEXT.Pipe(duplex=False)
+                process: BaseProcess = CONTEXT.Process(
                     target=_rank_main, args=(sender, payload, dict(os.environ), rank, world_size, folder, timeout)
                 )
                 process.start()

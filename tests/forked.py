@@ -1,0 +1,161 @@
+"""Processes that are forked from one that has imported Megatron, in place of interpreters that import it anew.
+
+    done = forked.run([sys.executable, "tools/train_teacher.py", "--base", ...], timeout=120)
+    process = forked.Popen([sys.executable, "-m", "megatron_erpd.commands.cli", "sample", ...], stdout=log, stderr=log)
+
+They take a command line of Python, and are what `subprocess` would start: `sys.argv`, environment, working directory,
+standard output and error, session, signals and exit codes, and they leave through the end of the interpreter. Only the
+seconds of the imports are missing. What is tested of the start itself needs `subprocess`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any, TextIO
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Starts processes from the server, which begins with the first of them."""
+CONTEXT.set_forkserver_preload(["tests.preload"])
+
+
+class Popen:
+    """`subprocess.Popen`, as far as the tests need it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        assert command[0] == sys.executable, command
+        files = {number: file for number, file in ((1, stdout), (2, stderr)) if file is not None}
+        process: Any = CONTEXT.Process(
+            target=_main,
+            args=(
+                list(command[1:]),
+                dict(os.environ if env is None else env),
+                cwd or Path.cwd(),
+                start_new_session,
+                _Files({number: file.fileno() for number, file in files.items()}),
+            ),
+        )
+        process.start()
+        self.args, self._process, self.pid = list(command), process, process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(command: Sequence[str], *, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` with `capture_output` and `text`; a process that does not end in time is killed."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = Popen(command, stdout=out, stderr=error, **options)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        out.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess(list(command), code, out.read(), error.read())
+
+
+class _Files:
+    """File descriptors that travel to the process."""
+
+    def __init__(self, numbers: dict[int, int]) -> None:
+        self.numbers = numbers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Files._received, ({number: DupFd(file) for number, file in self.numbers.items()},)
+
+    @staticmethod
+    def _received(files: dict[int, Any]) -> _Files:
+        return _Files({number: file.detach() for number, file in files.items()})
+
+
+def _main(words: list[str], environment: dict[str, str], cwd: Path, new_session: bool, files: _Files) -> None:
+    """The life of a process: as that of an interpreter with this command line."""
+    for number, file in files.numbers.items():
+        os.dup2(file, number)
+        os.close(file)
+    if new_session:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    try:
+        _run(words)
+        code = 0
+    except SystemExit as ending:
+        code = _exit_code(ending)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # The server would leave with `os._exit`, before threads, destructors and exit functions have had their turn.
+    ctypes.pythonapi.Py_Exit(code)
+
+
+def _run(words: list[str]) -> None:
+    how, *rest = words
+    if how == "-m":
+        sys.argv = rest
+        sys.modules.pop(rest[0], None)  # it becomes `__main__`
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        code, *arguments = rest
+        sys.argv = ["-c", *arguments]
+        sys.path.insert(0, "")
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(how).parent))
+        runpy.run_path(how, run_name="__main__")
+
+
+def _exit_code(ending: SystemExit) -> int:
+    if ending.code is None or isinstance(ending.code, int):
+        return ending.code or 0
+    with contextlib.suppress(OSError):
+        print(ending.code, file=sys.stderr)
+    return 1
