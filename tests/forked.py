@@ -21,9 +21,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,14 +41,15 @@ class Popen:
         self,
         command: Sequence[str],
         *,
-        stdout: TextIO | None = None,
-        stderr: TextIO | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any] | int | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         start_new_session: bool = False,
     ) -> None:
-        assert command[0] == sys.executable, command
-        files = {number: file for number, file in ((1, stdout), (2, stderr)) if file is not None}
+        assert command[0] == sys.executable and stdin == subprocess.DEVNULL, command
+        files: dict[int, Any] = {1: stdout, 2: stdout if stderr == subprocess.STDOUT else stderr}
         process: Any = CONTEXT.Process(
             target=_main,
             args=(
@@ -54,7 +57,7 @@ class Popen:
                 dict(os.environ if env is None else env),
                 cwd or Path.cwd(),
                 start_new_session,
-                _Files({number: file.fileno() for number, file in files.items()}),
+                _Files({number: file.fileno() for number, file in files.items() if file is not None}),
             ),
         )
         process.start()
@@ -113,11 +116,16 @@ def _main(words: list[str], environment: dict[str, str], cwd: Path, new_session:
     for number, file in files.numbers.items():
         os.dup2(file, number)
         os.close(file)
+    unbuffered = bool(environment.get("PYTHONUNBUFFERED"))
+    stream = os.fdopen(1, "wb", 0 if unbuffered else -1, closefd=False)
+    sys.stdout = TextIOWrapper(stream, write_through=unbuffered)
     if new_session:
         os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    # Its own forks come from the same server; it would start another, as this one is no child of its own.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined, method-assign]
     try:
         _run(words)
         code = 0

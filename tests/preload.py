@@ -3,9 +3,6 @@
 import gc
 import importlib
 
-import torch
-import torch.distributed
-
 from megatron_erpd import platform
 
 # On a GPU, processes import what they need: a process can't be forked from one that has used CUDA.

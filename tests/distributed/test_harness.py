@@ -1,14 +1,19 @@
-"""The harness itself: results, failures, time limits."""
+"""The harness itself: results, failures, time limits; and the processes that are forked in place of interpreters."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_erpd import platform
+from tests import forked
 from tests.distributed.harness import RankError, run_cases, run_ranks
 
 
@@ -54,11 +59,38 @@ def test_first_failure_is_shown() -> None:
 
 def test_time_limit_shows_the_stack() -> None:
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"(?s)did not end in 2 s.*hang_on_rank_zero"):
-        run_ranks(hang_on_rank_zero, 2, timeout=2)
+    with pytest.raises(RankError, match=r"(?s)did not end in 5 s.*hang_on_rank_zero"):
+        run_ranks(hang_on_rank_zero, 2, timeout=5)
     assert time.monotonic() - start < 30
 
 
 def test_death_is_reported() -> None:
     with pytest.raises(RankError, match=r"rank 0 of 2:\ndied with exit code 7"):
         run_ranks(die_on_rank_zero, 2)
+
+
+COMMAND = """
+import atexit, os, signal, sys, threading, time
+
+atexit.register(print, "exit function")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True))).start()
+print(*sys.argv, __name__, os.getcwd(), os.environ["GIVEN"], os.getsid(0) == os.getpid())
+print("megatron.core" in sys.modules)
+print("error", file=sys.stderr)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("", 0), ("sys.exit(75)", 75), ("raise KeyError", 1), ("os.kill(os.getpid(), signal.SIGTERM)", -15)],
+)
+def test_a_forked_command_is_like_one_of_an_interpreter(end: str, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COMMAND.format(end=end), "word", "--flag"]
+    options = {"env": {"GIVEN": "this"}, "cwd": tmp_path, "timeout": 60, "start_new_session": True}
+    ours, theirs = forked.run(command, **options), subprocess.run(command, capture_output=True, text=True, **options)
+    assert ours.returncode == theirs.returncode == code
+    assert ours.stderr.splitlines()[:1] == theirs.stderr.splitlines()[:1] == ["error"]
+    assert ours.stdout == theirs.stdout.replace("False", f"{platform.is_cpu()}")
+    if code >= 0:  # a signal leaves no output: it was not flushed
+        assert "thread" in ours.stdout

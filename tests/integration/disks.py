@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from megatron_erpd.manifest import MANIFEST, verify_manifest
+from tests import forked
 from tests.disk import PAGE, Disk
-from tests.distributed.harness import REPOSITORY
+from tests.forked import REPOSITORY
 from tests.integration.test_resume import environment
 
 
@@ -21,7 +22,7 @@ def tool(script: str, *argv: object) -> list[str]:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    return forked.run(command, timeout=120, env=environment())
 
 
 def run_well(command: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_erpd.checkpoint import compare_weights, write_checkpoint
 from megatron_erpd.manifest import verify_manifest
+from tests import forked
 from tests.distributed.checkpoint.published import PUBLISHED
-from tests.distributed.harness import REPOSITORY, run_ranks
+from tests.distributed.harness import run_ranks
+from tests.forked import REPOSITORY
 from tests.integration.test_bad_input import write_tokenizer
 from tests.integration.tiny import write_model, write_random_rollouts
 
@@ -25,7 +26,7 @@ def erpd(*argv: object, code: int = 0) -> str:
     """Runs a command, which must end with this code; what it said."""
     command = [sys.executable, "-m", "megatron_erpd.commands.cli", *map(str, argv)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = forked.run(command, env=environment, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

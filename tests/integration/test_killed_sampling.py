@@ -4,10 +4,9 @@ undisturbed run."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ import pytest
 
 from megatron_erpd.commands import one_process as commands
 from megatron_erpd.manifest import MANIFEST, METRICS, read_manifest, verify_manifest
-from tests.distributed.harness import REPOSITORY
+from tests import forked
+from tests.forked import REPOSITORY
 from tests.unit.sampling.tiny_model import write_model
 
 # Waits where a test wants the command to be ended: before the verdict on a prompt of the second part file, or on the
@@ -48,18 +48,17 @@ def task(tmp_path: Path) -> list[str]:
 
 def end_in_its_midst(number: signal.Signals, when: Callable[[], bool], *argv: str) -> None:
     command = [sys.executable, "-m", "megatron_erpd.commands.cli", *argv]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, text=True, cwd=REPOSITORY, env=environment, **pipes)
-    deadline = time.monotonic() + 120
-    while not when():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(process.communicate(timeout=30)[0])
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.communicate(timeout=30)
-    assert process.returncode != 0
+    with tempfile.TemporaryFile("w+") as log:
+        process = forked.Popen(command, stdout=log, stderr=log, cwd=REPOSITORY)
+        deadline = time.monotonic() + 120
+        while not when():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                log.seek(0)
+                raise AssertionError(log.read())
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=30) != 0
 
 
 def written(path: Path) -> tuple[int, int]:

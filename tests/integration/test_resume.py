@@ -18,7 +18,9 @@ from megatron_erpd import platform
 from megatron_erpd.checkpoint.torch_dist.iterations import saved_iterations
 from megatron_erpd.launcher import without_launcher
 from megatron_erpd.manifest import verify_manifest
-from tests.distributed.harness import REPOSITORY, run_ranks
+from tests import forked
+from tests.distributed.harness import run_ranks
+from tests.forked import REPOSITORY
 from tests.integration.stages import Stages, make_round, run_stages
 
 FORMS = {
@@ -119,14 +121,7 @@ run_command(train_teacher)
 def test_a_training_killed_while_it_saves_goes_on(where: str, made: Path, replay: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     python, _, *flags = command("replay", made, output)
-    killed = subprocess.run(
-        [python, "-c", KILLED, where, *flags],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=environment(),
-        start_new_session=True,
-    )
+    killed = forked.run([python, "-c", KILLED, where, *flags], timeout=180, env=environment(), start_new_session=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     tracker = (output / "megatron" / "latest_checkpointed_iteration.txt").read_text()
     assert tracker == {"model": "10", "tracker": ""}[where]
@@ -163,7 +158,7 @@ def assert_same(ours: Path, theirs: Path, folder: Path) -> None:
 
 
 def run_to_the_end(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment())
+    return forked.run(command, timeout=180, env=environment())
 
 
 def run_until_step(
@@ -172,7 +167,7 @@ def run_until_step(
     """Starts a stage and sends it a signal when its metrics reach a step."""
     # Into files: a stage that nobody reads would stop where a pipe is full.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        process = subprocess.Popen(command, stdout=out, stderr=error, env=environment(), start_new_session=True)
+        process = forked.Popen(command, stdout=out, stderr=error, env=environment(), start_new_session=True)
         deadline = time.monotonic() + 120
         metrics = output / "metrics.jsonl"
         while process.poll() is None and time.monotonic() < deadline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.manifest import verify_manifest
-from tests.distributed.harness import REPOSITORY
+from tests import forked
+from tests.forked import REPOSITORY
 
 RECIPE = """
 name: tiny
@@ -44,10 +44,31 @@ def score(record: dict[str, object], response: str) -> float:
     return float(len(response) % 2 == 0)
 
 
-def run(recipe: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_erpd.commands.cli", "run", str(recipe), "--output", str(output), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=500)
+RUN = """
+import subprocess, sys
+from megatron_erpd.commands import cli
+from tests import forked
+
+popen, programs = subprocess.Popen, set()
+
+def start(command, **options):
+    program = command[1]
+    if command[0] != sys.executable or not program.startswith("tools/") or (program not in programs and {as_users_do}):
+        programs.add(program)
+        return popen(command, **options)
+    options.pop("pass_fds")  # the run's lock
+    return forked.Popen(command, **options)
+
+subprocess.Popen = start
+cli.main(["run", *sys.argv[1:]])
+"""
+
+
+def run(recipe: Path, output: Path, *flags: str, as_users_do: bool = False) -> subprocess.CompletedProcess[str]:
+    """`megatron-erpd run`, whose stages are forked (`tests.forked`). What torchrun starts is an interpreter as always,
+    and so is, `as_users_do`, the first stage of each command."""
+    command = [sys.executable, "-c", RUN.format(as_users_do=as_users_do), str(recipe), "--output", str(output), *flags]
+    return forked.run(command, cwd=REPOSITORY, timeout=500)
 
 
 @pytest.mark.slow
@@ -55,7 +76,7 @@ def run(recipe: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[
 def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(RECIPE)
-    first = run(recipe, output)
+    first = run(recipe, output, as_users_do=True)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
 
     summary = json.loads((output / "report" / "summary.json").read_text())["policies"]

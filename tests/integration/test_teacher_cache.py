@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,9 @@ from megatron_erpd.data.batch import length_groups
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import CacheError, RecipeError, StageError
 from megatron_erpd.teacher_cache.reader import CacheReader
-from tests.distributed.harness import REPOSITORY, RankError, run_ranks
+from tests import forked
+from tests.distributed.harness import RankError, run_ranks
+from tests.forked import REPOSITORY
 from tests.integration.stages import Stages, make_round, run_stages
 from tests.integration.tiny import write_random_rollouts
 from tests.tolerances import HALF_PRECISION, LAYOUT
@@ -270,7 +271,7 @@ def test_a_killed_run_goes_on(made: Path, tmp_path: Path) -> None:
     kept = kill_when(command, lambda: any(output.glob("log_probs.base/part-*")), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in output.glob("log_probs.base/part-*")}
     assert kept and before and not (output / "cache.json").exists()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = forked.run(command, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path: path.stat().st_mtime_ns for path in before} == before, "written again"
     assert len(list(output.glob("log_probs.base/part-*"))) == len(before)
@@ -330,7 +331,7 @@ def _precompute_and_stop(rank: int, world_size: int, argv: list[str], parts: int
 def kill_when(command: list[str], ready: Callable[[], bool], logs: Path) -> bool:
     """Starts a command and kills it as soon as `ready`; False where it ended before."""
     with open(logs / "killed.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = forked.Popen(command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if ready():

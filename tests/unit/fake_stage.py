@@ -22,7 +22,7 @@ if "child" in job:  # a worker in a session of its own, as torchrun's are
     Path(job["child"]).write_text(str(child.pid))
 if "meet" in job:  # ends only when a stage beside it has started too
     (output / "here.tmp").write_text("")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not Path(job["meet"]).is_file():
         if time.monotonic() > deadline:
             sys.exit("error: nobody came")

@@ -1,4 +1,7 @@
-"""TP 4 x PP 2 for every family, mixtures with and without expert parallelism: logits, and a round trip of each bit."""
+"""TP 4 x PP 2 for every family, mixtures with and without expert parallelism: logits, and a round trip of each bit.
+
+`long`: four ranks split the same tensors in the same ways (`test_conversion.py`, `test_mixtures.py`).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ CASES = [*((name, 1) for name in (*MODELS, *MIXTURES)), *((name, 2) for name in 
 """Model and EP."""
 
 NUM_RANKS = 8
+
+pytestmark = pytest.mark.long
 
 
 def exported(folder: Path, name: str, ep: int) -> Path:

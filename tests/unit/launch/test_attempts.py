@@ -40,7 +40,12 @@ def rows(root: Path, stages: list[Stage]) -> dict[str, Row]:
 
 def test_a_failed_stage_is_shown_with_its_error_and_log(make_stage, run_stages, tmp_path):
     lines = "error: rollouts.parquet: row 3 has no reward\n" + "".join(f"  line {i}\n" for i in range(2, 6))
-    stages = [make_stage("bad", fail=lines), make_stage("beside", sleep=60), make_stage("after", ["bad"])]
+    bad, beside = (str(tmp_path / "run" / name / "here.tmp") for name in ("bad", "beside"))
+    stages = [
+        make_stage("bad", fail=lines, meet=beside),
+        make_stage("beside", sleep=60, meet=bad),
+        make_stage("after", ["bad"]),
+    ]
     with pytest.raises(StageError):
         run_stages(stages)
     shown = rows(tmp_path / "run", stages)
