@@ -1,6 +1,6 @@
 """What of the folders and programs that users give counts: what is read of them, not every byte that lies beside it.
 
-Notes of a hub's client, a desktop's hidden files, locks and editors' backups are nobody's data. Of a program its code
+Notes of a hub's client, a desktop's hidden files, locks and editors' backups are not data. Of a program its code
 counts; comments, docstrings and the way it is laid out do not.
 """
 
@@ -91,7 +91,7 @@ def program_digest(file: Path, with_modules: bool = True) -> str:
 
     Args:
         with_modules: the modules of its own folder and package that it imports count too, and those that they import.
-            Modules from elsewhere don't, nor do data files that the program reads, which nobody can know.
+            Modules from elsewhere don't, nor do data files that the program reads.
     """
     files = [file, *_modules(file)] if with_modules else [file]
     codes = sorted((os.path.relpath(path.resolve(), file.resolve().parent), _code(path)) for path in files[1:])

@@ -387,7 +387,7 @@ def differences(manifest: Manifest, stage: str, settings: Mapping[str, Any], inp
 
 
 def _without_folder(verifier: object) -> str:
-    """A verifier's file is an input, told by its content: where it lies, in a run that was moved say, is no matter."""
+    """A verifier's file is an input, identified by its content: the folder it lies in doesn't count."""
     return re.sub(r"^python:.*/([^/]+\.py:\w+)$", r"python:\1", str(verifier))
 
 

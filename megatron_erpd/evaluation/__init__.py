@@ -1,4 +1,4 @@
-"""What a policy is worth and how far it went: accuracy on held-out prompts and divergence from the base policy.
+"""Evaluation of policies: accuracy on held-out prompts and divergence from the base policy.
 
 - `evaluate`: all figures of several policies, by `responses` (samples and their rewards) and `divergence` (exact, over
   given sequences); `metrics`: the figures and their file; `held_out`: warnings about them

@@ -63,7 +63,7 @@ def compare_policies(
         policy, base: on the same device; may be the same object.
         sequences: N pairs of prompt ids `[P]` and response ids `[R]`, P >= 1, R >= 1.
         batch_tokens: bound on rows x longest sequence of a forward pass; a longer sequence runs alone.
-        progress: told the number of finished sequences.
+        progress: called with the number of finished sequences and of all.
 
     Raises:
         CheckpointError: the vocabularies differ, or a model does more than an output embedding to its hidden states.

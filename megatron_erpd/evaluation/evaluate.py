@@ -52,7 +52,7 @@ def evaluate_policies(
     """Evaluates several policies against one base, which is loaded once.
 
     Each policy's figures are saved as `NAME.json` in `output_dir` as soon as they are there. A file that was made from
-    the same policy, base, prompts, rollouts, settings and verifier is taken as it is; any other is made anew.
+    the same policy, base, prompts, rollouts, settings and verifier is reused; any other is written again.
 
     Args:
         policies: names (they become file names) to Hugging Face folders; the base may be among them.
@@ -65,7 +65,7 @@ def evaluate_policies(
         rollouts: the fixed data for `forward_kl_data` and `reverse_kl_data`; `settings.num_rollouts` rows at equal
             distances are used.
         device, dtype: as in `load_policy`.
-        status: told what is going on.
+        status: called with the progress.
 
     Returns:
         The figures by name, in the order given.

@@ -39,9 +39,9 @@ NUM_WORST = 10
 MAX_EXPONENT = 80.0
 """|d| is cut to this many nats before it is exponentiated, and nowhere else: no token must make a mean infinite."""
 MIN_TOKENS = 100
-"""Fewer tokens are no ground for a slope."""
+"""With fewer tokens no slope is computed."""
 MIN_STD = 1e-6
-"""Nats; what spreads less is rounding of fp32 log-probs, and no ground either."""
+"""Nats; with a smaller spread, which is rounding of fp32 log-probs, no slope is computed either."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Mismatch:
         sequence_ratio: percentiles over rollouts of exp(mean d), the geometric mean of the ratios.
         largest_sum, largest_sum_id: the largest |sum of d| of a rollout, and which.
         slope, slope_error: of log p_train regressed on log p_sampler over tokens, and its standard error.
-        explained: the share of the variance of d that the regression accounts for. None where these can't be told.
+        explained: the share of the variance of d that the regression accounts for. None where these aren't computed.
         worst_mean, worst_token: rollouts by mean |d| and by largest |d|, the worst first.
     """
 

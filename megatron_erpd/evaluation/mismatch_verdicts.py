@@ -52,7 +52,7 @@ class MismatchVerdict:
     """A figure, held against its limits.
 
     Attributes:
-        level: ok, look (nobody would call it healthy) or bad.
+        level: ok, look (worse than in healthy runs) or bad.
         limits: the two values at which it becomes look and bad, as text.
         meaning: of the figure; advice: what to do, where it is not ok.
     """
@@ -68,18 +68,18 @@ class MismatchVerdict:
 def verdicts(found: Mismatch) -> list[MismatchVerdict]:
     """All that can be judged."""
     listed = [
-        _above("mean exp|d|", found.mult_error, (1.02, 1.05), "typical factor between the two probabilities", _TRUST),
-        _above("KL(sampler || train), k3", found.kl_k3, (1e-3, 1e-2), "nats per token", _TRUST),
-        _above("mean |p - p|", found.prob_difference, (0.005, 0.01), "typical difference of probabilities", _TRUST),
+        _judged("mean exp|d|", found.mult_error, (1.02, 1.05), "typical factor between the two probabilities", _TRUST),
+        _judged("KL(sampler || train), k3", found.kl_k3, (1e-3, 1e-2), "nats per token", _TRUST),
+        _judged("mean |p - p|", found.prob_difference, (0.005, 0.01), "typical difference of probabilities", _TRUST),
     ]
     if found.pearson is not None:
         listed.append(
-            _below("correlation of p", found.pearson, (0.999, 0.99), "1 where both rank tokens alike", _TRUST)
+            _judged("correlation of p", found.pearson, (0.999, 0.99), "1 where both rank tokens alike", _TRUST)
         )
     meaning = "share of tokens whose weight would be truncated"
-    listed.append(_above("ratio beyond 2", found.shares["2"], (1e-3, 1e-2), meaning, _TRUST))
+    listed.append(_judged("ratio beyond 2", found.shares["2"], (1e-3, 1e-2), meaning, _TRUST))
     limits = (math.log(10), math.log(1e4))
-    listed.append(_above("largest |d|", found.abs_percentiles["max"], limits, "nats, of the worst token", _TOKEN))
+    listed.append(_judged("largest |d|", found.abs_percentiles["max"], limits, "nats, of the worst token", _TOKEN))
     if found.num_not_finite:
         meaning = "tokens with an infinite log-prob or NaN"
         listed.append(MismatchVerdict("not finite", found.num_not_finite, "bad", "0", meaning, _TOKEN))
@@ -92,16 +92,13 @@ def worst_level(found: Mismatch) -> Level:
     return max((verdict.level for verdict in verdicts(found)), key=LEVELS.index)
 
 
-def _above(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> MismatchVerdict:
-    level: Level = "bad" if value > limits[1] else "look" if value > limits[0] else "ok"
-    told = advice if level != "ok" else ""
-    return MismatchVerdict(name, value, level, f"> {limits[0]:.4g}, > {limits[1]:.4g}", meaning, told)
-
-
-def _below(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> MismatchVerdict:
-    level: Level = "bad" if value < limits[1] else "look" if value < limits[0] else "ok"
-    told = advice if level != "ok" else ""
-    return MismatchVerdict(name, value, level, f"< {limits[0]:.4g}, < {limits[1]:.4g}", meaning, told)
+def _judged(name: str, value: float, limits: tuple[float, float], meaning: str, advice: str) -> MismatchVerdict:
+    """Above the first limit is `look`, above the second `bad`; below, where the second is the smaller one."""
+    sign, mark = (1, ">") if limits[0] < limits[1] else (-1, "<")
+    look, bad = (sign * value > sign * limit for limit in limits)
+    level: Level = "bad" if bad else "look" if look else "ok"
+    shown = f"{mark} {limits[0]:.4g}, {mark} {limits[1]:.4g}"
+    return MismatchVerdict(name, value, level, shown, meaning, advice if level != "ok" else "")
 
 
 def _temperature(found: Mismatch) -> MismatchVerdict | None:

@@ -1,4 +1,4 @@
-"""Responses to held-out prompts and what they are worth: the part of a measurement that needs no base policy."""
+"""Responses to held-out prompts and their rewards: the part of a measurement that needs no base policy."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def select_checkpoint(
     """Samples base and candidates on the prompts and chooses.
 
     Each policy's rewards are saved as soon as they are there (`rewards/NAME.json`); a file that was made from the same
-    policy, prompts, settings and verifier is taken as it is.
+    policy, prompts, settings and verifier is reused.
 
     Args:
         base: Hugging Face folder of pi_0.

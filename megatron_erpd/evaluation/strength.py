@@ -22,7 +22,7 @@ WORSE_BELOW = -2.0
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The signal that a teacher's reward speaks for, and why, as a sentence."""
+    """The signal that a teacher's reward recommends, and why, as a sentence."""
 
     signal: str
     why: str

@@ -78,7 +78,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(made: Path,
     (output / "megatron" / "latest_checkpointed_iteration.txt").write_text("")
     resumed = run_to_the_end(command("replay", made, output))
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert f"the checkpoint of step {last} is damaged" in resumed.stdout and "going on from step" in resumed.stdout
+    assert f"the checkpoint of step {last} is damaged" in resumed.stdout and "resuming from step" in resumed.stdout
     assert_same(output, replay, tmp_path)
 
 

@@ -40,13 +40,13 @@ def recover(checkpoint: Path, aside: Path, checksums: bool = False) -> str | Non
     for iteration in candidates:
         problem = damage(iteration_folder(checkpoint, iteration), checksums)
         if problem is None:
-            return _go_on_from(checkpoint, iteration, tracked, problems, aside)
+            return _resume_from(checkpoint, iteration, tracked, problems, aside)
         problems[iteration] = problem
     if not (checkpoint / TRACKER).exists():
         return None  # the very first save was cut off: the run begins anew
     found = "".join(f"\n  step {iteration}: {problem}" for iteration, problem in problems.items())
     raise CheckpointError(
-        f"{checkpoint}: holds no checkpoint that can be loaded, so the run can't go on; delete the stage's folder to "
+        f"{checkpoint}: holds no checkpoint that can be loaded, so the run can't resume; delete the stage's folder to "
         f"start it anew{found or f': {TRACKER} is there, and no iteration'}"
     )
 
@@ -93,7 +93,7 @@ def _tracked(checkpoint: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _go_on_from(
+def _resume_from(
     checkpoint: Path, iteration: int, tracked: int | None, problems: dict[int, str], aside: Path
 ) -> str | None:
     if iteration == tracked:
@@ -107,7 +107,7 @@ def _go_on_from(
     ]
     if tracked not in problems:
         lines.insert(0, f"{checkpoint / TRACKER} named no checkpoint that is there")
-    return "; ".join([*lines, f"going on from step {iteration}"])
+    return "; ".join([*lines, f"resuming from step {iteration}"])
 
 
 def _free(path: Path) -> Path:

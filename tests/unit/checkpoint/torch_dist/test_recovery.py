@@ -59,7 +59,7 @@ def test_nothing_saved_yet(tmp_path: Path) -> None:
 def test_the_one_before_a_damaged_one_is_taken(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     DAMAGE[kind][0](iteration_folder(checkpoint, 30))
     note = recover(checkpoint, tmp_path / "aside")
-    assert note is not None and "step 30 is damaged" in note and "going on from step 20" in note
+    assert note is not None and "step 30 is damaged" in note and "resuming from step 20" in note
     assert latest_iteration(checkpoint) == 20
     assert (tmp_path / "aside" / "iter_0000030").is_dir() and not iteration_folder(checkpoint, 30).exists()
     assert recover(checkpoint, tmp_path / "aside") is None
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_said(checkpoint: Path, kind: str) -> None:
 def test_a_tracker_that_names_nothing_is_mended(checkpoint: Path, tmp_path: Path, text: str) -> None:
     (checkpoint / TRACKER).write_text(text)
     note = recover(checkpoint, tmp_path / "aside")
-    assert note is not None and "named no checkpoint that is there" in note and "going on from step 30" in note
+    assert note is not None and "named no checkpoint that is there" in note and "resuming from step 30" in note
     assert latest_iteration(checkpoint) == 30
 
 
@@ -127,4 +127,4 @@ def test_a_flipped_bit_is_found_where_megatron_recorded_checksums(checkpoint: Pa
     found = damage(folder, checksums=True)
     assert found is not None and "__0_0.distcp" in found
     note = recover(checkpoint, tmp_path / "aside", checksums=True)
-    assert note is not None and "going on from step 20" in note
+    assert note is not None and "resuming from step 20" in note
