@@ -26,8 +26,8 @@ from megatron_erpd.vocab_parallel import (
     fused_token_terms,
     gather_log_probs,
 )
-from megatron_erpd.vocab_parallel.chunks import CHUNK_BYTES, token_chunks
-from megatron_erpd.vocab_parallel.kernels import Kernels, set_kernels
+from megatron_erpd.vocab_parallel.shard import CHUNK_BYTES, token_chunks
+from megatron_erpd.vocab_parallel.token_terms import Kernels, set_kernels
 
 Forward = Callable[[], Tensor]
 Backward = Callable[[Tensor], tuple[Tensor, ...]]

@@ -43,8 +43,8 @@ says more.
 
 - **ours (plain)**, **ours (Triton)**: `megatron_erpd.vocab_parallel.divergences.divergence` of logits that exist, with
   the passes over them in plain PyTorch or in Triton.
-- **ours (fused, ...)**: `megatron_erpd.vocab_parallel.fused.fused_token_terms`, which makes the logits from hidden
-  states a chunk of tokens at a time, and makes them once more backward instead of keeping them.
+- **ours (fused, ...)**: `megatron_erpd.vocab_parallel.token_terms.fused_token_terms`, which makes the logits from
+  hidden states a chunk of tokens at a time, and makes them once more backward instead of keeping them.
 - **straightforward**: `log_softmax` of both sides in fp32, `exp`, multiply, sum, and autograd. With several ranks the
   whole rows are gathered first. From hidden states it includes the output layer's products.
 - **Megatron topk_kl_div**: what `megatron.training.distillation` trains with; forward KL against a top-k target,

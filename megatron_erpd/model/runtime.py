@@ -18,8 +18,8 @@ from megatron_erpd.manifest import Reads, begin_artifact
 from megatron_erpd.model.arguments import parse_megatron_arguments, process_store, rank
 from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.settings import Layout
-from megatron_erpd.vocab_parallel import chunks
-from megatron_erpd.vocab_parallel.kernels import kernels_for, set_kernels
+from megatron_erpd.vocab_parallel.shard import set_chunk_bytes
+from megatron_erpd.vocab_parallel.token_terms import kernels_for, set_kernels
 
 
 def prepare_output(
@@ -79,7 +79,7 @@ def untrained_flags(run_flags: Mapping[str, object]) -> dict[str, object]:
 def configure_head(layout: Layout) -> None:
     """Chooses the kernels and the chunks of the output layer for this process, and says so."""
     set_kernels(layout.kernels)
-    chunks.set_chunk_bytes(layout.head_chunk_mib * 2**20)
+    set_chunk_bytes(layout.head_chunk_mib * 2**20)
     if rank() == 0:
         kernels = kernels_for(torch.device(platform.device()))
         print(f"output layer: {kernels} kernels, logits in chunks of {layout.head_chunk_mib} MiB", flush=True)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from megatron_erpd.data.batch import TokenRow
 from megatron_erpd.data.rollouts import Rollouts
@@ -17,9 +16,7 @@ from megatron_erpd.manifest import file_digest, input_digest, read_manifest
 from megatron_erpd.settings import NO_SIGNAL
 from megatron_erpd.sources.tokenizer import chat_template_digest
 from megatron_erpd.teacher_cache.format import CACHE_FILE, TOPK, hidden_table
-from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
 from megatron_erpd.teacher_cache.reader import CacheReader, Table
-from megatron_erpd.vocab_parallel import TopKTarget
 
 _SHUFFLE = 1
 """Keeps the noise of a permutation apart from other uses of the seed."""
@@ -92,7 +89,7 @@ def shuffled_rows(rows: Mapping[str, TokenRow], rollouts: Rollouts, seed: int) -
 
 
 def topk_rows(cache: CacheReader, rollouts: Rollouts) -> dict[str, TokenRow]:
-    """The columns of the cached target q as they are stored: they are unpacked on the device (`unpack_target`)."""
+    """The columns of the cached target q as they are stored: `training.step.cached_target` unpacks them."""
     if cache.meta.kind != TOPK:
         raise CacheError(f"{cache.folder}: is of kind {cache.meta.kind!r}; the projection needs --kind topk")
     ids = rollouts.sample_ids
@@ -120,13 +117,6 @@ def hidden_rows(cache: CacheReader, policies: Iterable[str], rollouts: Rollouts)
 def _for_torch(values: np.ndarray) -> np.ndarray:
     """uint16, with which torch computes little, as int16 of the same bits."""
     return values.view(np.int16) if values.dtype == np.uint16 else values
-
-
-def unpack_target(columns: Mapping[str, Tensor], vocab_size: int) -> TopKTarget:
-    """The target q of some tokens from the stored columns, `[n]` or `[n, width]` each."""
-    ids = unpack_ids(columns["topk_ids_low"], columns.get("topk_ids_high"), vocab_size)
-    log_probs = unpack_log_probs(columns["topk_scores"], columns["log_normalizer"])
-    return TopKTarget(ids, log_probs, columns["tail_log_prob"])
 
 
 def base_topk_rows(cache: CacheReader, rollouts: Rollouts, k: int) -> dict[str, TokenRow]:

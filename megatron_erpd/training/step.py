@@ -41,7 +41,7 @@ from megatron_erpd.objectives.types import (
     ReplayInputs,
 )
 from megatron_erpd.settings import DistillSettings, ReplaySettings
-from megatron_erpd.teacher_cache.rows import unpack_target
+from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
 from megatron_erpd.training.early_stop import EarlyStop
 from megatron_erpd.training.kl_budget import KlBudget
 from megatron_erpd.vocab_parallel import TopKTarget, VocabShard
@@ -189,10 +189,12 @@ class DistillStep(ForwardStep):
 
 
 def cached_target(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> TopKTarget:
-    """q as the cache holds it."""
+    """q as the cache holds it, unpacked on the device."""
     names = ("topk_scores", "topk_ids_low", "topk_ids_high", "log_normalizer", "tail_log_prob")
     columns = {name: at_positions(batch.token_rows[name], positions) for name in names if name in batch.token_rows}
-    return unpack_target(columns, shard.vocab_size)
+    ids = unpack_ids(columns["topk_ids_low"], columns.get("topk_ids_high"), shard.vocab_size)
+    log_probs = unpack_log_probs(columns["topk_scores"], columns["log_normalizer"])
+    return TopKTarget(ids, log_probs, columns["tail_log_prob"])
 
 
 # Replay: stage 1, and stage 2's policy gradient

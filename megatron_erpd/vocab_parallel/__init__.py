@@ -6,9 +6,7 @@ logits is its slice of the dense gradient (see `shard`).
 """
 
 from megatron_erpd.objectives.divergences import TopKTarget
-from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
 from megatron_erpd.vocab_parallel.divergences import divergence, gather_log_probs, gathered_divergence
-from megatron_erpd.vocab_parallel.fused import OutputLayer, fused_token_terms
 from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,
@@ -16,10 +14,22 @@ from megatron_erpd.vocab_parallel.projection import (
     project_shard,
     signal_law,
 )
-from megatron_erpd.vocab_parallel.shard import VocabShard, log_softmax_of, normalizer, vocab_parallel_log_softmax
+from megatron_erpd.vocab_parallel.shard import (
+    VocabShard,
+    local_blocks,
+    log_softmax_of,
+    normalizer,
+    token_chunks,
+    vocab_parallel_log_softmax,
+)
 from megatron_erpd.vocab_parallel.targets import HiddenTarget, LiveTarget, Target
-from megatron_erpd.vocab_parallel.terms import IGNORED_TOKEN
-from megatron_erpd.vocab_parallel.token_terms import TokenTerms, token_terms
+from megatron_erpd.vocab_parallel.token_terms import (
+    IGNORED_TOKEN,
+    OutputLayer,
+    TokenTerms,
+    fused_token_terms,
+    token_terms,
+)
 from megatron_erpd.vocab_parallel.topk import NO_TOKEN, vocab_parallel_topk
 
 __all__ = [

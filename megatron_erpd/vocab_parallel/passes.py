@@ -2,20 +2,20 @@
 
 Three passes are all that log-probs, entropy and every divergence need: `statistics` before the ranks talk to each
 other, `js_terms` between their two collectives (Jensen-Shannon alone needs the normalisers first), and `gradient`.
-`triton_passes` has the same functions; `kernels` chooses between them.
+`triton_passes` has the same functions; `token_terms.passes_for` chooses between them.
 
 Rows are tokens, columns this rank's valid part of the vocabulary. Everything is computed in float32 (float64 for
 float64 logits), a block of rows at a time, so that temporaries stay in a CPU's cache or within a fixed budget of a
 GPU's memory.
 
-A distribution is given by its logits `[n, v]` of any floating type and a `scale`, 1 / temperature; z below stands for
-logits * scale of the policy, y for those of the target, which is computed in the policy's type.
+z below stands for logits * scale of the policy, y for those of the target, which is computed in the policy's type.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,68 @@ CPU_GRADIENT_BLOCK_BYTES = 2**21
 GPU_BLOCK_BYTES = 128 * 2**20
 
 
+class Softmax(NamedTuple):
+    """A distribution per row, softmax(logits * scale) over all ranks' columns.
+
+    Attributes:
+        logits: [n, v] of any floating type, this rank's columns; -inf allowed, v may be 0.
+        scale: 1 / temperature.
+        normalizer: log sum exp over the whole vocabulary in two parts, maximum and remainder, [n] each; None where it
+            isn't known yet.
+    """
+
+    logits: Tensor
+    scale: float = 1.0
+    normalizer: tuple[Tensor, Tensor] | None = None
+
+    def log_probs(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Of a block, a new tensor. The two parts of the normaliser are subtracted one after the other:
+        `(z - maximum) - remainder` is exact to the last bits for large logits, `z - logsumexp` is not."""
+        assert self.normalizer is not None
+        maximum, remainder = self.normalizer
+        values = self.scaled(rows, dtype) - maximum[rows].unsqueeze(-1)
+        return values.sub_(remainder[rows].unsqueeze(-1))
+
+    def probs(self, rows: slice, factor: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Two tensors whose product is the probabilities of a block times a factor per row `[n]`: the first, in `out`
+        or new, is made in as few passes as a CPU can; the second is [c, 1]."""
+        assert self.normalizer is not None
+        maximum, remainder = self.normalizer
+        shifted = torch.sub(self.scaled(rows, maximum.dtype), maximum[rows].unsqueeze(-1), out=out)
+        return shifted.exp_(), (remainder[rows].neg().exp_() * factor[rows]).unsqueeze(-1)
+
+    def scaled(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """logits * scale of a block; a view where neither type nor scale asks for a copy."""
+        values = self.logits[rows].to(dtype)
+        return values if self.scale == 1.0 else values * self.scale
+
+
+class RowGradient(NamedTuple):
+    """What log-prob and entropy give a row's columns; [n] each.
+
+    Attributes:
+        constant, slope: factors of p_v and of p_v log p_v; no slope is 0.
+        tokens: int64, the column of the row's token; outside [0, v) where it is another rank's.
+        on_token: added at that column.
+    """
+
+    constant: Tensor
+    slope: Tensor | None
+    tokens: Tensor
+    on_token: Tensor
+
+
+class DivergenceGradient(NamedTuple):
+    """What a divergence gives a row's columns: `weight [n]` times its derivative."""
+
+    kind: DivergenceKind
+    weight: Tensor
+    target: Softmax
+
+
 def statistics(
-    logits: Tensor,
-    scale: float,
-    target: Tensor | None = None,
-    target_scale: float = 1.0,
+    policy: Softmax,
+    target: Softmax | None = None,
     kind: DivergenceKind | None = None,
     excluded: Tensor | None = None,
     with_entropy: bool = False,
@@ -45,7 +102,7 @@ def statistics(
     """What a rank knows of its columns, in one read of the logits (and of the target's).
 
     Args:
-        logits, target: [n, v]; -inf allowed, v may be 0. Without a target its statistics don't matter.
+        policy, target: normalisers aren't read. Without a target its statistics don't matter.
         kind: of the cross term; for `js` it is 0 (see `js_terms`).
         excluded: int64 [n, K], columns of the policy that are left out; a column outside [0, v) means none.
         with_entropy: whether u is computed; 0 otherwise.
@@ -57,6 +114,7 @@ def statistics(
         n, t = sum exp(y - n), and the cross term, for `forward_kl` sum exp(y - n) ((y - n) - (z - m)),
         for `reverse_kl` sum exp(z - m) ((z - m) - (y - n)). Terms whose weight is 0 are 0.
     """
+    logits = policy.logits
     result = logits.new_zeros((len(logits), NUM_STATISTICS), dtype=accumulation_dtype(logits))
     lowest = torch.finfo(result.dtype).min
     if logits.shape[-1] == 0:
@@ -64,12 +122,12 @@ def statistics(
         return result
     for rows in _blocks(logits):
         block = result[rows]
-        z = _scaled(logits[rows], scale, result.dtype)
+        z = policy.scaled(rows, result.dtype)
         if excluded is not None:
             z = _without(z, excluded[rows])
         z, weights = _shifted(z, block[:, 0]), None
         if target is not None:
-            y = _shifted(_scaled(target[rows], target_scale, result.dtype), block[:, 3])
+            y = _shifted(target.scaled(rows, result.dtype), block[:, 3])
             mass = y.exp()
             block[:, 4] = mass.sum(dim=-1)
             if kind == "forward_kl":
@@ -85,25 +143,15 @@ def statistics(
     return result
 
 
-def js_terms(
-    logits: Tensor,
-    scale: float,
-    normalizer: tuple[Tensor, Tensor],
-    target: Tensor,
-    target_scale: float,
-    target_normalizer: tuple[Tensor, Tensor],
-) -> Tensor:
-    """This rank's part of 1/2 sum p log(p/m) and 1/2 sum q log(q/m), with m = (p + q) / 2; [n, 2].
-
-    Args:
-        normalizer, target_normalizer: log sum exp over the whole vocabulary in two parts, maximum and remainder, [n].
-    """
+def js_terms(policy: Softmax, target: Softmax) -> Tensor:
+    """This rank's part of 1/2 sum p log(p/m) and 1/2 sum q log(q/m), with m = (p + q) / 2; [n, 2]."""
+    logits = policy.logits
     result = logits.new_zeros((len(logits), 2), dtype=accumulation_dtype(logits))
     if logits.shape[-1] == 0:
         return result
     for rows in _blocks(logits):
-        log_p = _log_probs(logits[rows], scale, normalizer, rows)
-        difference = _log_probs(target[rows], target_scale, target_normalizer, rows)
+        log_p = policy.log_probs(rows, result.dtype)
+        difference = target.log_probs(rows, result.dtype)
         excludes = _excludes(log_p) or _excludes(difference)
         mass = difference.exp()
         difference.sub_(log_p)
@@ -115,24 +163,12 @@ def js_terms(
 
 
 def gradient(
-    out: Tensor,
-    logits: Tensor,
-    scale: float,
-    normalizer: tuple[Tensor, Tensor],
-    constant: Tensor,
-    slope: Tensor | None,
-    tokens: Tensor | None = None,
-    on_token: Tensor | None = None,
-    kind: DivergenceKind | None = None,
-    weight: Tensor | None = None,
-    target: Tensor | None = None,
-    target_scale: float = 1.0,
-    target_normalizer: tuple[Tensor, Tensor] | None = None,
+    out: Tensor, policy: Softmax, contributions: RowGradient, divergence: DivergenceGradient | None = None
 ) -> None:
     """Writes a gradient with respect to the logits, in one read of each and one write.
 
     With p and q the probabilities of policy and target, and a, b, w, o the `constant`, `slope`, `weight` and `on_token`
-    of a row, all [n] and already multiplied by `scale`, column v of `out` becomes
+    of a row, already multiplied by the policy's scale, column v of `out` becomes
 
         p_v (a + b log p_v) + o [v is the row's token] + w times
 
@@ -141,90 +177,60 @@ def gradient(
     and exactly 0 where p_v (and q_v) is. Rows in which a, b, w and o are all 0 become exactly 0.
 
     Args:
-        out: [n, v], may be `logits` itself.
-        tokens: int64 [n], the column of the row's token; outside [0, v) where it is another rank's.
-        kind, weight, target, target_scale, target_normalizer: given together, or none of them.
+        out: [n, v], may be the policy's logits themselves.
     """
+    logits = policy.logits
     if logits.shape[-1] == 0:
         return
+    assert policy.normalizer is not None
+    constant, slope, tokens, on_token = contributions
+    dtype, kind = policy.normalizer[0].dtype, None if divergence is None else divergence.kind
     for rows in _blocks(logits, CPU_GRADIENT_BLOCK_BYTES):
-        used = constant[rows] != 0
-        if kind is not None:
-            assert target is not None and target_normalizer is not None and weight is not None
-            used |= weight[rows] != 0
+        used = (constant[rows] != 0) | (on_token[rows] != 0)
+        if divergence is not None:
+            used |= divergence.weight[rows] != 0
         if slope is not None:
             used |= slope[rows] != 0
-        if slope is None and kind is None:
-            block = _log_probs(logits[rows], scale, normalizer, rows).exp_().mul_(constant[rows].unsqueeze(-1))
+        if slope is None and divergence is None:
+            block = policy.log_probs(rows, dtype).exp_().mul_(constant[rows].unsqueeze(-1))
         elif slope is None and kind == "forward_kl":
-            own = out[rows] if out.dtype == normalizer[0].dtype and scale == 1.0 else None
-            probs, factor = _probs(logits[rows], scale, normalizer, rows, constant, own)
+            own = out[rows] if out.dtype == dtype and policy.scale == 1.0 else None
+            probs, factor = policy.probs(rows, constant, own)
             block = probs.mul_(factor)
         else:
-            block = _gradient_of_log_ratios(
-                *(rows, logits, scale, normalizer, constant, slope, kind, weight, target, target_scale),
-                target_normalizer,
-            )
-        if kind == "forward_kl":
-            assert target is not None and target_normalizer is not None and weight is not None
-            block.addcmul_(*_probs(target[rows], target_scale, target_normalizer, rows, weight), value=-1.0)
-        if tokens is not None:
-            assert on_token is not None
-            used |= on_token[rows] != 0
-            owned = (tokens[rows] >= 0) & (tokens[rows] < logits.shape[-1])
-            column = torch.where(owned, tokens[rows], 0).unsqueeze(-1)
-            block.scatter_add_(-1, column, torch.where(owned, on_token[rows], 0.0).unsqueeze(-1))
+            block = _gradient_of_log_ratios(rows, policy, contributions, divergence)
+        if divergence is not None and kind == "forward_kl":
+            block.addcmul_(*divergence.target.probs(rows, divergence.weight), value=-1.0)
+        owned = (tokens[rows] >= 0) & (tokens[rows] < logits.shape[-1])
+        column = torch.where(owned, tokens[rows], 0).unsqueeze(-1)
+        block.scatter_add_(-1, column, torch.where(owned, on_token[rows], 0.0).unsqueeze(-1))
         if block.device.type != "cpu" or not used.all():
             block.masked_fill_(~used.unsqueeze(-1), 0.0)
         if block.data_ptr() != out[rows].data_ptr():
             out[rows] = block
 
 
-def _probs(
-    block: Tensor,
-    scale: float,
-    normalizer: tuple[Tensor, Tensor],
-    rows: slice,
-    factor: Tensor,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Two tensors whose product is the probabilities of a block times a factor per row: the first, in `out` or new, is
-    made in as few passes as a CPU can; the second is [c, 1]."""
-    maximum, remainder = normalizer
-    shifted = torch.sub(_scaled(block, scale, maximum.dtype), maximum[rows].unsqueeze(-1), out=out)
-    return shifted.exp_(), (remainder[rows].neg().exp_() * factor[rows]).unsqueeze(-1)
-
-
 def _gradient_of_log_ratios(
-    rows: slice,
-    logits: Tensor,
-    scale: float,
-    normalizer: tuple[Tensor, Tensor],
-    constant: Tensor,
-    slope: Tensor | None,
-    kind: DivergenceKind | None,
-    weight: Tensor | None,
-    target: Tensor | None,
-    target_scale: float,
-    target_normalizer: tuple[Tensor, Tensor] | None,
+    rows: slice, policy: Softmax, contributions: RowGradient, divergence: DivergenceGradient | None
 ) -> Tensor:
     """p_v (a + b log p_v + w log-ratio_v) of a block: the part of `gradient` that needs logarithms."""
-    log_p = _log_probs(logits[rows], scale, normalizer, rows)
+    assert policy.normalizer is not None
+    constant, slope = contributions.constant[rows].unsqueeze(-1), contributions.slope
+    log_p = policy.log_probs(rows, policy.normalizer[0].dtype)
     probs = log_p.exp()
     excludes = _excludes(log_p)
     factor: Tensor | None = None
-    if kind in ("reverse_kl", "js"):
-        assert target is not None and target_normalizer is not None and weight is not None
-        log_q = _log_probs(target[rows], target_scale, target_normalizer, rows)
+    if divergence is not None and divergence.kind in ("reverse_kl", "js"):
+        log_q = divergence.target.log_probs(rows, log_p.dtype)
         excludes = excludes or _excludes(log_q)
-        if kind == "reverse_kl":
+        if divergence.kind == "reverse_kl":
             factor = torch.sub(log_p, log_q, out=log_q)
         else:
             factor = _log_ratios_to_mixture(log_q.sub_(log_p))[0].mul_(0.5)
-        factor.mul_(weight[rows].unsqueeze(-1)).add_(constant[rows].unsqueeze(-1))
+        factor.mul_(divergence.weight[rows].unsqueeze(-1)).add_(constant)
     if slope is not None:
         entropy_part = log_p.clamp_min_(torch.finfo(log_p.dtype).min).mul_(slope[rows].unsqueeze(-1))
-        factor = entropy_part.add_(constant[rows].unsqueeze(-1)) if factor is None else factor.add_(entropy_part)
+        factor = entropy_part.add_(constant) if factor is None else factor.add_(entropy_part)
     assert factor is not None
     return _weighted_(factor, probs, excludes)
 
@@ -267,11 +273,6 @@ def _blocks(logits: Tensor, cpu_bytes: int = CPU_BLOCK_BYTES) -> Iterator[slice]
         yield slice(start, start + step)
 
 
-def _scaled(block: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    values = block.to(dtype)
-    return values if scale == 1.0 else values * scale
-
-
 def _shifted(values: Tensor, maximum: Tensor) -> Tensor:
     """`values` less their maximum, a new tensor; the maximum is written to `maximum`."""
     maximum.copy_(values.amax(dim=-1)).clamp_min_(torch.finfo(values.dtype).min)
@@ -286,10 +287,3 @@ def _without(values: Tensor, columns: Tensor) -> Tensor:
     copy[:, :width] = values
     copy.scatter_(-1, torch.where((columns >= 0) & (columns < width), columns, width), -torch.inf)
     return copy[:, :width]
-
-
-def _log_probs(block: Tensor, scale: float, normalizer: tuple[Tensor, Tensor], rows: slice) -> Tensor:
-    """Log-probs of a block, a new tensor. The two parts of the normaliser are subtracted one after the other:
-    `(z - maximum) - remainder` is exact to the last bits for large logits, `z - logsumexp` is not."""
-    maximum, remainder = normalizer
-    return (_scaled(block, scale, maximum.dtype) - maximum[rows].unsqueeze(-1)).sub_(remainder[rows].unsqueeze(-1))

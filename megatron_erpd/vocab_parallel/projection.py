@@ -8,7 +8,7 @@ itself, on equal sums with equal results.
 
 Everything is computed without gradient: base and signal are fixed in stage 2. Where the base's log-probability is
 -inf, q is 0 and the signal is ignored; elsewhere the signal must be finite. Temporaries with a vocabulary
-dimension are made for one chunk of tokens at a time (`chunks.CHUNK_BYTES`).
+dimension are made for one chunk of tokens at a time (`shard.CHUNK_BYTES`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from megatron_erpd.objectives.signal_law import (
     law_of_moments,
     signal_moments,
 )
-from megatron_erpd.vocab_parallel.chunks import local_blocks, token_chunks
-from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, log_softmax_of, normalizer
+from megatron_erpd.vocab_parallel.shard import (
+    VocabShard,
+    accumulation_dtype,
+    local_blocks,
+    log_softmax_of,
+    normalizer,
+    token_chunks,
+)
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import TopKTarget
-from megatron_erpd.vocab_parallel.chunks import local_blocks
-from megatron_erpd.vocab_parallel.shard import VocabShard, joined, local_sums
+from megatron_erpd.vocab_parallel.shard import VocabShard, joined, local_blocks, local_sums
 
 NO_TOKEN = -1
 """The index of an entry that is empty (its log-probability is -inf)."""

@@ -266,8 +266,7 @@ def _gradient_block(
     gradient = _weighted(factor, tl.exp(log_p))
     if KIND == "forward_kl":
         gradient -= _weighted(weight, tl.exp(log_q))
-    if token is not None:
-        gradient += tl.where(columns == token, on_token, 0.0)
+    gradient += tl.where(columns == token, on_token, 0.0)
     tl.store(out + columns, tl.where(used, gradient, 0.0), mask=inside)
 
 
@@ -301,11 +300,9 @@ def gradient_kernel(
     policy += row * policy_stride
     if target is not None:
         target += row * target_stride
-    token = None
-    if tokens is not None:
-        token = tl.load(tokens + row)
-        # An id that fits no column must not become one when it is cut to the type of the columns.
-        token = tl.where((token >= 0) & (token < num_columns), token, -1).to(tl.int32)
+    token = tl.load(tokens + row)
+    # An id that fits no column must not become one when it is cut to the type of the columns.
+    token = tl.where((token >= 0) & (token < num_columns), token, -1).to(tl.int32)
     scalars += row * 8
     scale = tl.full((), scale, DTYPE)
     target_scale = tl.full((), target_scale, DTYPE)

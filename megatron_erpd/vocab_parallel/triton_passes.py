@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_erpd.errors import ErpdError
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import passes
-from megatron_erpd.vocab_parallel.passes import NUM_STATISTICS
+from megatron_erpd.vocab_parallel.passes import NUM_STATISTICS, DivergenceGradient, RowGradient, Softmax
 from megatron_erpd.vocab_parallel.shard import accumulation_dtype
 
 BLOCK = 4096
@@ -37,10 +37,8 @@ and registers are left for several programs on a multiprocessor: some load while
 
 
 def statistics(
-    logits: Tensor,
-    scale: float,
-    target: Tensor | None = None,
-    target_scale: float = 1.0,
+    policy: Softmax,
+    target: Softmax | None = None,
     kind: DivergenceKind | None = None,
     excluded: Tensor | None = None,
     with_entropy: bool = False,
@@ -50,10 +48,9 @@ def statistics(
     Raises:
         ErpdError: no Triton or no CUDA device; columns that aren't adjacent; a target of another shape or device.
     """
+    logits = policy.logits
     if not logits.numel():
-        return passes.statistics(logits, scale)
-    _check("logits", logits, logits)
-    _check("target", target, logits)
+        return passes.statistics(policy)
     dtype = accumulation_dtype(logits)
     result = logits.new_empty((len(logits), NUM_STATISTICS), dtype=dtype)
     words = None if excluded is None else _excluded_bits(excluded, logits.shape[-1])
@@ -62,10 +59,8 @@ def statistics(
         len(logits),
         dtype,
         result,
-        *_rows(logits),
-        scale,
-        *_rows(target),
-        target_scale,
+        *_arguments("logits", policy, logits),
+        *_arguments("target", target, logits),
         words,
         0 if words is None else words.shape[-1],
         logits.shape[-1],
@@ -76,62 +71,43 @@ def statistics(
     return result
 
 
-def js_terms(
-    logits: Tensor,
-    scale: float,
-    normalizer: tuple[Tensor, Tensor],
-    target: Tensor,
-    target_scale: float,
-    target_normalizer: tuple[Tensor, Tensor],
-) -> Tensor:
+def js_terms(policy: Softmax, target: Softmax) -> Tensor:
     """`passes.js_terms`: `[n, 2]`, in one read of logits and target. Raises as `statistics` does."""
+    logits = policy.logits
     result = logits.new_zeros((len(logits), 2), dtype=accumulation_dtype(logits))
     if not logits.numel():
         return result
-    _check("logits", logits, logits)
-    _check("target", target, logits)
-    scalars = torch.stack([*normalizer, *target_normalizer], dim=-1).to(result.dtype)
-    arguments = (*_rows(logits), scale, *_rows(target), target_scale, scalars, logits.shape[-1])
-    _launch("js_terms_kernel", len(logits), result.dtype, result, *arguments)
+    assert policy.normalizer is not None and target.normalizer is not None
+    scalars = torch.stack([*policy.normalizer, *target.normalizer], dim=-1).to(result.dtype)
+    arguments = (*_arguments("logits", policy, logits), *_arguments("target", target, logits))
+    _launch("js_terms_kernel", len(logits), result.dtype, result, *arguments, scalars, logits.shape[-1])
     return result
 
 
 def gradient(
-    out: Tensor,
-    logits: Tensor,
-    scale: float,
-    normalizer: tuple[Tensor, Tensor],
-    constant: Tensor,
-    slope: Tensor | None,
-    tokens: Tensor | None = None,
-    on_token: Tensor | None = None,
-    kind: DivergenceKind | None = None,
-    weight: Tensor | None = None,
-    target: Tensor | None = None,
-    target_scale: float = 1.0,
-    target_normalizer: tuple[Tensor, Tensor] | None = None,
+    out: Tensor, policy: Softmax, contributions: RowGradient, divergence: DivergenceGradient | None = None
 ) -> None:
-    """`passes.gradient`: writes `out [n, v]`, which may be `logits`, in one read of logits and target.
+    """`passes.gradient`: writes `out [n, v]`, which may be the logits, in one read of logits and target.
 
     Everything is added up in the type of the computation before it is rounded to that of `out`. Rows that become 0
     because `constant`, `slope`, `on_token` and `weight` are 0 aren't read. Raises as `statistics` does.
     """
+    logits = policy.logits
     if not logits.numel():
         return
-    assert (kind is None) == (weight is None) == (target is None) == (target_normalizer is None)
-    assert (tokens is None) == (on_token is None)
-    for name, tensor in (("logits", logits), ("out", out), ("target", target)):
-        _check(name, tensor, logits)
+    constant, slope, tokens, on_token = contributions
+    target = None if divergence is None else divergence.target
+    assert policy.normalizer is not None and (target is None or target.normalizer is not None)
     dtype = accumulation_dtype(logits)
     zero = torch.zeros_like(constant)
     scalars = torch.stack(
         [
-            *normalizer,
-            *(target_normalizer or (zero, zero)),
+            *policy.normalizer,
+            *((target and target.normalizer) or (zero, zero)),
             constant,
             zero if slope is None else slope,
-            zero if on_token is None else on_token,
-            zero if weight is None else weight,
+            on_token,
+            zero if divergence is None else divergence.weight,
         ],
         dim=-1,
     ).to(dtype)
@@ -139,23 +115,26 @@ def gradient(
         "gradient_kernel",
         len(logits) * -(-logits.shape[-1] // BLOCK),
         dtype,
-        *_rows(out),
-        *_rows(logits),
-        scale,
-        *_rows(target),
-        target_scale,
+        *_arguments("out", Softmax(out), logits)[:2],
+        *_arguments("logits", policy, logits),
+        *_arguments("target", target, logits),
         scalars,
-        None if tokens is None else tokens.contiguous(),
+        tokens.contiguous(),
         logits.shape[-1],
-        KIND=kind,
+        KIND=None if divergence is None else divergence.kind,
         WITH_SLOPE=slope is not None,
     )
 
 
-def _check(name: str, tensor: Tensor | None, logits: Tensor) -> None:
-    """A kernel would read past the end of a tensor, or other columns, and not say so."""
-    if tensor is None:
-        return
+def _arguments(name: str, given: Softmax | None, logits: Tensor) -> tuple[Tensor | None, int, float]:
+    """What a kernel is told of a distribution: where its rows are, how far apart, and the scale.
+
+    Raises:
+        ErpdError: a kernel would read past the end of the tensor, or other columns, and not say so.
+    """
+    if given is None:
+        return None, 0, 1.0
+    tensor = given.logits
     if tensor.shape != logits.shape or tensor.dim() != 2 or tensor.device != logits.device:
         raise ErpdError(
             f"{name} of shape {list(tensor.shape)} on {tensor.device} don't fit logits of shape "
@@ -166,11 +145,7 @@ def _check(name: str, tensor: Tensor | None, logits: Tensor) -> None:
             f"the Triton kernels need the columns of {name} next to each other in memory, not {tensor.stride(-1)} "
             "entries apart: call .contiguous() on them first"
         )
-
-
-def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """What a kernel is told of a tensor's rows: where they are and how far apart."""
-    return (None, 0) if tensor is None else (tensor, tensor.stride(0))
+    return tensor, tensor.stride(0), given.scale
 
 
 def _excluded_bits(excluded: Tensor, num_columns: int) -> Tensor:

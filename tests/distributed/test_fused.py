@@ -21,11 +21,11 @@ from megatron_erpd.vocab_parallel import (
     OutputLayer,
     Target,
     VocabShard,
-    chunks,
     fused_token_terms,
     token_terms,
     vocab_parallel_topk,
 )
+from megatron_erpd.vocab_parallel import shard as chunks
 from tests.distributed.harness import Case, run_cases
 from tests.distributed.test_vocab_parallel import CountCollectives
 from tests.tolerances import VOCAB_PARALLEL, VOCAB_PARALLEL_FLOAT64

@@ -17,6 +17,7 @@ from megatron_erpd.vocab_parallel import (
     token_terms,
     triton_passes,
 )
+from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
 from tests.tolerances import BF16, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
 
 pytestmark = [
@@ -70,22 +71,21 @@ def test_triton_passes_are_the_plain_passes(
     logits, target = (3 * torch.randn(2, TOKENS, FULL_VOCAB, device="cuda")).to(dtype)[..., :columns]
     excluded = torch.rand(TOKENS, columns, device="cuda").topk(64).indices
     for chosen in (None, excluded):
-        arguments = (logits, 1.3, target, 0.9, kind, chosen, True)
+        arguments = (Softmax(logits, 1.3), Softmax(target, 0.9), kind, chosen, True)
         found, expected = triton_passes.statistics(*arguments), passes.statistics(*arguments)
         for index, name in enumerate("msuntc"):
             FP32_PARALLEL.assert_close(found[:, index], expected[:, index], name)
-    m, s, _, n, t, _ = passes.statistics(logits, 1.3, target, 0.9).unbind(-1)
-    normalizer, target_normalizer = (m, s.log()), (n, t.log())
-    both = (logits, 1.3, normalizer, target, 0.9, target_normalizer)
+    m, s, _, n, t, _ = passes.statistics(Softmax(logits, 1.3), Softmax(target, 0.9)).unbind(-1)
+    both = policy, other = Softmax(logits, 1.3, (m, s.log())), Softmax(target, 0.9, (n, t.log()))
     FP32_PARALLEL.assert_close(triton_passes.js_terms(*both), passes.js_terms(*both))
 
     constant, slope, on_token, weight = torch.randn(4, TOKENS, device="cuda")
     tokens = torch.randint(columns, (TOKENS,), device="cuda")
-    options = {} if kind is None else {"kind": kind, "weight": weight, "target": target, "target_scale": 0.9}
-    options |= {} if kind is None else {"target_normalizer": target_normalizer}
+    rows = RowGradient(constant, slope, tokens, on_token)
+    divergence = None if kind is None else DivergenceGradient(kind, weight, other)
     wanted = torch.empty_like(logits)
-    passes.gradient(wanted, logits, 1.3, normalizer, constant, slope, tokens, on_token, **options)
-    triton_passes.gradient(logits, logits, 1.3, normalizer, constant, slope, tokens, on_token, **options)
+    passes.gradient(wanted, policy, rows, divergence)
+    triton_passes.gradient(logits, policy, rows, divergence)
     tolerance.assert_close(logits, wanted)
 
 
@@ -94,13 +94,15 @@ def test_triton_passes_beyond_2_to_the_31_entries() -> None:
     logits = torch.ones(num_rows, FULL_VOCAB, dtype=torch.bfloat16, device="cuda")
     logits[-1].normal_()
     last = logits[-1:].clone()
-    found = triton_passes.statistics(logits, 1.0)
-    FP32_PARALLEL.assert_close(found[-1:], passes.statistics(last, 1.0))
+    found = triton_passes.statistics(Softmax(logits))
+    FP32_PARALLEL.assert_close(found[-1:], passes.statistics(Softmax(last)))
     m, s = found[:, :2].unbind(-1)
     constant = torch.zeros_like(m)
     constant[-1] = 1e3
-    passes.gradient(last, last, 1.0, (m[-1:], s[-1:].log()), constant[-1:], None)
-    triton_passes.gradient(logits, logits, 1.0, (m, s.log()), constant, None)
+    rows = RowGradient(constant, None, torch.full_like(m, -1, dtype=torch.int64), torch.zeros_like(m))
+    of_last = RowGradient(*(None if x is None else x[-1:] for x in rows))
+    passes.gradient(last, Softmax(last, 1.0, (m[-1:], s[-1:].log())), of_last)
+    triton_passes.gradient(logits, Softmax(logits, 1.0, (m, s.log())), rows)
     BF16_ROUNDING.assert_close(logits[-1:], last)
     assert not logits[:-1].any()
 

@@ -14,7 +14,8 @@ from megatron_erpd.objectives.projection import project_per_token
 from megatron_erpd.objectives.signals import combine, parse_signal
 from megatron_erpd.precompute.scores import Scores, hidden_states, response_states
 from megatron_erpd.settings import PrecomputeSettings
-from megatron_erpd.vocab_parallel import VocabShard, chunks
+from megatron_erpd.vocab_parallel import VocabShard
+from megatron_erpd.vocab_parallel import shard as chunks
 from tests.tolerances import FP32, PROJECTION_KL_FP32
 
 S, B, VOCAB, PADDED = 5, 3, 30, 32

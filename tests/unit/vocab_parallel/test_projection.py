@@ -16,12 +16,12 @@ from megatron_erpd.objectives.signal_law import NUM_BINS, NUM_MOMENTS
 from megatron_erpd.vocab_parallel import (
     VocabShard,
     apply_eta,
-    chunks,
     kl_from_base,
     project_shard,
     signal_law,
     token_chunks,
 )
+from megatron_erpd.vocab_parallel import shard as chunks
 from tests.tolerances import FLOAT64, FP32, PROJECTION_KL, PROJECTION_KL_FP32, SIGNAL_LAW
 
 VOCAB, PADDED = 37, 48

@@ -17,13 +17,13 @@ from megatron_erpd.vocab_parallel import (
     Target,
     TopKTarget,
     VocabShard,
-    chunks,
     divergence,
     fused_token_terms,
     passes,
     token_terms,
     vocab_parallel_topk,
 )
+from megatron_erpd.vocab_parallel import shard as chunks
 from tests.tolerances import FLOAT64
 from tests.unit.vocab_parallel.oracles import policy_probs, probs_divergence
 

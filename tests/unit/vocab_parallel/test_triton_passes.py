@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_erpd.errors import ErpdError
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import passes, triton_passes
+from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
 from tests.tolerances import BF16_ROUNDING, FLOAT64, FP32, Tolerance
 from tests.unit.vocab_parallel.oracles import policy_probs, probs_divergence
 
@@ -61,19 +62,20 @@ def gradient_tolerance_of(dtype: torch.dtype) -> Tolerance:
     return BF16_ROUNDING if dtype in (torch.bfloat16, torch.float16) else tolerance_of(dtype)
 
 
-def assert_same_statistics(logits: Tensor, *arguments: Any, **options: Any) -> Tensor:
+def assert_same_statistics(policy: Softmax, *arguments: Any) -> Tensor:
     """Of both implementations; column for column, so that a large one doesn't cover a small one."""
-    ours = triton_passes.statistics(logits, *arguments, **options)
-    expected = passes.statistics(logits, *arguments, **options)
+    logits = policy.logits
+    ours, expected = triton_passes.statistics(policy, *arguments), passes.statistics(policy, *arguments)
     assert ours.dtype == expected.dtype and ours.shape == expected.shape == (len(logits), passes.NUM_STATISTICS)
     for index, name in enumerate("msuntc"):
         tolerance_of(logits.dtype).assert_close(ours[:, index], expected[:, index], name)
     return ours
 
 
-def normalizers(logits: Tensor, target: Tensor, scale: float = SCALE) -> tuple[tuple[Tensor, Tensor], ...]:
-    m, s, _, n, t, _ = passes.statistics(logits, scale, target, TARGET_SCALE).unbind(-1)
-    return (m, s.log()), (n, t.log())
+def normalized(logits: Tensor, target: Tensor) -> tuple[Softmax, Softmax]:
+    policy, other = Softmax(logits, SCALE), Softmax(target, TARGET_SCALE)
+    m, s, _, n, t, _ = passes.statistics(policy, other).unbind(-1)
+    return policy._replace(normalizer=(m, s.log())), other._replace(normalizer=(n, t.log()))
 
 
 def row_numbers(like: Tensor, seed: int, num_rows: int) -> Tensor:
@@ -81,29 +83,28 @@ def row_numbers(like: Tensor, seed: int, num_rows: int) -> Tensor:
     return values.to(like.device, like.dtype)
 
 
-def gradient_options(
+Arguments = tuple[Softmax, RowGradient, DivergenceGradient | None]
+"""Of `gradient`, after `out`."""
+
+
+def gradient_arguments(
     logits: Tensor, target: Tensor, kind: DivergenceKind | None, slope: bool = True, token: bool = True
-) -> dict[str, Any]:
-    """Arguments of `gradient` after `out`, the tokens at the ends of blocks and outside of the columns."""
-    normalizer, target_normalizer = normalizers(logits, target)
-    constant, slopes, on_token, weight = (row_numbers(normalizer[0], seed, len(logits)) for seed in range(4))
-    options = {"logits": logits, "scale": SCALE, "normalizer": normalizer, "constant": constant}
-    options["slope"] = slopes if slope else None
-    if token:
-        ids = torch.tensor([BLOCK - 1, BLOCK, logits.shape[-1] - 1, logits.shape[-1], -1, 0, 2**32 + 3])
-        options |= {"tokens": ids[: len(logits)].to(logits.device), "on_token": on_token}
-    if kind is not None:
-        options |= {"kind": kind, "weight": weight, "target": target, "target_scale": TARGET_SCALE}
-        options["target_normalizer"] = target_normalizer
-    return options
+) -> Arguments:
+    """The tokens at the ends of blocks and outside of the columns."""
+    policy, other = normalized(logits, target)
+    constant, slopes, on_token, weight = (row_numbers(policy.normalizer[0], seed, len(logits)) for seed in range(4))
+    ids = torch.tensor([BLOCK - 1, BLOCK, logits.shape[-1] - 1, logits.shape[-1], -1, 0, 2**32 + 3])
+    ids = ids[: len(logits)].to(logits.device)
+    rows = RowGradient(constant, slopes if slope else None, ids, on_token if token else torch.zeros_like(on_token))
+    return policy, rows, None if kind is None else DivergenceGradient(kind, weight, other)
 
 
-def assert_same_gradient(options: dict[str, Any], out_dtype: torch.dtype | None = None) -> Tensor:
-    logits = options["logits"]
+def assert_same_gradient(arguments: Arguments, out_dtype: torch.dtype | None = None) -> Tensor:
+    logits = arguments[0].logits
     out = padded(torch.zeros(logits.shape, dtype=out_dtype or logits.dtype), 9)
     expected = torch.empty_like(out)
-    triton_passes.gradient(out, **options)
-    passes.gradient(expected, **options)
+    triton_passes.gradient(out, *arguments)
+    passes.gradient(expected, *arguments)
     gradient_tolerance_of(out.dtype).assert_close(out, expected)
     return out
 
@@ -125,12 +126,12 @@ def test_a_loss_and_its_gradient(kind: DivergenceKind | None, dtype: torch.dtype
     on_log_prob, on_entropy, on_value = (row_numbers(leaf, seed, 3) for seed in (5, 6, 7))
     (expected,) = torch.autograd.grad((on_log_prob * log_prob + on_entropy * entropy + on_value * value).sum(), leaf)
 
-    used_target = None if kind is None else target
-    found = triton_passes.statistics(logits, scale, used_target, TARGET_SCALE, kind, with_entropy=True)
+    policy, other = Softmax(logits, scale), Softmax(target, TARGET_SCALE)
+    found = triton_passes.statistics(policy, None if kind is None else other, kind, with_entropy=True)
     m, s, u, n, t, c = found.unbind(-1)
     tolerance = tolerance_of(dtype)
     tolerance.assert_close(s.log() - u / s, entropy, "entropy")
-    normalizer, target_normalizer = (m, s.log()), (n, t.log())
+    policy, other = policy._replace(normalizer=(m, s.log())), other._replace(normalizer=(n, t.log()))
     constant = -on_log_prob - on_entropy * entropy.detach()
     if kind == "forward_kl":
         tolerance.assert_close(c / t + s.log() - t.log(), value, "forward_kl")
@@ -139,16 +140,14 @@ def test_a_loss_and_its_gradient(kind: DivergenceKind | None, dtype: torch.dtype
         tolerance.assert_close(c / s + t.log() - s.log(), value, "reverse_kl")
         constant -= on_value * value.detach()
     elif kind == "js":
-        terms = triton_passes.js_terms(logits, scale, normalizer, target, TARGET_SCALE, target_normalizer)
+        terms = triton_passes.js_terms(policy, other)
         tolerance.assert_close(terms.sum(-1), value, "js")
         constant -= on_value * terms[:, 0]
-    options: dict[str, Any] = {}
-    if kind is not None:
-        options = {"kind": kind, "weight": (on_value * scale).to(s.dtype), "target": target}
-        options |= {"target_scale": TARGET_SCALE, "target_normalizer": target_normalizer}
-    numbers = [(x * scale).to(s.dtype) for x in (constant, -on_entropy)]
-    options |= {"tokens": tokens, "on_token": (on_log_prob * scale).to(s.dtype)}
-    triton_passes.gradient(logits, logits, scale, normalizer, *numbers, **options)
+    on_rows, slopes, on_tokens, weight = (
+        (x * scale).to(s.dtype) for x in (constant, -on_entropy, on_log_prob, on_value)
+    )
+    divergence = None if kind is None else DivergenceGradient(kind, weight, other)
+    triton_passes.gradient(logits, policy, RowGradient(on_rows, slopes, tokens, on_tokens), divergence)
     gradient_tolerance_of(dtype).assert_close(logits, expected, "gradient")
 
 
@@ -167,8 +166,7 @@ def test_statistics(kind: DivergenceKind | None, dtype: torch.dtype, with_entrop
         excluded = torch.tensor(columns, device=DEVICE)
         # The target excludes them too in one row, so that the forward cross term is finite in one and not in the other.
         target[1, excluded[1]] = -torch.inf
-    arguments = (logits, SCALE, target, TARGET_SCALE, kind, excluded, with_entropy)
-    found = assert_same_statistics(*arguments)
+    found = assert_same_statistics(Softmax(logits, SCALE), Softmax(target, TARGET_SCALE), kind, excluded, with_entropy)
     assert found[1].isfinite().all() and (found[0, 5] == torch.inf) == (with_excluded and kind == "forward_kl")
     assert (found[:, 2] != 0).all() == with_entropy
 
@@ -179,13 +177,11 @@ def test_sizes(num_rows: int, width: int) -> None:
     logits, target = make_rows(1, num_rows, width), make_rows(2, num_rows, width, torch.float32)
     excluded = torch.tensor([[0, 31, width - 1]], device=DEVICE).expand(num_rows, 3)
     last_only = torch.where(excluded == width - 1, -1, excluded)
-    assert_same_statistics(logits, SCALE, target.double(), TARGET_SCALE, "reverse_kl", last_only, True)
-    ours = triton_passes.statistics(logits, SCALE)
+    policy, other = arguments = normalized(logits, target.double())
+    assert_same_statistics(policy, other, "reverse_kl", last_only, True)
+    ours = triton_passes.statistics(policy)
     assert (ours[:, 2:] == 0).all(), "what wasn't asked for"
-    options = gradient_options(logits, target.double(), "js")
-    assert_same_gradient(options)
-    normalizer, target_normalizer = normalizers(logits, target.double())
-    arguments = (logits, SCALE, normalizer, target.double(), TARGET_SCALE, target_normalizer)
+    assert_same_gradient(gradient_arguments(logits, target.double(), "js"))
     FLOAT64.assert_close(triton_passes.js_terms(*arguments), passes.js_terms(*arguments))
 
 
@@ -203,8 +199,8 @@ def test_types_of_their_own(kind: DivergenceKind, policy: torch.dtype, other: to
     """Policy and target, with rows as far apart as each likes; `out` in a third type."""
     logits, target = make_rows(1, 2, dtype=policy), make_rows(2, 2, dtype=other)
     target = padded(target, 7)
-    assert_same_statistics(logits, SCALE, target, TARGET_SCALE, kind)
-    assert_same_gradient(gradient_options(logits, target, kind), torch.float32)
+    assert_same_statistics(Softmax(logits, SCALE), Softmax(target, TARGET_SCALE), kind)
+    assert_same_gradient(gradient_arguments(logits, target, kind), torch.float32)
 
 
 @each_kind_or_none
@@ -214,11 +210,11 @@ def test_types_of_their_own(kind: DivergenceKind, policy: torch.dtype, other: to
 def test_gradient(kind: DivergenceKind | None, dtype: torch.dtype, slope: bool, token: bool) -> None:
     """Also in place, where the columns beyond the view stay as they are."""
     logits, target = make_rows(1, dtype=dtype), make_rows(2, dtype=dtype)
-    options = gradient_options(logits, target, kind, slope, token)
-    expected = assert_same_gradient(options)
+    arguments = gradient_arguments(logits, target, kind, slope, token)
+    expected = assert_same_gradient(arguments)
     if slope and token:
         storage = torch.as_strided(logits, (len(logits), logits.stride(0)), logits.stride())
-        triton_passes.gradient(logits, **options)
+        triton_passes.gradient(logits, *arguments)
         assert torch.equal(logits, expected)
         assert storage[:, WIDTH:].isnan().all()
 
@@ -227,9 +223,10 @@ def test_token_is_added_before_rounding() -> None:
     """The gradient of a nearly certain token is a small difference, which is lost where its parts are rounded first."""
     logits = torch.zeros(1, 40, dtype=torch.bfloat16, device=DEVICE)
     logits[0, 3] = 12.0
-    m, s = passes.statistics(logits, 1.0)[:, :2].unbind(-1)
+    m, s = passes.statistics(Softmax(logits))[:, :2].unbind(-1)
     one = torch.ones_like(m)
-    triton_passes.gradient(logits, logits, 1.0, (m, s.log()), -one, None, torch.tensor([3], device=DEVICE), one)
+    rows = RowGradient(-one, None, torch.tensor([3], device=DEVICE), one)
+    triton_passes.gradient(logits, Softmax(logits, 1.0, (m, s.log())), rows)
     BF16_ROUNDING.assert_close(logits[0, 3], 39 / (39 + torch.tensor(12.0).exp()))
 
 
@@ -261,18 +258,18 @@ def with_a_zero_elsewhere(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("exchanged", [False, True])
 def test_extreme_logits(kind: DivergenceKind, dtype: torch.dtype, exchanged: bool) -> None:
     policy, target = (padded(rows.to(dtype)) for rows in extreme_rows()[:: -1 if exchanged else 1])
-    found = assert_same_statistics(policy, 1.0, target, 1.0, kind, None, True)
+    found = assert_same_statistics(Softmax(policy), Softmax(target), kind, None, True)
     assert not found.isnan().any() and found[:, :5].isfinite().all()
     m, s, _, n, t, _ = found.unbind(-1)
-    normalizer, target_normalizer = with_a_zero_elsewhere(m, s), with_a_zero_elsewhere(n, t)
+    own = Softmax(policy, 1.0, with_a_zero_elsewhere(m, s))
+    other = Softmax(target, 1.0, with_a_zero_elsewhere(n, t))
     if kind == "js":
-        arguments = (policy, 1.0, normalizer, target, 1.0, target_normalizer)
-        tolerance_of(dtype).assert_close(triton_passes.js_terms(*arguments), passes.js_terms(*arguments))
-    numbers = [row_numbers(m, seed, len(m)) for seed in range(3)]
-    options = {"kind": kind, "weight": numbers[2], "target": target, "target_normalizer": target_normalizer}
+        tolerance_of(dtype).assert_close(triton_passes.js_terms(own, other), passes.js_terms(own, other))
+    constant, slope, weight = (row_numbers(m, seed, len(m)) for seed in range(3))
+    rows = RowGradient(constant, slope, torch.full_like(m, -1, dtype=torch.int64), torch.zeros_like(m))
     out, expected = torch.empty_like(policy), torch.empty_like(policy)
     for function, result in ((triton_passes.gradient, out), (passes.gradient, expected)):
-        function(result, policy, 1.0, normalizer, *numbers[:2], **options)
+        function(result, own, rows, DivergenceGradient(kind, weight, other))
     tolerance_of(dtype).assert_close(out, expected)
     vanished = (policy - m[:, None] < -1e3) & ((target - n[:, None] < -1e3) | (kind != "forward_kl"))
     assert vanished.any() and (out[vanished] == 0).all()
@@ -282,26 +279,26 @@ def test_extreme_logits(kind: DivergenceKind, dtype: torch.dtype, exchanged: boo
 def test_unused_rows_are_zero(kind: DivergenceKind | None) -> None:
     """Whatever they hold, and whatever their normalisers are; a single number makes a row used."""
     logits, target = make_rows(1, 7, dtype=torch.float32), make_rows(2, 7, dtype=torch.float32)
-    options = gradient_options(logits, target, kind)
-    names = ["constant", "slope", "on_token", *(["weight"] if kind else [])]
-    for name in names:
-        options[name][:3] = 0.0
-    for row, name in enumerate(names, 3):
-        for other in names:
-            if other != name:
-                options[other][row] = 0.0
+    policy, rows, divergence = arguments = gradient_arguments(logits, target, kind)
+    numbers = [rows.constant, rows.slope, rows.on_token, *([divergence.weight] if divergence else [])]
+    for number in numbers:
+        number[:3] = 0.0
+    for row, number in enumerate(numbers, 3):
+        for other in numbers:
+            if other is not number:
+                other[row] = 0.0
     logits[0], target[1], logits[1, 5], target[2, ::2] = torch.nan, torch.nan, torch.inf, torch.inf
-    for numbers in (*options["normalizer"], *options.get("target_normalizer", ())):
-        numbers[:2] = torch.nan
-    out = assert_same_gradient(options)
-    assert (out[:3] == 0).all() and (out[3 : 3 + len(names)] != 0).any(dim=-1).all()
+    for number in (*policy.normalizer, *(divergence.target.normalizer if divergence else ())):
+        number[:2] = torch.nan
+    out = assert_same_gradient(arguments)
+    assert (out[:3] == 0).all() and (out[3 : 3 + len(numbers)] != 0).any(dim=-1).all()
 
 
 def test_nan_is_not_hidden() -> None:
     logits, target = make_rows(1, 2, dtype=torch.float32), make_rows(2, 2, dtype=torch.float32)
     logits[0, 70], target[1, 3] = torch.nan, torch.nan
     for kind in KINDS[:2]:
-        found = triton_passes.statistics(logits, SCALE, target, TARGET_SCALE, kind, None, True)
+        found = triton_passes.statistics(Softmax(logits, SCALE), Softmax(target, TARGET_SCALE), kind, None, True)
         _, s, u, _, t, c = found.unbind(-1)
         assert s.isnan().tolist() == u.isnan().tolist() == [True, False] and t.isnan().tolist() == [False, True]
         assert c.isnan().all()
@@ -313,10 +310,11 @@ def test_nothing_to_read(shape: tuple[int, int]) -> None:
     number = torch.ones(len(logits), device=DEVICE)
     excluded = torch.zeros(len(logits), 2, dtype=torch.int64, device=DEVICE)
     for target in (None, logits):
-        assert_same_statistics(logits, 1.0, target, 1.0, None if target is None else "forward_kl", excluded, True)
-    arguments = (logits, 1.0, (number, number), logits, 1.0, (number, number))
-    assert torch.equal(triton_passes.js_terms(*arguments), torch.zeros(len(logits), 2, device=DEVICE))
-    triton_passes.gradient(logits, logits, 1.0, (number, number), number, number)
+        other = None if target is None else Softmax(target)
+        assert_same_statistics(Softmax(logits), other, None if target is None else "forward_kl", excluded, True)
+    policy = Softmax(logits, 1.0, (number, number))
+    assert torch.equal(triton_passes.js_terms(policy, policy), torch.zeros(len(logits), 2, device=DEVICE))
+    triton_passes.gradient(logits, policy, RowGradient(number, number, excluded[:, 0], number))
 
 
 # What is refused, and what can be imported
@@ -324,27 +322,28 @@ def test_nothing_to_read(shape: tuple[int, int]) -> None:
 
 def test_layouts_that_are_refused() -> None:
     logits, number = torch.zeros(4, 4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    pair = (number, number)
     with pytest.raises(ErpdError, match=r"columns of logits next to each other.*not 4 entries apart.*contiguous"):
-        triton_passes.statistics(logits.t(), 1.0)
+        triton_passes.statistics(Softmax(logits.t()))
     with pytest.raises(ErpdError, match="columns of target next to each other"):
-        triton_passes.js_terms(logits, 1.0, (number, number), logits.t(), 1.0, (number, number))
+        triton_passes.js_terms(Softmax(logits, 1.0, pair), Softmax(logits.t(), 1.0, pair))
     with pytest.raises(ErpdError, match="columns of out next to each other"):
-        triton_passes.gradient(logits.t(), logits, 1.0, (number, number), number, None)
+        triton_passes.gradient(logits.t(), Softmax(logits, 1.0, pair), RowGradient(number, None, number.long(), number))
     with pytest.raises(ErpdError, match=r"target of shape \[4, 3\].*don't fit logits of shape \[4, 4\]"):
-        triton_passes.statistics(logits, 1.0, logits[:, :3])
+        triton_passes.statistics(Softmax(logits), Softmax(logits[:, :3]))
 
 
 def test_a_single_column_may_have_any_stride() -> None:
     column = torch.arange(6.0, device=DEVICE).reshape(3, 2).t()[:, :1]
     assert column.stride() == (1, 2)
-    assert_same_statistics(column, SCALE)
+    assert_same_statistics(Softmax(column, SCALE))
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron_erpd.vocab_parallel.triton_kernels", None)
     monkeypatch.delattr("megatron_erpd.vocab_parallel.triton_kernels", raising=False)
     with pytest.raises(ErpdError, match="pip install triton"):
-        triton_passes.statistics(torch.zeros(1, 4), 1.0)
+        triton_passes.statistics(Softmax(torch.zeros(1, 4)))
 
 
 COMPILE = """
@@ -354,6 +353,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from megatron_erpd.errors import ErpdError
 from megatron_erpd.vocab_parallel import triton_kernels, triton_passes
+from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
 
 class Hopper:
     get_current_device = get_current_stream = lambda *_: 0
@@ -361,7 +361,7 @@ class Hopper:
 
 x, y = torch.zeros(2, 50, dtype=torch.bfloat16), torch.zeros(2, 50)
 try:
-    triton_passes.statistics(x, 1.0)
+    triton_passes.statistics(Softmax(x))
 except ErpdError as error:
     print(error)
 
@@ -372,11 +372,13 @@ JITFunction.__getitem__ = compile_only
 triton_kernels.INTERPRETED, triton_passes.BLOCK = True, 1024
 numbers = torch.ones(2)
 pair, ids = (numbers, numbers), torch.zeros(2, 1, dtype=torch.int64)
-triton_passes.statistics(x, 0.5, y, 0.5, "forward_kl", ids, True)
-triton_passes.js_terms(x, 0.5, pair, y, 0.5, pair)
+policy, target = Softmax(x, 0.5, pair), Softmax(y, 0.5, pair)
+triton_passes.statistics(policy, target, "forward_kl", ids, True)
+triton_passes.js_terms(policy, target)
+rows = RowGradient(numbers, numbers, ids[:, 0], numbers)
 for kind in ("forward_kl", "js"):
-    triton_passes.gradient(x, x, 0.5, pair, numbers, numbers, ids[:, 0], numbers, kind, numbers, y, 0.5, pair)
-triton_passes.gradient(y, y, 0.5, pair, numbers, None)
+    triton_passes.gradient(x, policy, rows, DivergenceGradient(kind, numbers, target))
+triton_passes.gradient(y, target, rows._replace(slope=None))
 """
 
 
