@@ -6,7 +6,7 @@
 `--help` tells all flags; `megatron-erpd evaluate` is the same command.
 """
 
-from megatron_erpd.commands.one_process import evaluate
+from megatron_erpd.commands.held_out import evaluate
 from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":

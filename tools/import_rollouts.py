@@ -6,7 +6,7 @@
 `--help` tells all flags; `megatron-erpd import-rollouts` is the same command.
 """
 
-from megatron_erpd.commands.one_process import import_rollouts
+from megatron_erpd.commands.rollouts import import_rollouts
 from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 `--help` tells all flags; `megatron-erpd report` is the same command.
 """
 
-from megatron_erpd.commands.one_process import report
+from megatron_erpd.commands.report import report
 from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":

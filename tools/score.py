@@ -6,7 +6,7 @@
 `--help` tells all flags; `megatron-erpd score` is the same command.
 """
 
-from megatron_erpd.commands.one_process import score
+from megatron_erpd.commands.rollouts import score
 from megatron_erpd.launch.program import run_command
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Megatron's own flags follow after `--`. `--help` tells all flags; `megatron-erpd train-on-policy` is the same command.
 """
 
+from megatron_erpd.commands.on_policy import train_on_policy
 from megatron_erpd.launch.program import run_command
-from megatron_erpd.training.on_policy import train_on_policy
 
 if __name__ == "__main__":
     run_command(train_on_policy)

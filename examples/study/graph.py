@@ -248,16 +248,22 @@ def _run(job: Job) -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    from megatron_erpd.commands import export_checkpoint, import_checkpoint, precompute, train
-    from megatron_erpd.commands import one_process as commands
-    from megatron_erpd.training import on_policy
+    from megatron_erpd.commands import (
+        export_checkpoint,
+        held_out,
+        import_checkpoint,
+        on_policy,
+        precompute,
+        rollouts,
+        train,
+    )
 
     known: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
         "import": import_checkpoint.import_checkpoint,
         "export": export_checkpoint.export_checkpoints,
-        "sample": commands.sample,
-        "evaluate": commands.evaluate,
+        "sample": rollouts.sample,
+        "evaluate": held_out.evaluate,
         "train-teacher": train.train_teacher,
         "train-on-policy": on_policy.train_on_policy,
         "precompute": precompute.precompute,

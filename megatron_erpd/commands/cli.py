@@ -22,6 +22,7 @@ from megatron_erpd.launch.program import LAUNCHED, run_command
 from megatron_erpd.launcher import forget_launcher, launch, set_threads
 from megatron_erpd.recipe.file import load_recipe
 from megatron_erpd.recipe.recipe import Recipe
+from megatron_erpd.recipe.requests import REQUESTS
 from megatron_erpd.recipe.stages import Stage, launcher_flags
 from megatron_erpd.settings import Layout
 from megatron_erpd.settings.arguments import add_settings_arguments, settings_from_namespace
@@ -43,7 +44,15 @@ class Command:
 
 
 _HERE = "megatron_erpd.commands.cli"
-_COMMANDS = "megatron_erpd.commands.one_process"
+
+
+def _stage(
+    command: str, module: str, function: str, summary: str, launches: Literal["", "layout", "processes"] = ""
+) -> Command:
+    """A command that makes an artifact."""
+    example = REQUESTS[command].example.partition("\n")[0]
+    return Command(f"megatron_erpd.commands.{module}", function, summary, f"{command} {example}", launches)
+
 
 COMMANDS: dict[str, Command] = {
     "run": Command(_HERE, "run", "run a recipe, all stages that are not done", "run recipe.yaml --tensor-parallel 2"),
@@ -51,69 +60,28 @@ COMMANDS: dict[str, Command] = {
     "submit": Command(_HERE, "submit", "submit a run to SLURM, a job for each stage", "submit recipe.yaml --dry-run"),
     "cancel": Command(_HERE, "cancel", "end the SLURM jobs of a run", "cancel runs/quickstart"),
     "plan": Command(_HERE, "plan", "what a run will need: memory, time, disk", "plan recipe.yaml --tensor-parallel 2"),
-    "report": Command(_COMMANDS, "report", "write the report of a run", "report runs/quickstart"),
+    "report": Command("megatron_erpd.commands.report", "report", "write the report of a run", "report runs/quickstart"),
     "verify": Command(
         "megatron_erpd.commands.verify", "verify", "check that artifacts are whole", "verify runs/quickstart"
     ),
-    "import": Command(
-        "megatron_erpd.commands.import_checkpoint",
-        "import_checkpoint",
-        "Hugging Face folder to Megatron checkpoint",
-        "import --hf Qwen3-4B --output runs/mine/base",
-        launches="processes",
+    "import": _stage(
+        "import", "import_checkpoint", "import_checkpoint", "Hugging Face folder to Megatron checkpoint", "processes"
     ),
-    "export": Command(
-        "megatron_erpd.commands.export_checkpoint",
-        "export_checkpoints",
-        "Megatron checkpoints to Hugging Face folders",
-        "export --checkpoint student=runs/mine/round-01/student --output exported",
-        launches="processes",
+    "export": _stage(
+        "export", "export_checkpoint", "export_checkpoints", "Megatron checkpoints to Hugging Face folders", "processes"
     ),
-    "import-rollouts": Command(
-        _COMMANDS,
-        "import_rollouts",
-        "rollouts of another program",
-        "import-rollouts --source dump.jsonl --format verl --tokenizer Qwen3-4B --output rollouts",
+    "import-rollouts": _stage("import-rollouts", "rollouts", "import_rollouts", "rollouts of another program"),
+    "sample": _stage("sample", "rollouts", "sample", "sample and score rollouts"),
+    "score": _stage("score", "rollouts", "score", "score sampled rollouts again, with a verifier that changed"),
+    "train-teacher": _stage(
+        "train-teacher", "train", "train_teacher", "stage 1: teacher, unlearned policy, warm-up", "layout"
     ),
-    "sample": Command(
-        _COMMANDS,
-        "sample",
-        "sample and score rollouts",
-        "sample --model Qwen3-4B --prompts train.jsonl --verifier math-verify --output rollouts",
+    "select": _stage("select", "held_out", "select", "choose among a teacher's checkpoints; strong or weak?"),
+    "train-on-policy": _stage(
+        "train-on-policy", "on_policy", "train_on_policy", "a baseline: GRPO on fresh rollouts", "layout"
     ),
-    "score": Command(
-        _COMMANDS,
-        "score",
-        "score sampled rollouts again, with a verifier that changed",
-        "score --rollouts rollouts --prompts train.jsonl --verifier math-verify --output rewards",
-    ),
-    "train-teacher": Command(
-        "megatron_erpd.commands.train",
-        "train_teacher",
-        "stage 1: teacher, unlearned policy, warm-up",
-        "train-teacher --base base --rollouts rollouts --base-log-probs log-probs --loss ce --output teacher",
-        launches="layout",
-    ),
-    "select": Command(
-        _COMMANDS,
-        "select",
-        "choose among a teacher's checkpoints; strong or weak?",
-        "select --model Qwen3-4B --teacher teacher --candidates exported --prompts val.jsonl --verifier math-verify "
-        "--output selection",
-    ),
-    "train-on-policy": Command(
-        "megatron_erpd.training.on_policy",
-        "train_on_policy",
-        "a baseline: GRPO on fresh rollouts",
-        "train-on-policy --base base --prompts train.jsonl --verifier math-verify --output grpo",
-        launches="layout",
-    ),
-    "precompute": Command(
-        "megatron_erpd.commands.precompute",
-        "precompute",
-        "log-probs and target distributions of fixed policies",
-        "precompute --base base --policy teacher=teacher --rollouts rollouts --signal strong --output cache",
-        launches="layout",
+    "precompute": _stage(
+        "precompute", "precompute", "precompute", "log-probs and target distributions of fixed policies", "layout"
     ),
     "mismatch": Command(
         "megatron_erpd.commands.mismatch",
@@ -121,19 +89,8 @@ COMMANDS: dict[str, Command] = {
         "do sampler and training engine agree?",
         "mismatch --rollouts rollouts --log-probs log-probs",
     ),
-    "distill": Command(
-        "megatron_erpd.commands.train",
-        "distill",
-        "stage 2: the student, under a trust region",
-        "distill --base base --rollouts rollouts --base-log-probs log-probs --cache cache --output student",
-        launches="layout",
-    ),
-    "evaluate": Command(
-        _COMMANDS,
-        "evaluate",
-        "accuracy and divergence on held-out prompts",
-        "evaluate --model base=Qwen3-4B --exported exported --prompts held.jsonl --rollouts rollouts --output eval",
-    ),
+    "distill": _stage("distill", "train", "distill", "stage 2: the student, under a trust region", "layout"),
+    "evaluate": _stage("evaluate", "held_out", "evaluate", "accuracy and divergence on held-out prompts"),
 }
 
 _CONVERT = """usage: megatron-erpd convert import|export ...

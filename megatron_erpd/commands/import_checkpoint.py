@@ -27,9 +27,11 @@ from megatron_erpd.files import check_output, check_output_file, write_text
 from megatron_erpd.meeting import conversion_processes, do_together, finish_together, num_processes, peak_memory, rank
 from megatron_erpd.model.compatible import SOURCE_POLICY
 from megatron_erpd.model.runtime import prepare_output
+from megatron_erpd.recipe.command_line import request_from, request_parser
+from megatron_erpd.recipe.requests import Import
 from megatron_erpd.sampling.policy import policy_fingerprint
 from megatron_erpd.settings import Layout
-from megatron_erpd.settings.arguments import add_processes_argument, add_verify_inputs, settings_from_namespace
+from megatron_erpd.settings.arguments import add_processes_argument, settings_from_namespace
 
 _ANY_LENGTH = 2
 """Conversion runs no tokens through the model; Megatron still wants a sequence length."""
@@ -38,44 +40,9 @@ _UNPACKED = ".source"
 
 
 def import_checkpoint(argv: list[str]) -> None:
-    """Writes a Megatron checkpoint (torch_dist) with a Hugging Face model's weights, bit for bit.
-
-    The artifact holds `megatron/` (loadable under any layout and precision) and `hf/` (the configuration, tokenizer,
-    chat template and all else but the weights). Under torchrun the processes share the work, however many there are.
-    With --dry-run nothing is written, and config.json is enough: it shows the mapping, the shapes in every rank of a
-    layout, memory and time.
-    """
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd import",
-        description=import_checkpoint.__doc__,
-        epilog="example: megatron-erpd import --hf Qwen3-4B --output runs/mine/base\n"
-        "         megatron-erpd import --hf Llama-3.1-70B --dry-run --tensor-parallel 8 --pipeline-parallel 4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--hf",
-        required=True,
-        metavar="MODEL",
-        help="Hugging Face folder with config.json and safetensors, a .gguf file, or ORGANISATION/NAME[@REVISION] on "
-        "the hub, where there is a network",
-    )
-    parser.add_argument("--output", type=Path, help="folder of the artifact; required but for a dry run")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument(
-        "--via",
-        choices=["megatron-bridge"],
-        help="convert with Megatron-Bridge, where it is installed: for architectures that are not supported here",
-    )
-    way.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="take this Megatron checkpoint (torch_dist, of Megatron-LM or Megatron-Bridge) instead of the model's own "
-        "weights: a policy that was trained elsewhere; its files are linked or copied",
-    )
+    """`megatron-erpd import`, in every process that shares the work; with --dry-run in one."""
+    parser = request_parser(Import, optional=("output",))
     add_processes_argument(parser)
-    add_verify_inputs(parser)
     _add_dry_run(parser)
     given = parser.parse_args(argv)
     if given.dry_run:
@@ -88,15 +55,16 @@ def import_checkpoint(argv: list[str]) -> None:
     if unread := [name for name in (*_LAYOUT, "virtual_stages", "read_gb_per_s", "json") if getattr(given, name)]:
         flag = "--" + unread[0].replace("_", "-")
         raise RecipeError(f"{flag}: is read with --dry-run only; a checkpoint can be loaded under any layout")
-    check_output(given.output)
+    request = request_from(Import, given)
+    check_output(request.output)
     with conversion_processes():
-        if given.via and num_processes() > 1:
+        if request.via and num_processes() > 1:
             raise RecipeError("--via megatron-bridge: runs in one process; start it without --processes or torchrun")
-        _import(given.hf, given.output, given.via, given.checkpoint, given.verify_inputs)
+        _import(request)
 
 
-def _import(model: str, output: Path, via: str | None, checkpoint: Path | None, verify: bool) -> None:
-    hf_folder = _begin(model, output, via, checkpoint, verify)
+def _import(request: Import) -> None:
+    hf_folder, output, via, checkpoint = _begin(request), request.output, request.via, request.checkpoint
     figures: dict[str, Any] = {}
     checksums: dict[str, str] = {}
     if via:
@@ -126,13 +94,12 @@ def _import(model: str, output: Path, via: str | None, checkpoint: Path | None, 
         print(f"{output}{size}", flush=True)
 
 
-def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None, verify: bool) -> Path:
+def _begin(request: Import) -> Path:
     """Takes the output folder, and gives the model as a Hugging Face folder whose tokenizer was looked at."""
-    settings = {"via": via} if via else {}
-    inputs = {} if checkpoint is None else {"checkpoint": checkpoint}
+    model, output = request.hf, request.output
     is_file = Path(model).is_file()
     if is_file:  # known by its content before it is unpacked into the output
-        prepare_output(output, "import", settings, {"hf": Path(model), **inputs}, verify)
+        prepare_output(output, request.command, request.identity, request.inputs, request.verify_inputs)
     found: list[Path] = []
 
     def resolve() -> None:
@@ -144,7 +111,8 @@ def _begin(model: str, output: Path, via: str | None, checkpoint: Path | None, v
     do_together(model, resolve)
     hf_folder = found[0] if found else resolve_source(model, output / _UNPACKED)  # what the first process made
     if not is_file:
-        prepare_output(output, "import", settings, {"hf": hf_folder, **inputs}, verify)
+        inputs = {**request.inputs, "hf": hf_folder}
+        prepare_output(output, request.command, request.identity, inputs, request.verify_inputs)
     return hf_folder
 
 

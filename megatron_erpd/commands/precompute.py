@@ -7,7 +7,6 @@ costs a forward pass per policy, whatever is kept of it.
 
 from __future__ import annotations
 
-import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,119 +15,71 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.strength import SelectionResult, read_selection
 from megatron_erpd.files import check_output
-from megatron_erpd.manifest import input_digest, read_manifest, settings_identity
-from megatron_erpd.model.arguments import (
-    add_layout_arguments,
-    check_arguments,
-    layout_from_namespace,
-    rank,
-    split_pass_through,
-)
+from megatron_erpd.manifest import input_digest, read_manifest
+from megatron_erpd.model.arguments import check_arguments, launched_layout, rank
 from megatron_erpd.model.compatible import check_compatible, load_data
 from megatron_erpd.model.runtime import PRECOMPUTE_FLAGS, initialize, prepare_output, stage_process, untrained_flags
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.precompute.passes import CachePasses, hidden_dtype
 from megatron_erpd.precompute.slices import begin_slice, begin_whole, close_cache, merge_slices, rows_of_slice
+from megatron_erpd.recipe.command_line import read_request
+from megatron_erpd.recipe.requests import Precompute
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
-from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
-from megatron_erpd.slices import add_slice_arguments
 from megatron_erpd.sources.tokenizer import chat_template_digest
 from megatron_erpd.teacher_cache.format import CacheMeta
-from megatron_erpd.teacher_cache.rows import check_policies, parse_policies
+from megatron_erpd.teacher_cache.rows import check_policies
 from megatron_erpd.teacher_cache.writer import exclusive
 
 
 def precompute(argv: list[str]) -> None:
-    """Writes a teacher cache: log-probs of the rollouts' tokens and, for --kind topk, the target distribution.
-
-    With --kind token and no --policy it holds the base policy's log-probs, which every training stage needs; with
-    --signal none the base policy's top-k rows besides, which an exact KL penalty needs. An interrupted run goes on with
-    the rollouts that it has not written.
-    """
-    parser = _parser()
-    own, pass_through = split_pass_through(argv)
-    namespace = parser.parse_args(own)
-    check_output(namespace.output)
-    settings = settings_from_namespace(namespace, PrecomputeSettings)
-    layout = layout_from_namespace(namespace)
-    policies = {"base": namespace.base, **parse_policies(namespace.policy)}
-    selection = read_selection(namespace.selection) if namespace.selection else None
+    """`megatron-erpd precompute`, in every process of its layout: a cache, a slice, or the merge of all slices."""
+    request = read_request(Precompute, argv)
+    check_output(request.output)
+    settings, layout, base = request.settings, launched_layout(request.layout), request.base
+    pass_through = list(request.megatron)
+    policies = {"base": base, **request.policies}
+    selection = read_selection(request.selection) if request.selection else None
     resolved = resolve_signal(settings, selection)
     if settings.has_signal or settings.signal == AUTO_SIGNAL:
         check_policies(policies_of(parse_signal(resolved.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
     check_compatible(policies)
-    _check_flags(namespace, settings)
-    rollouts = load_data(namespace.rollouts, namespace.base, scored=False)
+    _check_flags(request)
+    rollouts = load_data(request.rollouts, base, scored=False)
 
-    identity = settings_identity(settings, pass_through, precision=layout.precision)
-    inputs = {"rollouts": namespace.rollouts, "base": namespace.base}
-    inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
-    inputs |= {"selection": namespace.selection} if namespace.selection else {}
-    inputs |= {"hidden": namespace.hidden} if namespace.hidden else {}
+    inputs, whole = request.inputs, request.whole.identity
     meta = _cache_meta(resolved, settings.signal, layout, policies, rollouts)
     summary = {} if selection is None else {**selection.figures(), "signal": resolved.signal}
-    if namespace.merge_slices:
-        begin_whole(namespace.output, identity, inputs)
-        merge_slices(namespace.output, meta, rollouts, summary)
+    if request.merge_slices:
+        begin_whole(request.output, whole, inputs)
+        merge_slices(request.output, meta, rollouts, summary)
         return
-    output = namespace.output
-    if namespace.slice is not None:
-        rows = rows_of_slice(namespace.slice, rollouts.lengths)
-        rollouts, output = rollouts.select(rows), begin_slice(output, namespace.slice, identity, inputs)
-        identity = {**identity, "slice": str(namespace.slice)}
+    output = request.output
+    if request.slice is not None:
+        rows = rows_of_slice(request.slice, rollouts.lengths)
+        rollouts, output = rollouts.select(rows), begin_slice(output, request.slice, whole, inputs)
     # Two programs on one folder: the second is told at once, before it looks at what the first is writing.
     longest = int(rollouts.lengths.max())
-    check_arguments(namespace.base / "hf", layout, untrained_flags(PRECOMPUTE_FLAGS), pass_through, longest)
+    check_arguments(base / "hf", layout, untrained_flags(PRECOMPUTE_FLAGS), pass_through, longest)
     with exclusive(output) if rank() == 0 else nullcontext(), stage_process() as store:
-        prepare_output(output, "precompute", identity, inputs, namespace.verify_inputs)
+        prepare_output(output, request.command, request.identity, inputs, request.verify_inputs)
         if selection is not None and rank() == 0:
             print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)
-        initialize(namespace.base / "hf", layout, PRECOMPUTE_FLAGS, pass_through, longest, store)
-        passes = CachePasses(resolved, layout, meta, policies, rollouts, output, namespace.hidden)
+        initialize(base / "hf", layout, PRECOMPUTE_FLAGS, pass_through, longest, store)
+        passes = CachePasses(resolved, layout, meta, policies, rollouts, output, request.hidden)
         passes.run()
         close_cache(passes, summary)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd precompute",
-        description=precompute.__doc__,
-        epilog="example: megatron-erpd precompute --base runs/a/base --policy teacher=runs/a/teacher "
-        "--rollouts runs/a/rollouts --output runs/a/cache --signal strong --delta 0.5",
-    )
-    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
-    parser.add_argument("--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR")
-    parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
-    parser.add_argument(
-        "--selection", type=Path, help="what `megatron-erpd select` wrote: reported here, and read by --signal auto"
-    )
-    parser.add_argument(
-        "--hidden",
-        type=Path,
-        metavar="CACHE",
-        help="a cache of the same policies that was made with --keep-hidden: q is made from its hidden states, without "
-        "a forward pass",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
-    add_slice_arguments(parser, "score", "the rollouts")
-    add_settings_arguments(parser, PrecomputeSettings, "cache")
-    add_layout_arguments(parser)
-    add_verify_inputs(parser)
-    return parser
-
-
-def _check_flags(namespace: argparse.Namespace, settings: PrecomputeSettings) -> None:
-    sliced = namespace.slice is not None or namespace.merge_slices
+def _check_flags(request: Precompute) -> None:
+    settings, sliced = request.settings, request.slice is not None or request.merge_slices
     if sliced and settings.has_signal and settings.projection == "global":
         raise RecipeError(
             "--slice: --projection global looks for one eta for all rollouts, which no slice sees; take per_token, or "
             "compute the whole cache in one job"
         )
-    if namespace.hidden is None:
-        return
-    if settings.kind != "topk" or settings.keep_hidden:
+    if request.hidden is not None and (settings.kind != "topk" or settings.keep_hidden):
         raise RecipeError("--hidden: makes a target q of kept hidden states; take --kind topk without --keep-hidden")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +15,19 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError, RolloutError
 from megatron_erpd.files import check_output
 from megatron_erpd.manifest import read_manifest
-from megatron_erpd.model.arguments import (
-    add_layout_arguments,
-    add_monitoring_arguments,
-    layout_from_namespace,
-    monitoring_from_namespace,
-    split_pass_through,
-)
+from megatron_erpd.model.arguments import launched_layout
 from megatron_erpd.model.compatible import check_compatible, load_data
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.objectives.signals import parse_signal, policies_of
+from megatron_erpd.recipe.command_line import read_request
+from megatron_erpd.recipe.requests import Distill, TrainingRequest, TrainTeacher
 from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
-from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.teacher_cache.rows import (
     base_topk_rows,
     check_policies,
     hidden_rows,
     open_cache,
-    parse_policies,
     shuffled_rows,
     token_row,
     topk_rows,
@@ -44,64 +39,38 @@ from megatron_erpd.training.step import ForwardStep
 
 
 def train_teacher(argv: list[str]) -> None:
-    """Stage 1: optimises a replay loss on fixed, scored rollouts, from the base policy, for many epochs.
-
-    The same command trains a teacher, the unlearned policy (--unlearn), and policies on demonstrations (--loss sft).
-    """
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd train-teacher",
-        description=train_teacher.__doc__,
-        epilog="example: megatron-erpd train-teacher --base runs/a/base --rollouts runs/a/rollouts "
-        "--base-log-probs runs/a/base-log-probs --output runs/a/teacher --loss ce --epochs 16",
-    )
-    _add_paths(parser, log_probs_help="cache with the base policy's log-probs; only --loss sft can do without")
-    add_settings_arguments(parser, ReplaySettings, "training")
-    add_layout_arguments(parser)
-    add_monitoring_arguments(parser)
-    add_verify_inputs(parser)
-    own, pass_through = split_pass_through(argv)
-    namespace = parser.parse_args(own)
-    check_output(namespace.output)
-    settings = settings_from_namespace(namespace, ReplaySettings)
-    layout = layout_from_namespace(namespace)
-    monitoring = monitoring_from_namespace(namespace)
-    if namespace.base_log_probs is None and (settings.loss != "sft" or settings.kl_coefficient > 0):
+    """`megatron-erpd train-teacher`, in every process of its layout."""
+    request = training_request(TrainTeacher, argv)
+    settings = request.settings
+    if request.base_log_probs is None and (settings.loss != "sft" or settings.kl_coefficient > 0):
         raise RecipeError(
             f"--base-log-probs: loss {settings.loss} needs the base policy's log-probs; make them with "
             "`megatron-erpd precompute --kind token` and give the folder"
         )
-    rollouts = load_data(namespace.rollouts, namespace.base, rewards=namespace.rewards)
-    settings = with_rates(settings, namespace.base)
-    if namespace.base_log_probs is None and settings.max_kl is not None:
+    rollouts = load_data(request.rollouts, request.base, rewards=request.rewards)
+    settings = with_rates(settings, request.base)
+    request = request.model_copy(update={"settings": settings})
+    if request.base_log_probs is None and settings.max_kl is not None:
         raise RecipeError(
             "--max-kl: the KL to the base policy is measured from its log-probs; make them with `megatron-erpd "
             "precompute --kind token` and give the folder as --base-log-probs"
         )
     if settings.loss == "ce":
-        _check_probabilities(rollouts, namespace.rollouts)
-    imitated = _imitated(rollouts, namespace.rollouts, settings) if settings.loss == "sft" else None
-    advantages = advantages_of(rollouts, settings, namespace.rollouts)
-    inputs = {"base": namespace.base, "rollouts": namespace.rollouts, **_rewards(namespace)}
+        _check_probabilities(rollouts, request.rollouts)
+    imitated = _imitated(rollouts, request.rollouts, settings) if settings.loss == "sft" else None
+    advantages = advantages_of(rollouts, settings, request.rollouts)
     rows: dict[str, TokenRow] = {}
-    if namespace.base_log_probs is not None:
-        inputs["base-log-probs"] = namespace.base_log_probs
-        cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base}, layout.precision)
+    if request.base_log_probs is not None:
+        cache = open_cache(request.base_log_probs, rollouts, {"base": request.base}, request.layout.precision)
         rows["old_log_probs"] = token_row(cache, "base", rollouts)
         if settings.has_exact_kl:
             rows |= base_topk_rows(cache, rollouts, settings.kl_topk)
     if settings.importance_correction != "none":
-        rows["behavior_log_probs"] = _behavior_row(rollouts, namespace.rollouts)
+        rows["behavior_log_probs"] = _behavior_row(rollouts, request.rollouts)
     ReplayRun(
-        stage="train-teacher",
+        **training_fields(request),
         prefix="stage1",
         settings=settings,
-        layout=layout,
-        monitoring=monitoring,
-        verify_inputs=namespace.verify_inputs,
-        base=namespace.base,
-        output=namespace.output,
-        inputs=inputs,
-        pass_through=pass_through,
         rollouts=rollouts,
         make_step=partial(_replay_step, settings),
         advantages=advantages,
@@ -111,60 +80,31 @@ def train_teacher(argv: list[str]) -> None:
 
 
 def distill(argv: list[str]) -> None:
-    """Stage 2: from the base policy to the student, along the teacher's token-level signal, under a trust region."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd distill",
-        description=distill.__doc__,
-        epilog="example: megatron-erpd distill --base runs/a/base --rollouts runs/a/rollouts "
-        "--base-log-probs runs/a/base-log-probs --cache runs/a/cache --output runs/a/student --divergence reverse_kl",
-    )
-    _add_paths(parser, log_probs_help="cache with the base policy's log-probs")
-    parser.add_argument("--cache", type=Path, help="teacher cache (--teacher cache)")
-    parser.add_argument(
-        "--policy", action="append", default=[], metavar="NAME=DIR", help="teacher=DIR, unlearned=DIR (--teacher live)"
-    )
-    add_settings_arguments(parser, DistillSettings, "distillation")
-    add_layout_arguments(parser)
-    add_monitoring_arguments(parser)
-    add_verify_inputs(parser)
-    own, pass_through = split_pass_through(argv)
-    namespace = parser.parse_args(own)
-    check_output(namespace.output)
-    settings = settings_from_namespace(namespace, DistillSettings)
-    layout = layout_from_namespace(namespace)
-    monitoring = monitoring_from_namespace(namespace)
-    policies = {"base": namespace.base, **parse_policies(namespace.policy)}
-    _check_teacher_flags(settings, namespace, policies)
-    if namespace.base_log_probs is None:
+    """`megatron-erpd distill`, in every process of its layout."""
+    request = training_request(Distill, argv)
+    settings, precision = request.settings, request.layout.precision
+    policies = {"base": request.base, **request.policies}
+    _check_teacher_flags(request, policies)
+    if (base_log_probs := request.base_log_probs) is None:
         raise RecipeError("--base-log-probs: make it with `megatron-erpd precompute --kind token` and give the folder")
 
-    rollouts = load_data(namespace.rollouts, namespace.base, rewards=namespace.rewards)
-    settings = with_rates(settings, namespace.base)
-    advantages = advantages_of(rollouts, settings, namespace.rollouts)
-    inputs = {"base": namespace.base, "rollouts": namespace.rollouts, "base-log-probs": namespace.base_log_probs}
-    inputs |= _rewards(namespace)
-    cache = open_cache(namespace.base_log_probs, rollouts, {"base": namespace.base}, layout.precision)
+    rollouts = load_data(request.rollouts, request.base, rewards=request.rewards)
+    settings = with_rates(settings, request.base)
+    request = request.model_copy(update={"settings": settings})
+    advantages = advantages_of(rollouts, settings, request.rollouts)
+    cache = open_cache(base_log_probs, rollouts, {"base": request.base}, precision)
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
     resolved = settings
     teacher_cache = None
     if settings.reads_cache:
-        inputs["cache"] = namespace.cache
-        teacher_cache = open_cache(namespace.cache, rollouts, policies, layout.precision)
+        assert request.cache is not None, "checked"
+        teacher_cache = open_cache(request.cache, rollouts, policies, precision)
         resolved = _with_recorded_signal(settings, teacher_cache)
         rows |= _cached_rows(resolved, teacher_cache, rollouts)
-    if settings.makes_target:
-        inputs |= {f"policy-{name}": folder for name, folder in policies.items() if name != "base"}
     ReplayRun(
-        stage="distill",
+        **training_fields(request),
         prefix="stage2",
         settings=settings,
-        layout=layout,
-        monitoring=monitoring,
-        verify_inputs=namespace.verify_inputs,
-        base=namespace.base,
-        output=namespace.output,
-        inputs=inputs,
-        pass_through=pass_through,
         rollouts=rollouts,
         make_step=partial(_policy_gradient_step, resolved)
         if settings.form == "policy_gradient"
@@ -174,26 +114,39 @@ def distill(argv: list[str]) -> None:
     ).execute()
 
 
-def _add_paths(parser: argparse.ArgumentParser, log_probs_help: str) -> None:
-    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
-    parser.add_argument("--rollouts", type=Path, required=True, help="artifact, folder or Parquet file")
-    parser.add_argument(
-        "--rewards",
-        type=Path,
-        help="rewards of these rollouts that `megatron-erpd score` wrote (default: those that the rollouts brought)",
-    )
-    parser.add_argument("--base-log-probs", type=Path, help=log_probs_help)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
+def training_request[R: TrainingRequest](kind: type[R], argv: list[str]) -> R:
+    """What a training is asked for, with the layout that was launched.
+
+    Raises:
+        RecipeError: its folder can't be written, or its monitoring can't be done here.
+    """
+    request = read_request(kind, argv)
+    check_output(request.output)
+    if request.monitoring.problem:
+        raise RecipeError("--" + request.monitoring.problem.replace("_", "-", 1))
+    return request.model_copy(update={"layout": launched_layout(request.layout)})
 
 
-def _rewards(namespace: argparse.Namespace) -> dict[str, Path]:
-    return {} if namespace.rewards is None else {"rewards": namespace.rewards}
+def training_fields(request: TrainingRequest) -> dict[str, Any]:
+    """What a `TrainingRun` takes over from its request, whose learning rate is chosen."""
+    return {
+        "stage": request.command,
+        "layout": request.layout,
+        "monitoring": request.monitoring,
+        "verify_inputs": request.verify_inputs,
+        "base": request.base,
+        "output": request.output,
+        "inputs": request.inputs,
+        "identity": request.identity,
+        "pass_through": list(request.megatron),
+    }
 
 
-def _check_teacher_flags(settings: DistillSettings, namespace: argparse.Namespace, policies: dict[str, Path]) -> None:
+def _check_teacher_flags(request: Distill, policies: dict[str, Path]) -> None:
+    settings = request.settings
     if not settings.needs_teacher:
         return
-    if settings.reads_cache and namespace.cache is None:
+    if settings.reads_cache and request.cache is None:
         raise RecipeError(
             f"--cache: --teacher {settings.teacher} needs the folder that `megatron-erpd precompute` wrote"
         )

@@ -23,21 +23,10 @@ from megatron_erpd.launcher import without_launcher
 from megatron_erpd.model.arguments import MEGATRON_DEFAULTS, megatron_argv, own_flags
 from megatron_erpd.model.megatron_flags import flag_problems
 from megatron_erpd.model.runtime import PRECOMPUTE_FLAGS, untrained_flags
-from megatron_erpd.settings import (
-    DistillSettings,
-    Layout,
-    OnPolicySettings,
-    OptimizerSettings,
-    ReplaySettings,
-    TrainingSettings,
-)
+from megatron_erpd.recipe.requests import REQUESTS, ModelRequest, TrainingRequest
+from megatron_erpd.settings import Layout, OnPolicySettings, OptimizerSettings
 from megatron_erpd.training.run import TrainingRun
 
-_SETTINGS: dict[str, type[TrainingSettings]] = {
-    "train-teacher": ReplaySettings,
-    "distill": DistillSettings,
-    "train-on-policy": OnPolicySettings,
-}
 _SOME_STEPS, _SOME_LENGTH, _SOME_PARAMETERS = 1000, 2, 10**9
 """What is known only when the stage has its data; no flag of a user's depends on it."""
 _NUMBER = re.compile(r" \(it is [^)]*\)")
@@ -50,20 +39,15 @@ class Flags:
 
     Attributes:
         name: of the stage.
-        command: as in `stages.RUNS_MODEL`.
-        settings: its settings, as the plan has them.
-        layout: fields of its layout.
+        command, request: what the stage is asked for (`ModelRequest`), with the user's own flags.
         hf: folder with the model's `config.json`, where there is one already.
-        flags: the user's own.
         runs_here: Megatron is to judge them together, on what this machine can run.
     """
 
     name: str
     command: str
-    settings: dict[str, Any]
-    layout: dict[str, Any]
+    request: dict[str, Any]
     hf: str | None
-    flags: list[str]
     runs_here: bool
 
 
@@ -101,19 +85,21 @@ def main() -> None:
 
 
 def _problems(asked: Flags) -> list[str]:
-    problems = flag_problems(asked.flags)
+    request = REQUESTS[asked.command].model_validate(asked.request)
+    assert isinstance(request, ModelRequest)
+    flags, layout = list(request.megatron), request.layout
+    problems = flag_problems(flags)
     if problems or asked.hf is None:
         return problems
-    layout = Layout(**asked.layout)
     if not asked.runs_here:
         layout = layout.model_copy(update={"context_parallel": 1})  # not this machine's to judge
     try:
-        fixed = own_flags(Path(asked.hf), layout, _run_flags(asked, layout), asked.flags, _SOME_LENGTH)
+        fixed = own_flags(Path(asked.hf), layout, _run_flags(request, layout), flags, _SOME_LENGTH)
     except (CheckpointError, LayoutError):
         return []  # of the model or the layout, which are checked for themselves
     except RecipeError as error:
         return [_NUMBER.sub("", str(error))]
-    return [why] if asked.runs_here and (why := _refusal(megatron_argv(fixed, asked.flags), layout)) else []
+    return [why] if asked.runs_here and (why := _refusal(megatron_argv(fixed, flags), layout)) else []
 
 
 def _refusal(argv: Sequence[str], layout: Layout) -> str | None:
@@ -130,12 +116,10 @@ def _refusal(argv: Sequence[str], layout: Layout) -> str | None:
     return None
 
 
-def _run_flags(asked: Flags, layout: Layout) -> dict[str, object]:
-    kind = _SETTINGS.get(asked.command)
-    if kind is None:
+def _run_flags(request: ModelRequest, layout: Layout) -> dict[str, object]:
+    if not isinstance(request, TrainingRequest):
         return untrained_flags(PRECOMPUTE_FLAGS)
-    given = {name: value for name, value in asked.settings.items() if name in kind.model_fields}
-    settings = kind(**given).with_rates(lambda: _SOME_PARAMETERS)
+    settings = request.settings.with_rates(lambda: _SOME_PARAMETERS)
     return _Planned("", "", settings, layout, Path(), Path("out"), {}, [], _never).megatron_flags()
 
 

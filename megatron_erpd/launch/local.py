@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -62,7 +61,7 @@ def run_recipe(
     """
     console = console or Console()
     slots = Slots()
-    stages = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)]
+    stages = [stage.changed(verify_inputs=checksums) for stage in plan(recipe)]
     check_recipe(recipe, stages, slots, prepared=False)
     root = recipe.folder
     with locked(root) as lock:

@@ -18,7 +18,16 @@ from megatron_erpd.launch.processes import Slots
 from megatron_erpd.launcher import missing_interface
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.recipe.recipe import Imported, Recipe
-from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage
+from megatron_erpd.recipe.requests import (
+    Import,
+    ImportRollouts,
+    ModelRequest,
+    Precompute,
+    Sample,
+    TrainingRequest,
+    TrainOnPolicy,
+)
+from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.sources.names import is_there, local_path
 
 _TRIED_ROWS = 64
@@ -102,7 +111,7 @@ def _is_in(path: Path, folders: Sequence[Path]) -> bool:
 
 def _model(stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> Path | None:
     """The Hugging Face folder of the first base, where there is one already."""
-    folder = next(stage.inputs["hf"] for stage in stages if stage.command == "import")
+    folder = next(Path(stage.request.hf) for stage in stages if isinstance(stage.request, Import))
     return folder if folder.is_dir() and not _is_in(folder, to_be_prepared) else None
 
 
@@ -131,13 +140,13 @@ def _layout_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[tu
     if model is None or not (model / "config.json").is_file():
         return
     for stage in stages:
-        if stage.command not in (*RUNS_MODEL, "import"):
+        if not isinstance(stage.request, ModelRequest | Import):
             continue
-        layout = stage.layout
+        layout, trains = stage.layout, isinstance(stage.request, TrainingRequest)
         try:
             model_flags(model, layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
-            if stage.command != "import":
-                check_expert_groups(read_model_shape(model), layout, stage.command in TRAINS)
+            if isinstance(stage.request, ModelRequest):
+                check_expert_groups(read_model_shape(model), layout, trains)
         except ErpdError as error:
             yield stage, str(error)
 
@@ -170,11 +179,12 @@ def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) 
 
 
 def _batch_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
+    from megatron_erpd.plan.memory import global_batch_size
+
     for stage in stages:
-        batch, name, layout = stage.settings.get("global_batch_size"), "global_batch_size", stage.layout
-        if stage.command == "train-on-policy":
-            batch = stage.settings["prompts_per_update"] * stage.settings["num_rollouts"]
-            name = "prompts_per_update x num_rollouts ="
+        batch, layout = global_batch_size(stage), stage.layout
+        on_policy = isinstance(stage.request, TrainOnPolicy)
+        name = "prompts_per_update x num_rollouts =" if on_policy else "global_batch_size"
         together = layout.micro_batch_size * layout.data_parallel
         if batch and batch % together:
             yield (
@@ -186,10 +196,11 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
 
 def _precision_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
     """Trainings that would read log-probs of another precision than their own."""
-    made = {stage.output: stage for stage in stages if stage.command == "precompute"}
+    made = {stage.output: stage for stage in stages if isinstance(stage.request, Precompute)}
     for stage in stages:
         for name in ("base-log-probs", "cache"):
-            source = made.get(stage.inputs[name]) if stage.command in TRAINS and name in stage.inputs else None
+            trains = isinstance(stage.request, TrainingRequest)
+            source = made.get(stage.inputs[name]) if trains and name in stage.inputs else None
             if source is not None and source.layout.precision != stage.layout.precision:
                 yield (
                     stage,
@@ -207,9 +218,10 @@ def _device_problems(stages: Sequence[Stage], slots: Slots | None) -> Iterator[t
                 stage,
                 f"{what} needs {stage.num_gpus} GPUs, this machine has {len(slots.gpus)}; choose a smaller one",
             )
-        if stage.command in RUNS_MODEL:
+        if isinstance(stage.request, ModelRequest):
             yield from ((stage, problem) for problem in _lacking(stage, slots))
-        elif stage.settings.get("engine") == "vllm" and _lacks("vllm", stage, slots):
+        is_vllm = isinstance(stage.request, Sample) and stage.request.settings.engine == "vllm"
+        if is_vllm and _lacks("vllm", stage, slots):
             yield (
                 stage,
                 "engine vllm: vLLM isn't installed; pip install 'megatron-erpd[vllm]', or take engine transformers",
@@ -254,13 +266,7 @@ def _flag_problems(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None,
     hf = str(model) if model and (model / "config.json").is_file() else None
     asked = {
         stage.name: Flags(
-            stage.name,
-            stage.command,
-            stage.settings,
-            stage.layout.model_dump(mode="json"),
-            hf,
-            list(stage.megatron),
-            runs_here=slots is not None,
+            stage.name, stage.command, stage.request.model_dump(mode="json"), hf, runs_here=slots is not None
         )
         for stage in with_flags
         if not stage.name.startswith("round-")  # which differ by their data alone
@@ -294,14 +300,13 @@ def _data_problems(
 ) -> Iterator[str]:
     """Prompts, verifiers and rollouts of the user's own."""
     first = [stage for stage in stages if not stage.name.startswith("round-")]
-    scorer = next((str(stage.settings["verifier"]) for stage in first if stage.command == "score"), None)
-    found = [(Task.of(stage, recipe.rounds, scorer), stage) for stage in first]
+    found = [(Task.of(stage, recipe.rounds), stage) for stage in first]
     tasks = [(task, stage) for task, stage in found if task is not None]
     # A verifier may want what this machine lacks: a GPU, or what a container has installed.
     runs = slots is not None or all(_is_our_python(s, slots) and not s.slurm.gpus_per_node for _, s in tasks)
     yield from task_problems([task for task, _ in tasks], model, runs, to_be_prepared)
     if isinstance(recipe.rollouts, Imported):
-        stage = next(stage for stage in stages if stage.command == "import-rollouts")
+        stage = next(stage for stage in stages if isinstance(stage.request, ImportRollouts))
         if all(is_there(path) and not _is_in(path, to_be_prepared) for path in stage.inputs.values()):
             yield from _import_problems(recipe.rollouts, stage, model)
 

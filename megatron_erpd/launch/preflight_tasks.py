@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.errors import ErpdError
+from megatron_erpd.recipe.requests import Evaluate, Sample, Select, TrainOnPolicy
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.sampling.inputs import prompts_path, verifier_file
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.settings import ChatSettings
 
-_SECTIONS = {"sample": "rollouts", "select": "selection", "evaluate": "evaluation"}
-_SAMPLED = ("sample", "train-on-policy")
-"""Commands whose responses are trained on: they must fit the trainings too."""
+_SECTIONS = {"select": "selection", "evaluate": "evaluation"}
 _ENCODED_CHARACTERS = 4_000_000
 """Of so much text all prompts are encoded, in a few seconds; of more, the longest ones."""
 _TRIED_RECORDS = 3
@@ -44,7 +43,7 @@ class Task:
         verifier: as in `Verifier`; None where nothing is scored.
         chat: whether and how prompts are put into the chat template.
         max_new_tokens: of a response.
-        trains: whether the responses are trained on.
+        trains: whether the responses are trained on: they must fit the trainings too.
     """
 
     where: str
@@ -56,21 +55,20 @@ class Task:
     trains: bool
 
     @classmethod
-    def of(cls, stage: Stage, rounds: int, scorer: str | None) -> Task | None:
-        """That of a stage; None where it samples nothing. `scorer` scores what is only sampled here."""
-        if stage.command not in (*_SECTIONS, "train-on-policy"):
-            return None
-        settings = stage.settings
-        limit = settings.get("num_prompts")
-        return cls(
-            where=_SECTIONS.get(stage.command, stage.name.replace("/", ".")),
-            prompts=str(stage.inputs.get("prompts") or settings["prompts"]),
-            limit=limit and limit * (rounds if stage.command == "sample" else 1),
-            verifier=scorer if stage.command == "sample" else settings.get("verifier"),
-            chat=ChatSettings(**{name: settings[name] for name in ChatSettings.model_fields if name in settings}),
-            max_new_tokens=settings["max_new_tokens"],
-            trains=stage.command in _SAMPLED,
-        )
+    def of(cls, stage: Stage, rounds: int) -> Task | None:
+        """That of a stage; None where it samples nothing."""
+        request = stage.request
+        match request:
+            case Sample():
+                where, limit = "rollouts", request.num_prompts and request.num_prompts * rounds
+            case TrainOnPolicy():
+                where, limit = stage.name.replace("/", "."), request.num_prompts
+            case Select() | Evaluate():
+                where, limit = _SECTIONS[request.command], request.settings.num_prompts
+            case _:
+                return None
+        settings, trains = request.settings, isinstance(request, Sample | TrainOnPolicy)
+        return cls(where, request.prompts, limit, request.verifier, settings, settings.max_new_tokens, trains)
 
 
 def task_problems(

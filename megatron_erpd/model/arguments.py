@@ -17,51 +17,21 @@ from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
 from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.launcher import check_meeting, launch, work_alone
 from megatron_erpd.meeting import meeting_store
-from megatron_erpd.settings import Layout, Monitoring
-from megatron_erpd.settings.arguments import add_settings_arguments, settings_from_namespace
+from megatron_erpd.settings import Layout
 
 MEGATRON_DEFAULTS = {"tokenizer_type": "NullTokenizer"}
 
 
-def split_pass_through(argv: list[str]) -> tuple[list[str], list[str]]:
-    """A stage's own flags, and the Megatron flags that the user gave after `--`."""
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
-
-
-def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    add_settings_arguments(parser, Layout, "layout")
-
-
-def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
-    add_settings_arguments(parser, Monitoring, "monitoring")
-
-
-def monitoring_from_namespace(namespace: argparse.Namespace) -> Monitoring:
-    """What the flags gave.
-
-    Raises:
-        RecipeError: it can't be done here.
-    """
-    monitoring = settings_from_namespace(namespace, Monitoring)
-    if monitoring.problem:
-        raise RecipeError("--" + monitoring.problem.replace("_", "-", 1))
-    return monitoring
-
-
-def layout_from_namespace(namespace: argparse.Namespace) -> Layout:
-    """The layout that the flags gave; under a launcher, data parallelism is what the processes leave over.
+def launched_layout(layout: Layout) -> Layout:
+    """The layout as it was launched: data parallelism that is not given is what the processes leave over.
 
     Raises:
         LayoutError: the number of processes is not the product of the layout's sizes, or the launcher's variables are
             wrong.
     """
-    layout = settings_from_namespace(namespace, Layout)
     launched = launch()
     world_size = launched.world_size
-    if namespace.data_parallel is None:
+    if "data_parallel" not in layout.model_fields_set:
         model_size = layout.num_processes
         layout = layout.model_copy(update={"data_parallel": max(1, world_size // model_size)})
     if layout.num_processes != world_size:

@@ -10,11 +10,9 @@ from pathlib import Path
 from megatron_erpd.checkpoint.mapping.parameter_count import count_parameters
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.plan.memory import DISTRIBUTED_OPTIMIZER, OPTIMIZER_BYTES, WEIGHT_BYTES
-from megatron_erpd.recipe.stages import TRAINS, Stage
+from megatron_erpd.recipe.requests import Export, Import, Precompute, TrainingRequest, TrainOnPolicy
+from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.teacher_cache.sizes import cache_size
-
-WRITES = (*TRAINS, "import", "export", "precompute")
-"""Commands whose artifacts are counted; the others write little beside them."""
 
 
 @dataclass(frozen=True)
@@ -69,59 +67,55 @@ def disk_plan(
     """
     items = []
     for stage in stages:
-        if stage.command not in WRITES:
-            continue
         size, what = None, ""
-        if stage.command == "precompute":
-            what = f"{stage.settings['kind']} cache"
-            size = _cache(stage, shape, counts) if shape and counts else None
-        elif stage.command == "export":
-            copies = _exported(stage, stages)
-            what = f"{copies} Hugging Face model{'s' * (copies > 1)}"
-            size = copies * count_parameters(shape) * hf_dtype if shape else None
-        elif stage.command == "import":
-            size, what = count_parameters(shape) * hf_dtype if shape else None, "weights"
-        else:
-            saved, what = _checkpoints(stage)
-            size = saved * _checkpoint(stage, shape) if shape else None
-            if stage.command == "train-on-policy" and size is not None and shape:
-                size, what = size + count_parameters(shape) * WEIGHT_BYTES[stage.layout.precision], what + ", sampler"
+        match stage.request:
+            case Precompute() as request:
+                what = f"{request.settings.kind} cache"
+                size = _cache(request, shape, counts) if shape and counts else None
+            case Export() as request:
+                copies = _exported(request, stages)
+                what = f"{copies} Hugging Face model{'s' * (copies > 1)}"
+                size = copies * count_parameters(shape) * hf_dtype if shape else None
+            case Import():
+                size, what = count_parameters(shape) * hf_dtype if shape else None, "weights"
+            case TrainingRequest(settings=settings) as request:
+                # A save is complete before the one that it replaces is removed.
+                saved = settings.checkpoints + (settings.save_interval is not None)
+                what = f"{saved} checkpoint{'s' * (saved > 1)}"
+                size = saved * _checkpoint(request, shape) if shape else None
+                if isinstance(request, TrainOnPolicy) and size is not None and shape:
+                    what += ", sampler"
+                    size += count_parameters(shape) * WEIGHT_BYTES[request.layout.precision]
+            case _:
+                continue  # little beside these
         items.append(DiskItem(stage.name, what, size, stage.name in done))
     return DiskPlan(str(folder), items, shutil.disk_usage(_existing(folder)).free)
 
 
-def _checkpoint(stage: Stage, shape: ModelShape) -> int:
-    """Bytes of one checkpoint of a training: weights, and what the optimizer needs to go on."""
-    precision = stage.layout.precision
+def _checkpoint(request: TrainingRequest, shape: ModelShape) -> int:
+    """Bytes of one checkpoint of a training: weights, and what the optimizer needs to resume."""
+    precision = request.layout.precision
     # The distributed optimizer saves fp32 weights once more, as its own.
-    again = 4 if precision == "fp32" and DISTRIBUTED_OPTIMIZER in stage.megatron else 0
+    again = 4 if precision == "fp32" and DISTRIBUTED_OPTIMIZER in request.megatron else 0
     return (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision] + again) * count_parameters(shape)
 
 
-def _checkpoints(stage: Stage) -> tuple[int, str]:
-    """How many checkpoints there are at the most at one time."""
-    # A save is complete before the one that it replaces is removed.
-    saved = stage.settings["checkpoints"] + (stage.settings["save_interval"] is not None)
-    return saved, f"{saved} checkpoint{'s' * (saved > 1)}"
-
-
-def _exported(stage: Stage, stages: Sequence[Stage]) -> int:
+def _exported(request: Export, stages: Sequence[Stage]) -> int:
     """Models that an export writes; `all` stands for the checkpoints that the training keeps."""
-    kept = {s.output: s.settings["checkpoints"] for s in stages if s.command in TRAINS}
-    iterations = stage.settings["iterations"]
-    return sum(kept.get(stage.inputs[name], 1) if which == "all" else 1 for name, which in iterations.items())
+    trainings = [s.request for s in stages if isinstance(s.request, TrainingRequest)]
+    kept = {training.output: training.settings.checkpoints for training in trainings}
+    return sum(kept.get(one.folder, 1) if one.iteration == "all" else 1 for one in request.named.values())
 
 
-def _cache(stage: Stage, shape: ModelShape, counts: tuple[int, int]) -> int:
-    settings = stage.settings
-    policies = ["base", *(name.removeprefix("policy-") for name in stage.inputs if name.startswith("policy-"))]
+def _cache(request: Precompute, shape: ModelShape, counts: tuple[int, int]) -> int:
+    settings = request.settings
     size = cache_size(
-        policies,
-        settings["kind"],
+        ["base", *request.policies],
+        settings.kind,
         vocab_size=shape.vocab_size,
-        k=settings["k"],
-        topk_dtype=settings.get("topk_dtype", "float16"),
-        keep_hidden=settings.get("keep_hidden", False),
+        k=settings.k,
+        topk_dtype=settings.topk_dtype,
+        keep_hidden=settings.keep_hidden,
         hidden_size=shape.hidden_size,
     )
     return size.total(*counts)

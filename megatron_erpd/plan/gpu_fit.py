@@ -220,7 +220,7 @@ def _fitting(
         megatron["use-distributed-optimizer"] = True
     largest, work = None, 1.0
     for stage in stages:
-        tried = replace(_changed(stage, None, recompute, "use-distributed-optimizer" in megatron), layout=layout)
+        tried = _changed(stage, None, recompute, "use-distributed-optimizer" in megatron).changed(layout=layout)
         batch = global_batch_size(tried)
         if batch and batch % (layout.micro_batch_size * layout.data_parallel):
             return None
@@ -323,4 +323,4 @@ def _changed(
     gone = (DISTRIBUTED_OPTIMIZER, "--recompute-activations", *ours)
     kept = [w for w, last in zip(stage.megatron, before, strict=False) if w not in gone and last not in ours]
     wanted = flags_of({**recompute.flags(), "use-distributed-optimizer": shares})
-    return replace(stage, layout=stage.layout.model_copy(update=dict(layout or {})), megatron=(*kept, *wanted))
+    return stage.changed(layout=stage.layout.model_copy(update=dict(layout or {})), megatron=(*kept, *wanted))

@@ -22,7 +22,8 @@ from megatron_erpd.plan.activations import (
     recompute_of,
     training_bytes,
 )
-from megatron_erpd.recipe.stages import RUNS_MODEL, Stage
+from megatron_erpd.recipe.requests import Distill, Precompute, TrainOnPolicy, TrainTeacher
+from megatron_erpd.recipe.stages import Stage
 
 WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = 4
@@ -148,10 +149,9 @@ def _activations(stage: Stage, shape: ModelShape, number: int, longest: int) -> 
 
 def global_batch_size(stage: Stage) -> int | None:
     """Rollouts in an optimizer step; None for a stage that doesn't train."""
-    if stage.command == "train-on-policy":
-        return int(stage.settings["prompts_per_update"] * stage.settings["num_rollouts"])
-    size = stage.settings.get("global_batch_size")
-    return None if size is None else int(size)
+    if isinstance(stage.request, TrainTeacher | TrainOnPolicy | Distill):
+        return stage.request.settings.global_batch_size
+    return None
 
 
 def micro_batches(stage: Stage) -> int:
@@ -162,26 +162,27 @@ def micro_batches(stage: Stage) -> int:
 
 def frozen_policies(stage: Stage) -> int:
     """Policies that a stage runs forward only: all of precompute's, live teachers, the base of an exact KL."""
-    if stage.command == "precompute":
-        return num_policies(stage)
-    if stage.command == "train-on-policy":
-        return int(stage.settings["kl_coefficient"] > 0)
+    match stage.request:
+        case Precompute():
+            return num_policies(stage)
+        case TrainOnPolicy(settings=settings):
+            return int(settings.kl_coefficient > 0)
     return num_policies(stage) if num_policies(stage) > 1 and not reads_hidden(stage) else 0
 
 
 def num_policies(stage: Stage) -> int:
     """Policies that a stage is given by name, and the base."""
-    return 1 + sum(name.startswith("policy-") for name in stage.inputs)
+    return 1 + len(stage.request.policies) if isinstance(stage.request, Precompute | Distill) else 1
 
 
 def reads_hidden(stage: Stage) -> bool:
     """Whether a stage makes its target of hidden states in the cache."""
-    return stage.settings.get("teacher") == "hidden"
+    return isinstance(stage.request, Distill) and stage.request.settings.teacher == "hidden"
 
 
 def uncounted_flags(stages: list[Stage]) -> list[str]:
     """What the stages are told that these figures don't know of."""
-    given = {word.split("=")[0] for stage in stages if stage.command in RUNS_MODEL for word in stage.megatron}
+    given = {word.split("=")[0] for stage in stages for word in stage.megatron}
     return [flag for flag in UNCOUNTED_FLAGS if flag in given]
 
 

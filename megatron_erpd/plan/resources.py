@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
@@ -31,7 +32,8 @@ from megatron_erpd.plan.times import RolloutSize, StageTime, measured_speed, sta
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Imported, Recipe
-from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage, dependencies
+from megatron_erpd.recipe.requests import Import, ImportRollouts, ModelRequest, Precompute, Sample, TrainingRequest
+from megatron_erpd.recipe.stages import Stage, dependencies
 from megatron_erpd.recipe.verdicts import Verdict, judge_all
 from megatron_erpd.settings.learning_rates import describe_rates
 from megatron_erpd.sources.names import is_there, local_path
@@ -158,6 +160,7 @@ def estimate(
     rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
     speed, source = _speed(teraflops_per_device, [stage for stage in stages if stage.name in done], shape, rollouts)
     cache, advice = _cache(recipe, stages, shape, data, disk, speed)
+    with_model = [stage for stage in stages if isinstance(stage.request, ModelRequest)]
     if ignored := uncounted_flags(stages):
         notes.append(f"{', '.join(ignored)} of Megatron's change the memory in ways that are not counted")
     return Resources(
@@ -167,9 +170,9 @@ def estimate(
         if shape
         else None,
         data=data,
-        memory=[stage_memory(s, shape, longest) for s in stages if s.command in RUNS_MODEL] if shape else [],
+        memory=[stage_memory(stage, shape, longest) for stage in with_model] if shape else [],
         times=stage_times(stages, done, shape, rollouts, speed) if shape else [],
-        gpus=_gpus(stages, shape, longest, gpus, notes),
+        gpus=_gpus(with_model, shape, longest, gpus, notes),
         teraflops_per_device=speed,
         speed_source=source,
         cache=cache,
@@ -182,8 +185,10 @@ def estimate(
 
 def _learning_rates(stages: Sequence[Stage], shape: ModelShape | None) -> dict[str, str]:
     found = {}
-    for stage in (stage for stage in stages if stage.command in TRAINS):
-        rate, warmup = stage.settings["learning_rate"], stage.settings["warmup_fraction"]
+    for stage in stages:
+        if not isinstance(stage.request, TrainingRequest):
+            continue
+        rate, warmup = stage.request.settings.learning_rate, stage.request.settings.warmup_fraction
         known = shape is not None or rate is not None
         size = count_parameters(shape) if shape else 0
         unknown = "by the model's size, which isn't known yet"
@@ -212,7 +217,7 @@ def _gpus(
         missing = "model" if shape is None else "length of the rollouts (--sequence-length)"
         notes.append(f"whether the stages fit {gpus.count} x {gpus.name} can't be known without the {missing}")
         return None
-    return gpu_fit([stage for stage in stages if stage.command in RUNS_MODEL], shape, longest, gpus)
+    return gpu_fit(stages, shape, longest, gpus)
 
 
 def _row(stage: Stage, stages: Sequence[Stage], verdict: Verdict) -> StageRow:
@@ -223,7 +228,7 @@ def _row(stage: Stage, stages: Sequence[Stage], verdict: Verdict) -> StageRow:
     parts = {"TP": sizes.tensor_parallel, "PP": sizes.pipeline_parallel, "CP": sizes.context_parallel}
     parts |= {"DP": sizes.data_parallel, "EP": sizes.expert_parallel}
     words = [f"{name} {size}" for name, size in parts.items() if size > 1] + [sizes.precision]
-    layout = ", ".join(words) if stage.command in RUNS_MODEL else ""
+    layout = ", ".join(words) if isinstance(stage.request, ModelRequest) else ""
     if stage.gpus_per_process > 1:  # a sampler's, in one process
         layout = f"TP {stage.gpus_per_process}"
     reads = [*before, *own]
@@ -232,7 +237,7 @@ def _row(stage: Stage, stages: Sequence[Stage], verdict: Verdict) -> StageRow:
 
 def _model(stages: Sequence[Stage], notes: list[str]) -> tuple[ModelShape | None, int, int | None]:
     """The model's geometry, the bytes of a parameter in its Hugging Face folder, and its context in tokens."""
-    folder = next(stage.inputs["hf"] for stage in stages if stage.command == "import")
+    folder = next(Path(stage.request.hf) for stage in stages if isinstance(stage.request, Import))
     prepared = any(stage.command == "prepare" and folder.is_relative_to(stage.output) for stage in stages)
     if not (folder / "config.json").is_file():
         if not prepared:
@@ -261,7 +266,7 @@ def _data(
     from megatron_erpd.data.rollouts import PROMPT, RESPONSE, count_rollouts, longest_rollout
     from megatron_erpd.sources.files import source_files
 
-    stage = next(s for s in stages if s.command in ("sample", "import-rollouts"))
+    stage = next(s for s in stages if isinstance(s.request, Sample | ImportRollouts))
     section, place, columns = recipe.rollouts, str(stage.output), {}
     # Imported rollouts count without the file that they came from.
     finished = (stage.output / MANIFEST).is_file() and verdicts[stage.name].word in ("done", "blocked")
@@ -300,10 +305,11 @@ def _prompts(stage: Stage) -> tuple[int | None, int | None]:
     more. None while their file isn't there; a round's number may still be given."""
     from megatron_erpd.sampling.prompts import load_prompts
 
-    wanted: int | None = stage.settings["num_prompts"]
+    assert isinstance(stage.request, Sample)
+    wanted = stage.request.num_prompts
     if not is_there(stage.inputs.get("prompts")):
         return wanted, None
-    records = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], wanted)
+    records = load_prompts(stage.request.prompts, wanted)
     return len(records), max(len(json.dumps(record["prompt"], ensure_ascii=False).encode()) for record in records)
 
 
@@ -321,11 +327,12 @@ def _cache(
         return [], recommendation(None, [], None, disk.free)
     if shape is None:
         return [], None
+    assert isinstance(maker.request, Precompute)
     reader = next(s for s in stages if s.inputs.get("cache") == maker.output)
     parameters, share = active_parameters(shape), data.response_share if data else 1.0
     flop = forward_flop(parameters, frozen_policies(maker)), training_flop(parameters, frozen_policies(reader))
     speeds = [teraflops * 1e12 * s.num_processes / f * share for s, f in zip((maker, reader), flop, strict=True)]
-    policies = ["base", *(name.removeprefix("policy-") for name in maker.inputs if name.startswith("policy-"))]
+    policies = ["base", *maker.request.policies]
     counts = (data.num_rollouts, data.response_tokens) if data else None
     sizes = (shape.vocab_size, shape.hidden_size)
     options = cache_options(policies, recipe.cache, *sizes, counts, Speed(*speeds), reads_hidden(reader))

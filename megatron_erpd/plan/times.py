@@ -15,7 +15,9 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.plan.activations import recompute_of
 from megatron_erpd.plan.cache import forward_flop, training_flop
 from megatron_erpd.plan.memory import frozen_policies, global_batch_size, micro_batches
+from megatron_erpd.recipe.requests import Distill, TrainTeacher
 from megatron_erpd.recipe.stages import Stage
+from megatron_erpd.settings import OptimizerSettings
 
 ITERATION_TIME, WORLD_SIZE = "iteration-time", "world-size"
 """Names of Megatron's in a training's `metrics.jsonl`: seconds of a step, and processes."""
@@ -108,15 +110,15 @@ def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSi
     The median step counts: the first ones are slow, and a save now and then is.
     """
     for stage in reversed(done):
-        batch, metrics = stage.settings.get("global_batch_size"), stage.output / "metrics.jsonl"
-        if rollouts is None or batch is None or not metrics.is_file():
+        metrics = stage.output / "metrics.jsonl"
+        if rollouts is None or not isinstance(stage.request, TrainTeacher | Distill) or not metrics.is_file():
             continue
         rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if ITERATION_TIME in row]
         flop = stage_flop(stage, shape, rollouts)
         if not rows or flop is None or any(WORLD_SIZE not in row for row in rows):
             continue
         seconds = statistics.median(row[ITERATION_TIME] * row[WORLD_SIZE] for row in rows)
-        step = flop * bubble(stage, rollouts) / _iterations(stage, rollouts)
+        step = flop * bubble(stage, rollouts) / _iterations(stage.request.settings, rollouts)
         return MeasuredSpeed(stage.name, step / seconds / 1e12)
     return None
 
@@ -125,15 +127,14 @@ def _tokens(stage: Stage, rollouts: RolloutSize) -> float | None:
     """That run through the model."""
     if stage.command == "precompute":
         return rollouts.count * rollouts.mean_tokens
-    if "epochs" in stage.settings and stage.name != "warm-up":  # which has demonstrations of its own
-        batch = global_batch_size(stage)
-        assert batch is not None
-        return _iterations(stage, rollouts) * batch * rollouts.mean_tokens
+    if isinstance(stage.request, TrainTeacher | Distill) and stage.name != "warm-up":  # which reads other rollouts
+        settings = stage.request.settings
+        return _iterations(settings, rollouts) * settings.global_batch_size * rollouts.mean_tokens
     return None  # on policy the sampling takes most of the time
 
 
-def _iterations(stage: Stage, rollouts: RolloutSize) -> int:
-    return max(1, math.ceil(stage.settings["epochs"] * rollouts.count / stage.settings["global_batch_size"]))
+def _iterations(settings: OptimizerSettings, rollouts: RolloutSize) -> int:
+    return max(1, math.ceil(settings.epochs * rollouts.count / settings.global_batch_size))
 
 
 def _took(output: Path) -> float | None:

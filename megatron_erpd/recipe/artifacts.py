@@ -21,7 +21,7 @@ from megatron_erpd.manifest import (
     verify_manifest,
 )
 from megatron_erpd.recipe.replaced import KEPT, is_artifact, kept, replaced_folder
-from megatron_erpd.recipe.stages import Stage, settings_of
+from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.sampling.inputs import Reading, read_digest, reading
 
 Found = Literal["complete", "interrupted", "other", "damaged", "absent"]
@@ -126,7 +126,7 @@ class Artifacts:
         """Takes the folder for a stage whose command knows nothing of manifests. It begins empty."""
         if stage.output.is_dir():
             shutil.rmtree(stage.output)
-        begin_artifact(stage.output, stage.command, stage.settings, self.digests(stage))
+        begin_artifact(stage.output, stage.command, stage.identity, self.digests(stage))
 
     def settle(self, stage: Stage) -> None:
         """Checks that a stage which ended has left its artifact. What that replaces is removed where it can be made
@@ -150,7 +150,7 @@ class Artifacts:
         return replaced_folder(self.root) / stage.name.replace("/", "-")
 
     def _assess(self, folder: Path, stage: Stage, checksums: bool) -> Assessment:
-        inputs, settings = self.digests(stage), settings_of(stage)
+        inputs, settings = self.digests(stage), stage.request.recorded.identity
         try:
             if (folder / MANIFEST).is_file():
                 manifest = _renewed(read_manifest(folder), stage, inputs)

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.manifest import settings_identity
-from megatron_erpd.recipe.identity import (
-    evaluate_request,
-    import_request,
-    sample_request,
-    score_request,
-    select_request,
-)
 from megatron_erpd.recipe.recipe import (
     Evaluation,
     Imported,
@@ -27,8 +18,27 @@ from megatron_erpd.recipe.recipe import (
     Selection,
     StageOverrides,
 )
-from megatron_erpd.recipe.stages import RUNS_MODEL, TRAINS, Stage, flags_of
-from megatron_erpd.sampling.inputs import task_identity, verifier_file
+from megatron_erpd.recipe.requests import (
+    Checkpoint,
+    Distill,
+    Evaluate,
+    Export,
+    Import,
+    ImportRollouts,
+    ModelRequest,
+    Precompute,
+    Prepare,
+    Report,
+    Request,
+    Sample,
+    Score,
+    Select,
+    TrainingRequest,
+    TrainOnPolicy,
+    TrainTeacher,
+)
+from megatron_erpd.recipe.stages import Stage, flags_of
+from megatron_erpd.sampling.inputs import verifier_file
 from megatron_erpd.sampling.prompts import REASONING_GYM
 from megatron_erpd.settings import (
     AUTO_SIGNAL,
@@ -36,7 +46,6 @@ from megatron_erpd.settings import (
     DistillSettings,
     EvaluateSettings,
     ImportSettings,
-    Layout,
     Monitoring,
     OnPolicySettings,
     PrecomputeSettings,
@@ -47,7 +56,6 @@ from megatron_erpd.settings import (
     SlurmSettings,
     parse_settings,
 )
-from megatron_erpd.settings.arguments import settings_to_argv
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -87,18 +95,13 @@ class _Planner:
         """The first base policy: its Megatron artifact and its Hugging Face folder."""
         recipe, model = self.recipe, self._path(self.recipe.model)
         if recipe.prepare:
-            output = self.root / "prepare"
-            command = recipe.prepare.replace("{output}", shlex.quote(str(output)))
-            # The scripts that the command names: editing one makes the stage anew.
-            files = {f"file-{word}": Path(word) for word in shlex.split(command) if Path(word).is_file()}
-            self._add("prepare", "prepare", [command], files, output, {"command": recipe.prepare})
+            self._add("prepare", Prepare(line=recipe.prepare, output=self.root / "prepare"))
         if recipe.warm_up is None:
-            return self._add("base", "import", [], {"hf": model}, self.root / "round-01/base", {}), model
-        initial = self._add("initial", "import", [], {"hf": model}, self.root / "round-00/initial", {})
-        settings = _as(ReplaySettings, recipe.warm_up)
-        inputs = {"base": initial, "rollouts": self._path(recipe.warm_up.rollouts)}
+            return self._add("base", Import(hf=str(model), output=self.root / "round-01/base")), model
+        initial = self._add("initial", Import(hf=str(model), output=self.root / "round-00/initial"))
+        settings, rollouts = _as(ReplaySettings, recipe.warm_up), self._path(recipe.warm_up.rollouts)
         output = self.root / "round-00/warm-up"
-        base = self._add("warm-up", "train-teacher", settings_to_argv(settings), inputs, output, settings)
+        base = self._add("warm-up", TrainTeacher(base=initial, rollouts=rollouts, settings=settings, output=output))
         export = self._export("base-hf", {"base": base}, self.root / "round-01/base-hf")
         return base, export / "base"
 
@@ -107,11 +110,15 @@ class _Planner:
         recipe, folder = self.recipe, self.root / f"round-{number:02d}"
         prefix = "" if number == 1 else f"round-{number:02d}/"
         rollouts = self._rollouts(f"{prefix}rollouts", number, hf, folder / "rollouts")
-        data = {"base": base, "rollouts": rollouts}
-        output, kind = folder / "base-log-probs", self._base_log_probs()
-        log_probs = self._add(f"{prefix}base-log-probs", "precompute", settings_to_argv(kind), data, output, kind)
-        data["base-log-probs"] = log_probs
-        data |= self._rewards(f"{prefix}rewards", rollouts, folder / "rewards")
+        scored = Precompute(
+            base=base, rollouts=rollouts, settings=self._base_log_probs(), output=folder / "base-log-probs"
+        )
+        data = _Data(
+            base,
+            rollouts,
+            base_log_probs=self._add(f"{prefix}base-log-probs", scored),
+            rewards=self._rewards(f"{prefix}rewards", rollouts, folder / "rewards"),
+        )
         policies = {"base": base}
         for name, section in recipe.stage1().items():
             stage = f"teachers/{name}" if name in recipe.teachers else name
@@ -153,80 +160,83 @@ class _Planner:
     def _rollouts(self, name: str, number: int, hf: Path, output: Path) -> Path:
         section = self.recipe.rollouts
         if isinstance(section, Imported):
-            options = _as(ImportSettings, section)
-            tokenizer = self._path(section.tokenizer) if section.tokenizer else hf
-            source = str(self._path(section.file))
-            request = import_request(options, source, section.fields, tokenizer)
-            argv = settings_to_argv(options)
-            for ours, theirs in section.fields.items():
-                argv += ["--field", f"{ours}={theirs}"]
-            argv = [*_input_flags(request.inputs), *argv]
-            return self._add(name, "import-rollouts", argv, request.inputs, output, request.settings)
-        # Another seed keeps the samples of rounds that see the same prompts independent.
-        settings = _as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1})
-        prompts, verifier = self._prompts(section.prompts), self._verifier(section.verifier)
-        first = (section.num_prompts or 0) * (number - 1)
-        request = sample_request(settings, hf, prompts, section.num_prompts, first)
-        argv = ["--model", str(hf), "--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
-        argv += [] if section.num_prompts is None else ["--num-prompts", str(section.num_prompts)]
-        argv += ["--first-prompt", str(first)] if first else []
-        gpus = settings.tensor_parallel
-        return self._add(name, "sample", argv, request.inputs, output, request.settings, gpus_per_process=gpus)
+            request = ImportRollouts(
+                source=str(self._path(section.file)),
+                tokenizer=self._path(section.tokenizer) if section.tokenizer else hf,
+                settings=_as(ImportSettings, section),
+                fields=section.fields,
+                output=output,
+            )
+            return self._add(name, request)
+        sample = Sample(
+            model=hf,
+            **self._task(section),
+            # Another seed keeps the samples of rounds that see the same prompts independent.
+            settings=_as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1}),
+            num_prompts=section.num_prompts,
+            first_prompt=(section.num_prompts or 0) * (number - 1),
+            output=output,
+        )
+        return self._add(name, sample)
 
-    def _rewards(self, name: str, rollouts: Path, output: Path) -> dict[str, Path]:
-        """The rewards of sampled rollouts, as an input of what trains on them; imported ones bring theirs."""
+    def _rewards(self, name: str, rollouts: Path, output: Path) -> Path | None:
+        """The rewards of sampled rollouts; imported ones bring theirs."""
         section = self.recipe.rollouts
         if isinstance(section, Imported):
-            return {}
-        prompts, verifier = self._prompts(section.prompts), self._verifier(section.verifier)
-        request = score_request(rollouts, prompts, verifier)
-        argv = ["--rollouts", str(rollouts), "--prompts", prompts, "--verifier", verifier]
-        return {"rewards": self._add(name, "score", argv, request.inputs, output, request.settings)}
+            return None
+        return self._add(name, Score(rollouts=rollouts, **self._task(section), output=output))
 
-    def _replay(self, name: str, section: ReplaySettings, data: dict[str, Path], output: Path) -> Path:
+    def _replay(self, name: str, section: ReplaySettings, data: _Data, output: Path) -> Path:
         settings = _as(ReplaySettings, section)
-        return self._add(name, "train-teacher", settings_to_argv(settings), data, output, settings)
+        return self._add(name, TrainTeacher(**data._asdict(), settings=settings, output=output))
 
     def _selection(self, prefix: str, hf: Path, teacher: Path, rollouts: Path, folder: Path) -> Path:
         """The teacher's checkpoints as Hugging Face folders, and the one of them that becomes the teacher."""
         section = self.recipe.selection
         assert section is not None
-        argv, inputs = ["--checkpoint", f"teacher={teacher}@all"], {"teacher": teacher}
-        settings = {"iterations": {"teacher": "all"}}
-        candidates = self._add(f"{prefix}candidates", "export", argv, inputs, folder / "candidates", settings)
-        prompts, verifier = self._task("selection", section)
-        unlearned, chosen = self.recipe.unlearned is not None, _as(SelectSettings, section)
-        request = select_request(chosen, hf, teacher, candidates, prompts, verifier, unlearned)
-        argv = ["--model", str(hf), "--teacher", str(teacher), "--candidates", str(candidates)]
-        argv += ["--prompts", prompts, "--verifier", verifier, "--rollouts", str(rollouts)]
-        argv += ["--unlearned"] if unlearned else []
-        argv += settings_to_argv(chosen)
-        return self._add(f"{prefix}selection", "select", argv, request.inputs, folder / "selection", request.settings)
+        checkpoints = (Checkpoint("teacher", teacher, "all"),)
+        candidates = self._add(f"{prefix}candidates", Export(checkpoints=checkpoints, output=folder / "candidates"))
+        request = Select(
+            model=hf,
+            teacher=teacher,
+            candidates=candidates,
+            **self._task(section, "selection"),
+            rollouts=rollouts,
+            unlearned=self.recipe.unlearned is not None,
+            settings=_as(SelectSettings, section),
+            output=folder / "selection",
+        )
+        return self._add(f"{prefix}selection", request)
 
-    def _task(self, where: str, section: Selection | Evaluation) -> tuple[str, str]:
-        """Prompts and verifier of a section that names its own prompts and maybe its own verifier."""
+    def _task(self, section: Sampled | Selection | Evaluation, where: str = "rollouts") -> dict[str, Any]:
+        """Prompts of a section, and its verifier or that of the rollouts."""
         sampled = self.recipe.rollouts
         verifier = section.verifier or (sampled.verifier if isinstance(sampled, Sampled) else None)
         if verifier is None:
             raise RecipeError(f"{where}.verifier: missing; imported rollouts name no verifier to take instead")
-        return self._prompts(section.prompts), self._verifier(verifier)
+        prompts, file = section.prompts, verifier_file(verifier)
+        return {
+            "prompts": prompts if prompts.startswith(REASONING_GYM) else str(self._path(prompts)),
+            "verifier": f"python:{self._path(str(file))}:{verifier.rpartition(':')[2]}" if file else verifier,
+        }
 
     def _on_policy(self, name: str, section: OnPolicyControl, base: Path, output: Path) -> Path:
         sampled = self.recipe.rollouts
         assert isinstance(sampled, Sampled), "the recipe has checked it"
-        settings = _as(OnPolicySettings, section)
-        prompts, verifier = self._prompts(sampled.prompts), self._verifier(sampled.verifier)
-        task, inputs = task_identity(prompts, verifier)
-        identity = {**settings.model_dump(mode="json"), "num_prompts": sampled.num_prompts, **task}
-        argv = ["--prompts", prompts, "--verifier", verifier, *settings_to_argv(settings)]
-        argv += [] if sampled.num_prompts is None else ["--num-prompts", str(sampled.num_prompts)]
-        return self._add(name, "train-on-policy", argv, {"base": base, **inputs}, output, identity)
+        request = TrainOnPolicy(
+            base=base,
+            **self._task(sampled),
+            num_prompts=sampled.num_prompts,
+            settings=_as(OnPolicySettings, section),
+            output=output,
+        )
+        return self._add(name, request)
 
     def _cache(
         self,
         name: str,
         policies: Mapping[str, Path],
-        data: Mapping[str, Path],
+        data: _Data,
         selection: Path | None,
         output: Path,
     ) -> Path | None:
@@ -245,28 +255,35 @@ class _Planner:
                     raise RecipeError(f"{where}.teacher: hidden reads hidden states; set cache.keep_hidden to true")
             elif settings.kind != "topk":
                 raise RecipeError(f"{where}: the projection reads top-k targets; set cache.kind to topk")
-        inputs = {"base": data["base"], "rollouts": data["rollouts"]}
-        inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
-        inputs |= {"selection": selection} if selection else {}
-        return self._add(name, "precompute", settings_to_argv(settings), inputs, output, settings)
+        request = Precompute(
+            base=data.base,
+            rollouts=data.rollouts,
+            policies=_chosen(wanted, policies),
+            selection=selection,
+            settings=settings,
+            output=output,
+        )
+        return self._add(name, request)
 
     def _distill(
         self,
         name: str,
         section: DistillSettings,
-        data: dict[str, Path],
+        data: _Data,
         policies: Mapping[str, Path],
         cache: Path | None,
         output: Path,
     ) -> Path:
         settings = _as(DistillSettings, section)
-        inputs = dict(data)
-        if cache and settings.reads_cache:
-            inputs["cache"] = cache
-        if settings.makes_target:
-            wanted = _policies(settings.signal, f"{name}: signal", policies)
-            inputs |= {f"policy-{p}": policies[p] for p in sorted(wanted - {"base"})}
-        return self._add(name, "distill", settings_to_argv(settings), inputs, output, settings)
+        wanted = _policies(settings.signal, f"{name}: signal", policies) if settings.makes_target else set()
+        request = Distill(
+            **data._asdict(),
+            cache=cache if settings.reads_cache else None,
+            policies=_chosen(wanted, policies),
+            settings=settings,
+            output=output,
+        )
+        return self._add(name, request)
 
     def _export(
         self, name: str, checkpoints: Mapping[str, Path], output: Path, kept: Mapping[str, Path] | None = None
@@ -276,83 +293,48 @@ class _Planner:
         Args:
             kept: the artifacts with all checkpoints of the teachers, where a selection's holds only one.
         """
-        argv, inputs, iterations = [], dict(checkpoints), dict.fromkeys(checkpoints)
-        for policy, folder in checkpoints.items():
-            argv += ["--checkpoint", f"{policy}={folder}"]
+        wanted = [Checkpoint(policy, folder) for policy, folder in checkpoints.items()]
         evaluation = self.recipe.evaluation
-        if evaluation and evaluation.checkpoints:
-            for teacher in ("teacher", *self.recipe.teachers):
-                if kept and teacher in kept:
-                    argv += ["--checkpoint", f"{teacher}={kept[teacher]}@all"]
-                    key = teacher if kept[teacher] == checkpoints[teacher] else f"{teacher}@all"
-                    inputs[key], iterations[key] = kept[teacher], "all"
-        return self._add(name, "export", argv, inputs, output, {"iterations": iterations})
+        if evaluation and evaluation.checkpoints and kept:
+            teachers = [teacher for teacher in ("teacher", *self.recipe.teachers) if teacher in kept]
+            wanted += [Checkpoint(teacher, kept[teacher], "all") for teacher in teachers]
+        return self._add(name, Export(checkpoints=tuple(wanted), output=output))
 
     def _evaluation(self, name: str, hf: Path, origin: Path | None, export: Path, rollouts: Path, output: Path) -> None:
         section = self.recipe.evaluation
         if section is None:
             return
-        prompts, verifier = self._task("evaluation", section)
-        settings = _as(EvaluateSettings, section)
-        request = evaluate_request(settings, {"base": hf}, export, prompts, rollouts, verifier, origin)
-        argv = ["--model", f"base={hf}", "--exported", str(export), "--prompts", prompts, "--rollouts", str(rollouts)]
-        argv += ["--verifier", verifier, *settings_to_argv(settings)]
-        argv += [] if origin is None else ["--origin", str(origin)]
-        self._add(name, "evaluate", argv, request.inputs, output, request.settings)
+        request = Evaluate(
+            models={"base": hf},
+            exported=export,
+            **self._task(section, "evaluation"),
+            rollouts=rollouts,
+            settings=_as(EvaluateSettings, section),
+            origin=origin,
+            output=output,
+        )
+        self._add(name, request)
 
     def _report(self) -> None:
-        inputs = {stage.name: stage.output for stage in self.stages if stage.name != "prepare"}
-        self._add("report", "report", [str(self.root)], inputs, self.root / "report", {})
+        artifacts = {stage.name: stage.output for stage in self.stages if stage.name != "prepare"}
+        self._add("report", Report(root=self.root, artifacts=artifacts, output=self.root / "report"))
 
-    def _add(
-        self,
-        name: str,
-        command: str,
-        arguments: list[str],
-        inputs: Mapping[str, Path],
-        output: Path,
-        settings: Settings | Mapping[str, Any],
-        gpus_per_process: int = 1,
-    ) -> Path:
-        """Adds a stage and returns its output folder. What runs a model gets its inputs as flags by their names."""
+    def _add(self, name: str, request: Request) -> Path:
+        """Adds a stage and returns its output folder; the recipe says how it is spread, and what it tells whom."""
         key = re.sub(r"^round-\d+/", "", name)
         self.used.add(key)
         override = self.overrides.get(key, StageOverrides())
-        layout = self._layout(command, override)
-        # The one part of a layout that changes the result.
-        precision = {"precision": layout.precision} if command in RUNS_MODEL else {}
-        megatron = flags_of({**self.recipe.megatron, **override.megatron}) if command in RUNS_MODEL else ()
-        if override.megatron and command not in RUNS_MODEL:
+        more: dict[str, Any] = {"verify_inputs": True}
+        if isinstance(request, ModelRequest):
+            given = override.layout.model_dump(include=override.layout.model_fields_set)
+            more["layout"] = self.recipe.layout.model_copy(update=given)
+            more["megatron"] = flags_of({**self.recipe.megatron, **override.megatron})
+        elif override.megatron:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
-        if command in (*RUNS_MODEL, "import"):
-            # Prompts and verifiers are not always files: their flags are among the arguments.
-            files = {key: path for key, path in inputs.items() if key not in ("prompts", "verifier")}
-            arguments = [*_input_flags(files), *arguments]
-        if command in TRAINS:
-            arguments = [*arguments, *settings_to_argv(self._monitoring())]
-        if command not in ("prepare", "report"):
-            arguments = [*arguments, "--output", str(output)]
-        self.stages.append(
-            Stage(
-                name=name,
-                command=command,
-                arguments=tuple(arguments),
-                inputs=dict(inputs),
-                output=output,
-                settings=settings_identity(settings, megatron, **precision),
-                layout=layout,
-                megatron=megatron,
-                slurm=self._slurm(override),
-                gpus_per_process=gpus_per_process,
-            )
-        )
-        return output
-
-    def _layout(self, command: str, override: StageOverrides) -> Layout:
-        if command not in RUNS_MODEL:
-            return Layout()
-        given = override.layout.model_dump(include=override.layout.model_fields_set)
-        return self.recipe.layout.model_copy(update=given)
+        if isinstance(request, TrainingRequest):
+            more["monitoring"] = self._monitoring()
+        self.stages.append(Stage(name, request.model_copy(update=more), self._slurm(override)))
+        return request.output
 
     def _monitoring(self) -> Monitoring:
         """The recipe's section; the files of Weights & Biases lie in one folder of the run."""
@@ -372,20 +354,19 @@ class _Planner:
         inside = self.recipe.prepare and Path(text).parts[:1] == ("prepare",)
         return self.root / text if inside else Path(text)
 
-    def _prompts(self, prompts: str) -> str:
-        return prompts if prompts.startswith(REASONING_GYM) else str(self._path(prompts))
 
-    def _verifier(self, verifier: str) -> str:
-        file = verifier_file(verifier)
-        return verifier if file is None else f"python:{self._path(str(file))}:{verifier.rpartition(':')[2]}"
+class _Data(NamedTuple):
+    """What the trainings of a round learn from."""
+
+    base: Path
+    rollouts: Path
+    base_log_probs: Path
+    rewards: Path | None
 
 
-def _input_flags(inputs: Mapping[str, Path]) -> list[str]:
-    argv: list[str] = []
-    for name, path in inputs.items():
-        policy = name.removeprefix("policy-")
-        argv += ["--policy", f"{policy}={path}"] if policy != name else [f"--{name}", str(path)]
-    return argv
+def _chosen(names: Collection[str], policies: Mapping[str, Path]) -> dict[str, Path]:
+    """The policies of these names beside the base."""
+    return {name: policies[name] for name in sorted(names) if name != "base"}
 
 
 def _policies(signal: str, where: str, trained: Mapping[str, Path]) -> set[str]:

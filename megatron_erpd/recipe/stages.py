@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from megatron_erpd.recipe.command_line import argv_of
 from megatron_erpd.recipe.recipe import MegatronFlags
+from megatron_erpd.recipe.requests import ModelRequest, Prepare, Report, Request
 from megatron_erpd.settings import Layout, SlurmSettings
-from megatron_erpd.settings.arguments import VERIFY_INPUTS, settings_to_argv
-from megatron_erpd.settings.learning_rates import chosen_rates
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds the package, and in a checkout `tools/` beside it."""
@@ -50,25 +51,42 @@ class Stage:
 
     name: str
     """`teacher`, `controls/NAME`; in later rounds `round-02/teacher`. Log and state are kept under it."""
-    command: str
-    """The command of `megatron-erpd`, and the stage that the manifest names; `prepare` is the recipe's own command."""
-    arguments: tuple[str, ...]
-    inputs: dict[str, Path]
-    output: Path
-    settings: dict[str, Any]
-    """All settings that decide the result, as the manifest keeps them; a learning rate that isn't given is None
-    (`settings_of`)."""
-    layout: Layout = field(default_factory=Layout)
-    megatron: tuple[str, ...] = ()
+    request: Request
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
-    gpus_per_process: int = 1
-    """More than 1 where a sampler spreads the policy over several by itself."""
-    verify_inputs: bool = True
-    """Whether the command compares what it reads with its manifests first."""
+
+    @property
+    def command(self) -> str:
+        return self.request.command
+
+    @property
+    def output(self) -> Path:
+        return self.request.artifact
+
+    @cached_property
+    def inputs(self) -> dict[str, Path]:
+        return self.request.inputs
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The request's; a learning rate that isn't given is None (`Request.recorded`)."""
+        return self.request.identity
+
+    @property
+    def layout(self) -> Layout:
+        return self.request.layout if isinstance(self.request, ModelRequest) else Layout()
+
+    @property
+    def megatron(self) -> tuple[str, ...]:
+        """Megatron's flags of the user's own."""
+        return self.request.megatron if isinstance(self.request, ModelRequest) else ()
 
     @property
     def num_processes(self) -> int:
         return self.layout.num_processes
+
+    @property
+    def gpus_per_process(self) -> int:
+        return self.request.gpus_per_process
 
     @property
     def num_gpus(self) -> int:
@@ -78,20 +96,24 @@ class Stage:
     @property
     def is_tool(self) -> bool:
         """Whether the command writes its own manifest; for the others the runner does."""
-        return self.command not in ("prepare", "report")
+        return not isinstance(self.request, Prepare | Report)
+
+    def changed(self, **values: Any) -> Self:
+        """The stage with other values of its request, as its layout."""
+        return replace(self, request=self.request.model_copy(update=values))
 
     def argv(self) -> list[str]:
         """The command line to execute, with this interpreter."""
-        if self.command == "prepare":
-            words = shlex.split(self.arguments[0])
+        if isinstance(self.request, Prepare):
+            words = shlex.split(self.request.shown)
             return [sys.executable if words[0] in ("python", "python3") else words[0], *words[1:]]
         launcher = ["-m", "torch.distributed.run"] if self.num_processes > 1 else []
         return [sys.executable, *launcher, *self._program(), *self.flags()]
 
     def shown(self) -> str:
         """The command line as a person would type it."""
-        if self.command == "prepare":
-            return self.arguments[0]
+        if isinstance(self.request, Prepare):
+            return self.request.shown
         return shlex.join(["torchrun" if self.num_processes > 1 else "python", *self._program(), *self.flags()])
 
     def _program(self) -> list[str]:
@@ -107,25 +129,10 @@ class Stage:
         return ["-m", "megatron_erpd.commands.cli", self.command]  # installed without a checkout
 
     def flags(self) -> list[str]:
-        """The command's flags: its own, the layout's, and Megatron's after `--`."""
-        layout = settings_to_argv(self.layout) if self.command in RUNS_MODEL else []
-        verify = [VERIFY_INPUTS] if self.verify_inputs and self.is_tool else []
-        return [*self.arguments, *verify, *layout, *(["--", *self.megatron] if self.megatron else [])]
-
-
-def settings_of(stage: Stage) -> dict[str, Any]:
-    """The settings as the manifest will keep them: a training takes a learning rate that is not given by the size of
-    its base, which must be there (it may be made by the run itself).
-
-    Raises:
-        CheckpointError: the size can't be told.
-    """
-    if stage.command not in TRAINS or "learning_rate" not in stage.settings:
-        return stage.settings
-    from megatron_erpd.checkpoint.mapping.parameter_count import parameters_of
-
-    given = stage.settings["learning_rate"], stage.settings["warmup_fraction"]
-    return {**stage.settings, **chosen_rates(*given, lambda: parameters_of(stage.inputs["base"] / "hf"))}
+        """The command's arguments; Megatron's flags come last, after `--`."""
+        if isinstance(self.request, Report):
+            return [str(self.request.root)]
+        return argv_of(self.request) if self.is_tool else []
 
 
 def dependencies(stage: Stage, stages: list[Stage]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_erpd.errors import ErpdError
 from megatron_erpd.manifest import MANIFEST, differences, read_manifest, read_request
 from megatron_erpd.recipe.artifacts import Artifacts
-from megatron_erpd.recipe.stages import Stage, dependencies, settings_of
+from megatron_erpd.recipe.stages import Stage, dependencies
 from megatron_erpd.sampling.inputs import reading
 from megatron_erpd.sources.names import is_there
 
@@ -167,7 +167,7 @@ def _other_settings(stage: Stage) -> list[str]:
     if made is None:
         return []
     try:
-        settings = settings_of(stage)
+        settings = stage.request.recorded.identity
     except ErpdError:  # what follows the size of a base that is to be made is not known yet
-        settings = {key: made.settings.get(key) if value is None else value for key, value in stage.settings.items()}
+        settings = {key: made.settings.get(key) if value is None else value for key, value in stage.identity.items()}
     return differences(made, stage.command, settings, made.inputs)

@@ -12,18 +12,6 @@ from pydantic import ValidationError
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.settings import Settings, error_lines
 
-VERIFY_INPUTS = "--verify-inputs"
-
-
-def add_verify_inputs(parser: argparse.ArgumentParser) -> None:
-    """The flag of all stages that read artifacts."""
-    parser.add_argument(
-        VERIFY_INPUTS,
-        action="store_true",
-        help="first compare the files of artifacts that are read with the checksums in their manifests; `run` and "
-        "`submit` ask for it",
-    )
-
 
 def add_processes_argument(parser: argparse.ArgumentParser) -> None:
     """The flag that has the command line start several processes (`commands.cli`)."""
@@ -39,7 +27,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser, model: type[Settings
     """Adds one flag per field of `model` to `parser`, with the field's default, choices and description."""
     group = parser.add_argument_group(title, model.__doc__)
     for name, field in model.model_fields.items():
-        kind = _plain_type(field.annotation)
+        kind = plain_type(field.annotation)
         default = "" if field.default is None else f" (default: {field.default})"  # the description says what None is
         text = f"{field.description}{default}".replace("%", "%%")
         flag = "--" + name.replace("_", "-")
@@ -96,7 +84,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _plain_type(annotation: Any) -> Any:
+def plain_type(annotation: Any) -> Any:
     """`float | None` to `float`: None is 'not given' on a command line."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))

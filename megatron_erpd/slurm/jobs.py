@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from megatron_erpd.errors import RecipeError, StageError
-from megatron_erpd.manifest import settings_identity
+from megatron_erpd.recipe.requests import REQUESTS, ModelRequest, Precompute, Request, Sample
 from megatron_erpd.recipe.stages import RUNS_MODEL, Stage, dependencies
 from megatron_erpd.settings import Layout
 from megatron_erpd.slices import Slice
@@ -74,10 +74,7 @@ class Job:
             "name": self.name,
             "stage": stage.name,
             "command": stage.command,
-            "arguments": list(stage.flags() if stage.is_tool else stage.arguments),
-            "inputs": {name: str(path) for name, path in stage.inputs.items()},
-            "output": str(stage.output),
-            "settings": stage.settings,
+            "request": stage.request.model_dump(mode="json"),
             "slices": slurm.slices if self.kind == "slices" else 1,
             "requeues": slurm.requeues,
             "hang_minutes": slurm.hang_minutes,
@@ -91,11 +88,7 @@ class JobRecord:
 
     name: str
     stage: str
-    command: str
-    arguments: list[str]
-    inputs: dict[str, str]
-    output: str
-    settings: dict[str, Any]
+    request: Request
     slices: int
     requeues: int
     hang_minutes: float
@@ -105,21 +98,20 @@ class JobRecord:
     def read(cls, path: Path) -> Self:
         """Raises `StageError` for a file that is missing or not one of `Job.record`."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            record = json.loads(path.read_text())
+            request = REQUESTS[record.pop("command")].model_validate(record.pop("request"))
+            return cls(request=request, **record)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise StageError(f"{path}: can't be read ({error}); submit the run again") from None
 
     def as_stage(self) -> Stage:
         """The stage, as far as its artifact goes."""
-        inputs = {name: Path(path) for name, path in self.inputs.items()}
-        return Stage(self.stage, self.command, tuple(self.arguments), inputs, Path(self.output), self.settings)
+        return Stage(self.stage, self.request)
 
     def as_slice(self, number: int) -> Stage:
         """The artifact of one slice, which lies in that of the whole."""
         own = Slice(number, self.slices)
-        settings = settings_identity({**self.settings, "slice": str(own)})
-        output = Path(self.output) / (own.hidden_folder if self.command == "sample" else own.folder)
-        return replace(self.as_stage(), name=f"{self.stage} {number}/{self.slices}", settings=settings, output=output)
+        return Stage(f"{self.stage} {own}", self.request).changed(slice=own)
 
 
 def jobs_of(stages: Sequence[Stage]) -> list[Job]:
@@ -138,8 +130,10 @@ def jobs_of(stages: Sequence[Stage]) -> list[Job]:
         if stage.command in SLICED and stage.slurm.slices > 1:
             _check_slices(stage)
             jobs.append(Job(f"{name}-slices", stage, needs, "slices"))
-            # Only the precision of a layout is part of the cache; the merge runs in one process.
-            merged = replace(stage, layout=Layout(precision=stage.layout.precision))
+            merged = stage
+            if isinstance(stage.request, ModelRequest):
+                # Only the precision of a layout is part of the cache; the merge runs in one process.
+                merged = stage.changed(layout=Layout(precision=stage.layout.precision))
             jobs.append(Job(name, merged, (f"{name}-slices",), "merge"))
         else:
             jobs.append(Job(name, stage, needs))
@@ -153,26 +147,18 @@ def job_name(stage: str) -> str:
 
 
 def _check_slices(stage: Stage) -> None:
-    settings = stage.settings
-    if stage.command == "sample":
-        _check_parts(stage)
-        return
-    makes_target = settings["kind"] == "topk" and settings["signal"] != "none"
-    if makes_target and settings["projection"] == "global":
+    request = stage.request
+    if isinstance(request, Sample) and is_there(stage.inputs.get("prompts")):  # else the slices themselves say it
+        from megatron_erpd.sampling.parts import refuse_empty_slices
+        from megatron_erpd.sampling.prompts import load_prompts
+
+        prompts = load_prompts(request.prompts, request.num_prompts)
+        refuse_empty_slices(f"{stage.name}: slurm.slices {stage.slurm.slices}", stage.slurm.slices, len(prompts))
+    if isinstance(request, Precompute) and request.settings.has_signal and request.settings.projection == "global":
         raise RecipeError(
             f"{stage.name}: slurm.slices {stage.slurm.slices}: projection global looks for one eta for all rollouts, "
             "which no slice sees; take cache.projection per_token, or stages.cache.slurm.slices 1"
         )
-
-
-def _check_parts(stage: Stage) -> None:
-    """As far as the prompts are there already; otherwise the slices themselves say it."""
-    from megatron_erpd.sampling.parts import refuse_empty_slices
-    from megatron_erpd.sampling.prompts import load_prompts
-
-    if is_there(stage.inputs.get("prompts")):
-        prompts = load_prompts(stage.arguments[stage.arguments.index("--prompts") + 1], stage.settings["num_prompts"])
-        refuse_empty_slices(f"{stage.name}: slurm.slices {stage.slurm.slices}", stage.slurm.slices, len(prompts))
 
 
 def slurm_folder(root: Path) -> Path:

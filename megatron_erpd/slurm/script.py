@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_erpd.launch.processes import GRACE_SECONDS
 from megatron_erpd.launcher import FROM_A_LAUNCHER, LAUNCHER_PREFIXES
-from megatron_erpd.recipe.stages import PACKAGE_ROOT, RUNS_MODEL
+from megatron_erpd.recipe.requests import ModelRequest, Prepare
+from megatron_erpd.recipe.stages import PACKAGE_ROOT
 from megatron_erpd.slurm.jobs import Job
 from megatron_erpd.units import counted
 
@@ -108,7 +109,7 @@ def _environment(job: Job) -> Iterator[str]:
         yield "# A collective that fails or times out ends its process; it would wait until the time limit otherwise."
         yield "export TORCH_NCCL_ASYNC_ERROR_HANDLING=1"
     layout = stage.layout
-    if stage.command in RUNS_MODEL and (layout.tensor_parallel > 1 or layout.context_parallel > 1):
+    if isinstance(stage.request, ModelRequest) and (layout.tensor_parallel > 1 or layout.context_parallel > 1):
         flags = {word.removeprefix("--") for word in stage.megatron}
         if flags & set(_OWN_CONNECTIONS):
             yield "# CUDA_DEVICE_MAX_CONNECTIONS is not set: FSDP and overlapped expert communication want several."
@@ -170,12 +171,12 @@ def _srun(job: Job, root: Path) -> list[str]:
 
 def _command(job: Job, python: str) -> list[str]:
     stage = job.stage
-    if stage.command == "prepare":
-        words = shlex.split(stage.arguments[0])
+    if isinstance(stage.request, Prepare):
+        words = shlex.split(stage.request.shown)
         return [shlex.join([python if words[0] in ("python", "python3") else words[0], *words[1:]])]
     program, flags = stage.program(), stage.flags()
-    at = flags.index("--") if "--" in flags else len(flags)
-    own, megatron = _lines(flags[:at]), [shlex.join(flags[at:])] if flags[at:] else []
+    at = len(flags) - (len(stage.megatron) + 1 if stage.megatron else 0)
+    own, megatron = _lines(flags[:at]), [shlex.join(flags[at:])] if stage.megatron else []
     if job.kind == "slices":
         own += [f'--slice "$SLURM_ARRAY_TASK_ID/{stage.slurm.slices}"']
     elif job.kind == "merge":

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[
         StageError: another process is submitting or running this, jobs with other settings are in the queue, or SLURM
             refuses a job (those before it are in the queue then, and are left alone by the next try).
     """
-    stages, root = [replace(stage, verify_inputs=checksums) for stage in plan(recipe)], recipe.folder
+    stages, root = [stage.changed(verify_inputs=checksums) for stage in plan(recipe)], recipe.folder
     check_recipe(recipe, stages, None)
     return submit_stages(recipe.name, root, stages, recipe.of_run(), checksums=checksums, say=say)
 
@@ -214,8 +213,8 @@ def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> Non
     changed = []
     for job in jobs:
         if job.name in live:
-            before = json.loads(_unplaced(record_file(root, job.name).read_text(), root))
-            now = json.loads(_unplaced(json.dumps(job.record()), root))
+            before = _entries(record_file(root, job.name).read_text(), root)
+            now = _entries(json.dumps(job.record()), root)
             if lines := [key for key in now if before.get(key) != now[key]]:
                 changed.append(f"\n  {job.name}, job {live[job.name]}: {', '.join(lines)}")
     if changed:
@@ -225,9 +224,10 @@ def _refuse_others(root: Path, jobs: Sequence[Job], live: dict[str, str]) -> Non
         )
 
 
-def _unplaced(record: str, root: Path) -> str:
-    """A record without the run's folder, which was maybe submitted from another directory."""
-    return record.replace(str(root.absolute()), "RUN").replace(os.path.relpath(root), "RUN")
+def _entries(text: str, root: Path) -> dict[str, Any]:
+    """What a record says, without the run's folder, which was maybe submitted from another directory."""
+    record = json.loads(text.replace(str(root.absolute()), "RUN").replace(os.path.relpath(root), "RUN"))
+    return {**record, **record.pop("request", {})}
 
 
 def _sbatch(root: Path, job: str, needs: Sequence[str]) -> str:

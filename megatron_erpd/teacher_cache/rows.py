@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -137,25 +136,6 @@ def base_topk_rows(cache: CacheReader, rollouts: Rollouts, k: int) -> dict[str, 
             f"or precompute with --k {k}"
         )
     return topk_rows(cache, rollouts)
-
-
-def parse_policies(items: Iterable[str]) -> dict[str, Path]:
-    """`NAME=DIR` flags as a mapping.
-
-    Raises:
-        RecipeError: not of that form, a repeated name, or the name `base`, which --base gives.
-    """
-    policies: dict[str, Path] = {}
-    for item in items:
-        name, found, folder = item.partition("=")
-        if not found or not name or not folder:
-            raise RecipeError(f"--policy {item}: write NAME=DIR, for example teacher=runs/mine/teacher")
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise RecipeError(f"--policy {item}: a name may hold letters, digits, _, - and . (it becomes a folder's)")
-        if name == "base" or name in policies:
-            raise RecipeError(f"--policy {item}: {name!r} is given twice (base comes from --base)")
-        policies[name] = Path(folder)
-    return policies
 
 
 def check_policies(needed: Iterable[str], given: Mapping[str, Path]) -> None:

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,88 +15,15 @@ from megatron_erpd.checkpoint.mapping.config import model_flags
 from megatron_erpd.data.batch import Batch, pad_multiple
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.held_out import too_few
-from megatron_erpd.files import check_output
-from megatron_erpd.manifest import read_manifest, settings_identity
 from megatron_erpd.model.arguments import (
-    add_layout_arguments,
-    add_monitoring_arguments,
-    layout_from_namespace,
-    monitoring_from_namespace,
     rank,
-    split_pass_through,
 )
 from megatron_erpd.objectives.per_token import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
-from megatron_erpd.sampling.inputs import task_identity
-from megatron_erpd.sampling.policy import load_tokenizer
-from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
-from megatron_erpd.sampling.verifiers import Verifier
 from megatron_erpd.settings import OnPolicySettings
-from megatron_erpd.settings.arguments import add_settings_arguments, add_verify_inputs, settings_from_namespace
 from megatron_erpd.training.fresh_rollouts import FreshBatches, Sampler
-from megatron_erpd.training.run import TrainingRun, with_rates
+from megatron_erpd.training.run import TrainingRun
 from megatron_erpd.training.step import ForwardStep, ReplayStep, report, sequence_advantages
-
-
-def train_on_policy(argv: list[str]) -> None:
-    """A baseline: GRPO on policy. Every optimizer step samples rollouts from the policy as it is and makes one update.
-
-    Nothing is replayed and nothing distilled, so the importance ratio is 1 and no clip matters.
-    """
-    parser = argparse.ArgumentParser(
-        prog="megatron-erpd train-on-policy",
-        description=train_on_policy.__doc__,
-        epilog="example: megatron-erpd train-on-policy --base runs/a/base --prompts train.jsonl --verifier math-verify "
-        "--updates 200 --output runs/a/grpo",
-    )
-    parser.add_argument("--base", type=Path, required=True, help="artifact with the base policy's checkpoint")
-    parser.add_argument("--prompts", required=True, help="JSON lines with prompt and answer, or reasoning-gym:TASK")
-    parser.add_argument("--verifier", required=True, help="math-verify, reasoning-gym:TASK or python:FILE.py:FUNCTION")
-    parser.add_argument("--num-prompts", type=int, help="use so many of the prompts (default: all)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the artifact")
-    add_settings_arguments(parser, OnPolicySettings, "training")
-    add_layout_arguments(parser)
-    add_monitoring_arguments(parser)
-    add_verify_inputs(parser)
-    own, pass_through = split_pass_through(argv)
-    namespace = parser.parse_args(own)
-    check_output(namespace.output)
-    settings = settings_from_namespace(namespace, OnPolicySettings)
-    layout = layout_from_namespace(namespace)
-    monitoring = monitoring_from_namespace(namespace)
-    base: Path = namespace.base
-    read_manifest(base)
-    settings = with_rates(settings, base)
-    if namespace.num_prompts is not None and namespace.num_prompts < 1:
-        raise RecipeError(f"--num-prompts {namespace.num_prompts}: give at least 1, or leave it out for all")
-    records = load_prompts(namespace.prompts, namespace.num_prompts, verifier=namespace.verifier)
-    token_ids = encode_prompts(load_tokenizer(base / "hf"), records, settings)
-    task, inputs = task_identity(namespace.prompts, namespace.verifier)
-    run = OnPolicyRun(
-        stage="train-on-policy",
-        prefix="stage1",
-        settings=settings,
-        layout=layout,
-        monitoring=monitoring,
-        verify_inputs=namespace.verify_inputs,
-        base=base,
-        output=namespace.output,
-        inputs={"base": base, **inputs},
-        pass_through=pass_through,
-        make_step=_step,
-        task={"num_prompts": namespace.num_prompts, **task},
-        sampler=Sampler(
-            settings=settings,
-            records=records,
-            token_ids=token_ids,
-            verifier=Verifier(namespace.verifier),
-            hf_folder=base / "hf",
-            scratch=namespace.output / "sampler",
-            dtype="bfloat16" if layout.precision == "bf16" else "float32",
-        ),
-    )
-    run.check_lengths()
-    run.execute()
 
 
 @dataclass
@@ -105,12 +31,12 @@ class OnPolicyRun(TrainingRun):
     """A training whose data is made as it goes.
 
     Args:
-        task: prompts and verifier, as far as they are settings of the artifact.
+        num_prompts: how many were asked for; None for all.
         sampler: draws the rollouts.
     """
 
     settings: OnPolicySettings
-    task: dict[str, Any]
+    num_prompts: int | None
     sampler: Sampler
 
     def __post_init__(self) -> None:
@@ -128,14 +54,9 @@ class OnPolicyRun(TrainingRun):
     def max_length(self) -> int:
         return max(len(ids) for ids in self.sampler.token_ids) + self.settings.max_new_tokens
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The settings as the manifest keeps them."""
-        return settings_identity(self.settings, self.pass_through, precision=self.layout.precision, **self.task)
-
     def warnings(self) -> list[str]:
         """Where there are fewer prompts than were asked for."""
-        return too_few(self.task["num_prompts"], len(self.sampler.records), "rollouts.num_prompts")
+        return too_few(self.num_prompts, len(self.sampler.records), "rollouts.num_prompts")
 
     def check_lengths(self) -> None:
         """Raises `RecipeError` where a prompt with the longest response has more tokens than the model positions."""
@@ -203,7 +124,7 @@ class OnPolicyStep(ReplayStep):
         return loss_sum, count, metrics | report(self.prefix, more)
 
 
-def _step(run: OnPolicyRun, args: argparse.Namespace) -> ForwardStep:
+def on_policy_step(run: OnPolicyRun, args: argparse.Namespace) -> ForwardStep:
     from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
     from megatron_erpd.model.projected_target import live_base
 

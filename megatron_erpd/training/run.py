@@ -32,7 +32,7 @@ from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import NoRoom, StageError, StageInterrupted, has_no_room
-from megatron_erpd.manifest import METRICS, settings_identity
+from megatron_erpd.manifest import METRICS
 from megatron_erpd.meeting import finish_together, first
 from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
 from megatron_erpd.model.forward import NonFiniteLoss, has_finite_gradients
@@ -58,9 +58,10 @@ class TrainingRun(ABC):
     Args:
         stage: the manifest's stage name.
         prefix: `stage1` or `stage2`, of the metrics' names.
-        settings: the stage's settings; part of the artifact's identity with `pass_through`.
+        settings: the stage's settings.
         inputs: name to folder or file of everything that the result depends on.
         make_step: called on every rank once models and process groups are there; returns the forward step.
+        identity: the settings as the manifest keeps them.
         monitoring: where metrics go besides the artifact's own files.
         verify_inputs: compare the inputs with their manifests first.
     """
@@ -74,6 +75,7 @@ class TrainingRun(ABC):
     inputs: dict[str, Path]
     pass_through: list[str]
     make_step: Callable[[Any, argparse.Namespace], ForwardStep]
+    identity: dict[str, Any] = field(default_factory=dict, kw_only=True)
     monitoring: Monitoring = field(default=Monitoring(), kw_only=True)
     verify_inputs: bool = field(default=False, kw_only=True)
 
@@ -115,11 +117,6 @@ class TrainingRun(ABC):
     def name_of(self, row: int) -> str:
         """What a rollout is called, by its number in a batch's `row_indices`."""
         return f"rollout number {row}"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The settings as the manifest keeps them."""
-        return settings_identity(self.settings, self.pass_through, precision=self.layout.precision)
 
     @property
     def save_intervals(self) -> SaveIntervals:

@@ -17,11 +17,11 @@ def run_stages(rank: int, world_size: int, stages: Stages) -> None:
 
     platform.enable_cpu()
     from megatron_erpd.commands.export_checkpoint import export_checkpoints
+    from megatron_erpd.commands.held_out import select
     from megatron_erpd.commands.import_checkpoint import import_checkpoint
-    from megatron_erpd.commands.one_process import select
+    from megatron_erpd.commands.on_policy import train_on_policy
     from megatron_erpd.commands.precompute import precompute
     from megatron_erpd.commands.train import distill, train_teacher
-    from megatron_erpd.training.on_policy import train_on_policy
 
     commands = {
         "import": import_checkpoint,

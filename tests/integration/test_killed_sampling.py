@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import held_out, rollouts
 from megatron_erpd.manifest import MANIFEST, METRICS, read_manifest, verify_manifest
 from tests import forked
 from tests.forked import REPOSITORY
@@ -79,10 +79,10 @@ def test_sampling_goes_on_with_the_parts_that_it_has(tmp_path: Path, task: list[
     assert [path.name for path in ended.glob("*.parquet")] == [first.name]
 
     (tmp_path / "go").touch()
-    commands.sample([*argv, str(ended)])
+    rollouts.sample([*argv, str(ended)])
     assert written(first) == before
     assert read_manifest(ended).summary["parts_resumed"] == 1
-    commands.sample([*argv, str(whole)])
+    rollouts.sample([*argv, str(whole)])
     assert verify_manifest(ended).digest == verify_manifest(whole).digest
     assert len(read_manifest(whole).files) == 4
     for name in read_manifest(whole).files:
@@ -95,7 +95,7 @@ def test_evaluation_goes_on_after_the_policies_that_it_has_measured(
     write_model(tmp_path / "other", seed=4)
     (tmp_path / "go").touch()
     sizes = ["--num-prompts", "8", "--num-rollouts", "1", "--max-new-tokens", "4"]
-    commands.sample(["--model", f"{tmp_path}/hf", *task, *sizes, "--output", f"{tmp_path}/rollouts"])
+    rollouts.sample(["--model", f"{tmp_path}/hf", *task, *sizes, "--output", f"{tmp_path}/rollouts"])
     (tmp_path / "go").unlink()
     ended, whole = tmp_path / "ended", tmp_path / "whole"
     models = ["--model", f"base={tmp_path}/hf", "--model", f"other={tmp_path}/other"]
@@ -107,10 +107,10 @@ def test_evaluation_goes_on_after_the_policies_that_it_has_measured(
 
     (tmp_path / "go").touch()
     capsys.readouterr()
-    commands.evaluate([*argv, str(ended)])
+    held_out.evaluate([*argv, str(ended)])
     said = capsys.readouterr().out
     assert written(ended / "base.json") == before and "base sampling" not in said and "other sampling" in said
-    commands.evaluate([*argv, str(whole)])
+    held_out.evaluate([*argv, str(whole)])
     assert "base sampling" in capsys.readouterr().out
     for name in ("base.json", "other.json"):
         results: list[dict[str, Any]] = [json.loads((folder / name).read_text()) for folder in (ended, whole)]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_erpd.commands.on_policy import train_on_policy
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
-from megatron_erpd.recipe.stages import settings_of
 from megatron_erpd.training import on_policy
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
@@ -167,6 +167,6 @@ def test_plan_and_command_agree_on_the_identity(made: Path, tmp_path: Path, monk
     (stage,) = (s for s in plan(recipe) if s.command == "train-on-policy")
     seen: list[Any] = []
     monkeypatch.setattr(on_policy.OnPolicyRun, "execute", lambda run: seen.extend([run.identity, run.inputs]))
-    on_policy.train_on_policy(stage.argv()[2:])
-    assert seen == [settings_of(stage), stage.inputs]
-    assert stage.settings["num_rollouts"] == 2 and stage.settings["max_new_tokens"] == 8
+    train_on_policy(stage.flags())
+    assert seen == [stage.request.recorded.identity, stage.inputs]
+    assert stage.identity["num_rollouts"] == 2 and stage.identity["max_new_tokens"] == 8

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration, saved_iterations
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import held_out as commands
 from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.data.schema import Rollout
 from megatron_erpd.errors import StageError

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.launch.display import Display
+from megatron_erpd.recipe.requests import TrainTeacher
 from megatron_erpd.recipe.stages import Stage
-from megatron_erpd.settings import Layout, SlurmSettings
+from megatron_erpd.settings import Layout, ReplaySettings, SlurmSettings
 from megatron_erpd.slurm.queue import queued, slurm, state_of
 from megatron_erpd.slurm.status import show_jobs
 from megatron_erpd.slurm.submit import cancel, read_submitted, submit_stages
@@ -31,7 +32,8 @@ class FakeStage(Stage):
 
     def flags(self) -> list[str]:
         inputs = {name: str(path) for name, path in self.inputs.items()}
-        return [json.dumps({"output": str(self.output), "settings": self.settings, "inputs": inputs, **self.behavior})]
+        settings = self.request.recorded.identity
+        return [json.dumps({"output": str(self.output), "settings": settings, "inputs": inputs, **self.behavior})]
 
 
 class Run:
@@ -44,16 +46,17 @@ class Run:
     def stage(self, name: str, needs: tuple[str, ...] = (), processes: int = 1, **behavior: Any) -> FakeStage:
         """A stage, with `slurm` and `settings` besides what `fake_stage.py` knows."""
         slurm_settings = {"signal_seconds": 20, "requeues": 3, **behavior.pop("slurm", {})}
-        settings = behavior.pop("settings", {})
-        inputs = {other: self.root / other for other in needs}
+        settings = ReplaySettings(learning_rate=1, **behavior.pop("settings", {}))
+        base, rollouts = [*(self.root / other for other in needs), SCRIPT, SCRIPT][:2]
         return FakeStage(
             name=name,
-            command="train-teacher",
-            arguments=(),
-            inputs=inputs,
-            output=self.root / name,
-            settings=settings,
-            layout=Layout(data_parallel=processes),
+            request=TrainTeacher(
+                base=base,
+                rollouts=rollouts,
+                settings=settings,
+                output=self.root / name,
+                layout=Layout(data_parallel=processes),
+            ),
             slurm=SlurmSettings(**slurm_settings),
             behavior=behavior,
         )

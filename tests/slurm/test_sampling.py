@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import rollouts as commands
 from megatron_erpd.manifest import read_manifest, verify_manifest
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
@@ -58,7 +58,7 @@ def test_slices_of_sampling_end_with_the_artifact_of_one_command(
             log = run.root / "logs/slurm" / f"rollouts-slices-{run.number('rollouts-slices')}_2-0.log"
             run.until(lambda: "queued again (1 of 1)" in log.read_text(), 60, "its job is interrupted")
         (tmp_path / "go").touch()
-        commands.sample([*stage.arguments[:-1], str(tmp_path / "whole")])
+        commands.sample(stage.changed(output=tmp_path / "whole").flags())
         assert run.ends("rollouts", 100) == "COMPLETED"
     finally:
         run.cancel()

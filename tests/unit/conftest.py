@@ -17,6 +17,7 @@ from megatron_erpd.launch.display import Display
 from megatron_erpd.launch.local import Runner
 from megatron_erpd.launch.processes import Slots
 from megatron_erpd.recipe.stages import Stage
+from tests.unit.fake_request import FakeRequest
 
 SCRIPT = Path(__file__).with_name("fake_stage.py")
 
@@ -31,7 +32,7 @@ class FakeStage(Stage):
         job = {
             "stage": self.command,
             "output": str(self.output),
-            "settings": self.settings,
+            "settings": self.identity,
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             **self.behavior,
         }
@@ -58,11 +59,12 @@ def make_stage(tmp_path: Path) -> Callable[..., FakeStage]:
     ) -> FakeStage:
         return FakeStage(
             name=name,
-            command="train-teacher",
-            arguments=(),
-            inputs={other: tmp_path / "run" / other for other in inputs or []},
-            output=tmp_path / "run" / name,
-            settings=settings or {},
+            request=FakeRequest(
+                command="train-teacher",
+                reads={other: tmp_path / "run" / other for other in inputs or []},
+                output=tmp_path / "run" / name,
+                settings=settings or {},
+            ),
             behavior=behavior,
         )
 

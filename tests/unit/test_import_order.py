@@ -28,7 +28,8 @@ ONLY_IN = {
 
 LIGHT = [
     *("errors", "settings", "settings/arguments", "files", "locks", "progress", "content", "manifest", "model_folder"),
-    *("units", "slices", "launcher", "sources/names", "commands/cli", "commands/one_process"),
+    *("units", "slices", "launcher", "sources/names", "commands/cli", "commands/rollouts"),
+    "commands/held_out",
     *("launch/program", "recipe/recipe", "recipe/file", "slurm/job"),
 ]
 """Modules that a command line, or a job, loads before it knows what to do."""

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,9 +99,10 @@ from megatron_erpd.launch.display import Display
 from megatron_erpd.launch.local import Runner, locked
 from megatron_erpd.launch.processes import Slots
 sys.path.insert(0, {here!r})
-from conftest import FakeStage
+from tests.unit.conftest import FakeStage
+from tests.unit.fake_request import FakeRequest
 root = Path({root!r})
-stage = FakeStage("a", "train-teacher", (), {{}}, root / "a", {{}}, behavior={{"sleep": 600}})
+stage = FakeStage("a", FakeRequest(command="train-teacher", output=root / "a"), behavior={{"sleep": 600}})
 with locked(root) as lock:
     display = Display("test", ["a"], Console(file=io.StringIO()))
     Runner(root, [stage], Slots(gpus=[], cores=2), display, keep_open=(lock.fileno(),)).run([stage])
@@ -111,7 +111,7 @@ with locked(root) as lock:
 
 def test_a_run_that_is_killed(make_stage, tmp_path):
     root, stage = tmp_path / "run", make_stage("a")
-    script = _RUN.format(here=str(Path(__file__).parents[1]), root=str(root))
+    script = _RUN.format(here=str(Path(__file__).parents[3]), root=str(root))
     run = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
     while not (root / "a/request.json").is_file() and time.monotonic() < deadline:
@@ -143,5 +143,5 @@ def test_a_look_at_the_lock_does_not_keep_a_run_out(tmp_path):
 
 def test_no_record_and_no_log(tmp_path, make_stage):
     assert last_attempt(tmp_path / "run/logs/a.log") is None
-    stage = replace(make_stage("a"), output=tmp_path / "run/x")
+    stage = make_stage("a").changed(output=tmp_path / "run/x")
     assert rows(tmp_path / "run", [stage])["a"] == Row("waiting", note="")

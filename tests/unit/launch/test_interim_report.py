@@ -11,13 +11,14 @@ from megatron_erpd.launch import interim_report
 from megatron_erpd.launch.interim_report import InterimReport
 from megatron_erpd.manifest import MANIFEST, write_manifest
 from megatron_erpd.recipe.stages import Stage
+from tests.unit.fake_request import fake_stage
 
 
 def stage(root: Path, name: str, command: str = "train-teacher") -> Stage:
     output = root / ("report" if command == "report" else f"round-01/{name}")
     output.mkdir(parents=True, exist_ok=True)
     write_manifest(output, command, {}, {}, {"seconds": 1.5})
-    return Stage(name, command, (), {}, output, {})
+    return fake_stage(name, command, output)
 
 
 def stages_of(root: Path) -> set[str]:

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.launch.local import locked
 from megatron_erpd.manifest import MANIFEST, REQUEST, read_manifest
 from megatron_erpd.recipe.replaced import discard, list_replaced, note
-from megatron_erpd.recipe.stages import Stage
+from tests.unit.fake_request import prepare_stage
 
 
 def test_runs_in_order_and_then_keeps_everything(make_stage, run_stages):
@@ -34,7 +33,7 @@ def test_runs_in_order_and_then_keeps_everything(make_stage, run_stages):
 
 
 def test_a_sampler_gets_all_the_gpus_that_it_spreads_over(make_stage, run_stages):
-    stages = [replace(make_stage(name), gpus_per_process=gpus) for name, gpus in (("a", 2), ("b", 1), ("c", 3))]
+    stages = [make_stage(name).changed(gpus=gpus) for name, gpus in (("a", 2), ("b", 1), ("c", 3))]
     outcome = run_stages(stages, gpus=["0", "1", "2"])
     logs = {name: (outcome.root / "logs" / f"{name}.log").read_text() for name in "abc"}
     assert "\nGPUs 0,1\n" in logs["a"] and "\nGPUs 2\n" in logs["b"]
@@ -94,7 +93,7 @@ def test_a_complete_artifact_is_kept_aside_rather_than_a_begun_one(make_stage, r
 def test_all_that_was_trained_is_kept_and_comes_back(make_stage, run_stages):
     def stages(epochs):
         trained = make_stage("a", settings={"epochs": epochs})
-        return [trained, replace(make_stage("b", ["a"]), command="export")]
+        return [trained, make_stage("b", ["a"]).changed(command="export")]
 
     for epochs in (1, 2, 3):
         root = run_stages(stages(epochs)).root
@@ -230,7 +229,7 @@ def test_the_cores_are_shared_among_what_runs(run_stages, tmp_path, monkeypatch)
 
     def stage(name):
         output = tmp_path / "run" / name
-        return Stage(name, "prepare", (f'python -c "{code}" {output}',), {}, output, {})
+        return prepare_stage(name, f'python -c "{code}" {output}', output)
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     root = run_stages([stage("alone")], cores=4).root
@@ -241,7 +240,7 @@ def test_the_cores_are_shared_among_what_runs(run_stages, tmp_path, monkeypatch)
 def test_a_command_of_the_recipe_gets_its_manifest_from_the_runner(run_stages, tmp_path):
     output = tmp_path / "run" / "prepare"
     code = f"import pathlib; pathlib.Path(r'{output}', 'data').write_text('x')"
-    stage = Stage("prepare", "prepare", (f'python -c "{code}"',), {}, output, {"command": "c"})
+    stage = prepare_stage("prepare", f'python -c "{code}"', output)
     assert run_stages([stage]).states == {"prepare": "done"}
     assert list(read_manifest(output).files) == ["data"]
     assert run_stages([stage]).states == {"prepare": "kept"}

@@ -12,6 +12,7 @@ from megatron_erpd.launch.outcome import judge
 from megatron_erpd.manifest import MANIFEST, begin_artifact, finish_artifact
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.stages import Stage
+from tests.unit.fake_request import fake_stage, prepare_stage
 
 
 def traceback(raised: str, prefix: str = "", place: str = '"step.py", line 3, in loss') -> str:
@@ -161,7 +162,7 @@ def test_exit_codes(code: int, said: str) -> None:
 @pytest.fixture
 def stage(tmp_path: Path) -> Stage:
     (tmp_path / "a.log").write_text("error: of an earlier start\n")
-    return Stage("a", "sample", (), {}, tmp_path / "a", {"seed": 1})
+    return fake_stage("a", "sample", tmp_path / "a", settings={"seed": 1})
 
 
 @pytest.mark.parametrize("code", [0, 1, -6])
@@ -189,7 +190,7 @@ def test_the_artifact_decides(stage: Stage, artifact: str, code: int, tmp_path: 
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_command_that_writes_no_manifest_is_judged_by_its_exit_code(code: int, tmp_path: Path) -> None:
-    stage = Stage("prepare", "prepare", (), {}, tmp_path / "prepare", {})
+    stage = prepare_stage("prepare", "true", tmp_path / "prepare")
     artifacts = Artifacts(tmp_path)
     artifacts.begin(stage)
     (tmp_path / "log").write_text("")

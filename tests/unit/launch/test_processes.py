@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_erpd.launch.processes import Slots, StageProcess, error_message, visible_gpus
-from megatron_erpd.recipe.stages import Stage
+from tests.unit.fake_request import prepare_stage
 
 
 def test_gpus_belong_to_one_stage_at_a_time():
@@ -69,7 +69,7 @@ def test_a_stage_gets_its_gpus_and_none_of_its_parents_launcher(tmp_path, monkey
         monkeypatch.setenv(name, "8")
     monkeypatch.setenv("OMP_NUM_THREADS", "all")
     code = "import json, os; print(json.dumps(dict(os.environ)))"
-    stage = Stage("a", "prepare", (f'python -c "{code}"',), {}, tmp_path, {})
+    stage = prepare_stage("a", f'python -c "{code}"', tmp_path)
     process = StageProcess(stage, tmp_path / "a.log", gpus=["2", "5"], threads=3)
     assert process.process.wait(30) == 0
     environment = json.loads(process.log.read_text().splitlines()[-1])
@@ -80,7 +80,7 @@ def test_a_stage_gets_its_gpus_and_none_of_its_parents_launcher(tmp_path, monkey
 
 def test_progress_is_the_last_whole_step(tmp_path):
     said = "sampled 1 of 2\\n/x.py:3: UserWarning: 1 of 2 was 3 of 4\\n  warnings.warn()\\nwarning: skipped 1 of 2"
-    stage = Stage("a", "prepare", (f"python -c \"print('{said}')\"",), {}, tmp_path, {})
+    stage = prepare_stage("a", f"python -c \"print('{said}')\"", tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"iteration": 3, "stage1/loss": 0.5}\n')
     os.utime(metrics, (time.time() - 60, time.time() - 60))

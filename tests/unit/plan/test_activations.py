@@ -23,8 +23,9 @@ from megatron_erpd.plan.activations import (
     training_bytes,
 )
 from megatron_erpd.plan.memory import stage_memory
+from megatron_erpd.recipe.requests import TrainTeacher
 from megatron_erpd.recipe.stages import Stage, flags_of
-from megatron_erpd.settings import Layout
+from megatron_erpd.settings import Layout, ReplaySettings
 from tests.distributed.checkpoint.published import PUBLISHED
 from tests.tolerances import FLOAT64, MEMORY_REPORT
 
@@ -157,9 +158,17 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Lay
 
 
 def stage(sizes: Layout) -> Stage:
-    settings = {"global_batch_size": 1024}
-    flags = ("--use-distributed-optimizer",)
-    return Stage("teacher", "train-teacher", (), {}, Path("teacher"), settings, sizes, flags)
+    return Stage(
+        "teacher",
+        TrainTeacher(
+            base=Path("base"),
+            rollouts=Path("rollouts"),
+            settings=ReplaySettings(global_batch_size=1024),
+            output=Path("teacher"),
+            layout=sizes,
+            megatron=("--use-distributed-optimizer",),
+        ),
+    )
 
 
 def test_weights_and_optimizer_are_those_of_megatrons_report(published: tuple[Path, Layout]) -> None:

@@ -13,8 +13,9 @@ from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.plan.gpu_fit import Gpus, Proposal, gpu_fit, parse_gpus, propose
 from megatron_erpd.plan.memory import stage_memory
+from megatron_erpd.recipe.requests import TrainTeacher
 from megatron_erpd.recipe.stages import Stage, flags_of
-from megatron_erpd.settings import Layout
+from megatron_erpd.settings import Layout, ReplaySettings
 
 EIGHT_B = ModelShape(
     family=FAMILIES["LlamaForCausalLM"],
@@ -40,8 +41,17 @@ LONGEST = 4096
 def stage(megatron: dict[str, Any] | None = None, batch: int = 256, **sizes: Any) -> Stage:
     layout = Layout(**{"precision": "bf16", "micro_batch_size": 1, **sizes})
     flags = flags_of({"use-distributed-optimizer": True} if megatron is None else megatron)
-    settings = {"global_batch_size": batch, "epochs": 1}
-    return Stage("teacher", "train-teacher", (), {}, Path("teacher"), settings, layout, flags)
+    return Stage(
+        "teacher",
+        TrainTeacher(
+            base=Path("base"),
+            rollouts=Path("rollouts"),
+            settings=ReplaySettings(global_batch_size=batch, epochs=1),
+            output=Path("teacher"),
+            layout=layout,
+            megatron=flags,
+        ),
+    )
 
 
 def tried(proposal: Proposal, batch: int = 256) -> Stage:
@@ -121,7 +131,7 @@ def test_remedies_do_what_they_say() -> None:
         n
         for n in sizes
         if stage_memory(
-            replace(close, layout=close.layout.model_copy(update={"micro_batch_size": n})), EIGHT_B, LONGEST
+            close.changed(layout=close.layout.model_copy(update={"micro_batch_size": n})), EIGHT_B, LONGEST
         ).total
         <= gpus.usable
     ]

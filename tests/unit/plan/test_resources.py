@@ -6,7 +6,6 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from megatron_erpd.plan.tables import tables
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
-from megatron_erpd.recipe.stages import Stage, settings_of
+from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings import PrecomputeSettings
 
 ROOT = Path(__file__).parents[3]
@@ -103,7 +102,7 @@ def finish(stage: Stage, summary: dict[str, Any] | None = None) -> None:
     if stage.command == "score":  # the rewards that the rollouts have
         (stage.output / CONTENT).write_text('{"digest": null}')
     inputs = Artifacts(stage.output.parent).digests(stage)
-    write_manifest(stage.output, stage.command, settings_of(stage), inputs, summary)
+    write_manifest(stage.output, stage.command, stage.request.recorded.identity, inputs, summary)
 
 
 def shown(found: Resources, width: int = 200) -> str:
@@ -198,7 +197,7 @@ def test_targets_from_hidden_states(plan_of: Callable[..., Resources]) -> None:
         layout={"tensor_parallel": 8, "pipeline_parallel": 4, "precision": "bf16"},
     )
     live = next(stage for stage in plan(recipe) if stage.name == "student")
-    stage = replace(live, settings={**live.settings, "teacher": "hidden"})
+    stage = live.changed(settings=live.request.settings.model_copy(update={"teacher": "hidden"}))
     found = stage_memory(stage, read_model_shape("model"))
     assert (found.num_frozen, found.frozen) == (0, 2 * 2 * HEAD)  # output layers of base and teacher
     speed, sizes = Speed(1000.0, 10.0), (128_256, 8192)

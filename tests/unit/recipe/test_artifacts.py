@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from megatron_erpd.manifest import begin_artifact, file_digest, finish_artifact
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.sampling.inputs import input_digests
+from tests.unit.fake_request import fake_stage
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def evaluation(tmp_path: Path) -> Stage:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     (tmp_path / "verifier.py").write_text("def score(record, response):\n    return 1.0  # always\n")
     inputs = {name: tmp_path / file for name, file in _FILES.items()}
-    return Stage("evaluation", "evaluate", (), inputs, tmp_path / "run/evaluation", {"verifier": "v"})
+    return fake_stage("evaluation", "evaluate", tmp_path / "run/evaluation", inputs, {"verifier": "v"})
 
 
 _FILES = {"model-base": "model", "prompts": "prompts.jsonl", "verifier": "verifier.py"}
 
 
 def finish(stage: Stage, digests: dict[str, str]) -> None:
-    begin_artifact(stage.output, stage.command, stage.settings, digests)
+    begin_artifact(stage.output, stage.command, stage.identity, digests)
     (stage.output / "base.json").write_text("{}")
     finish_artifact(stage.output)
 
@@ -84,15 +84,15 @@ def test_a_verifier_by_its_modules_name_was_no_input_before(evaluation):
     digests = input_digests("evaluate", evaluation.inputs)
     finish(evaluation, {name: digest for name, digest in digests.items() if name != "verifier"})
     assert found(evaluation) == ("complete", [])
-    assert found(replace(evaluation, settings={"verifier": "w"})) == ("other", ["verifier: v -> w"])
+    assert found(evaluation.changed(settings={"verifier": "w"})) == ("other", ["verifier: v -> w"])
 
 
 def test_rollouts_of_the_version_before_had_their_verifier_in_them(evaluation, tmp_path):
     """... and are the ones asked for whoever is to score them now."""
     inputs = {"model": tmp_path / "model", "prompts": tmp_path / "prompts.jsonl"}
-    stage = replace(evaluation, command="sample", inputs=inputs, settings={"seed": 1})
+    stage = evaluation.changed(command="sample", reads=inputs, settings={"seed": 1})
     before = {**inputs, "verifier": tmp_path / "verifier.py"}
-    finish(replace(stage, settings={"seed": 1, "verifier": "v"}), {k: every_byte(path) for k, path in before.items()})
+    finish(stage.changed(settings={"seed": 1, "verifier": "v"}), {k: every_byte(path) for k, path in before.items()})
     (tmp_path / "verifier.py").write_text("def score(record, response):\n    return 0.0\n")
     assert found(stage) == ("complete", [])
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+2=", "answer": "2"}\n')
@@ -100,7 +100,7 @@ def test_rollouts_of_the_version_before_had_their_verifier_in_them(evaluation, t
 
 
 def test_answers_are_no_part_of_what_is_sampled(evaluation, tmp_path):
-    stage = replace(evaluation, command="sample", inputs={"prompts": tmp_path / "prompts.jsonl"}, settings={"seed": 1})
+    stage = evaluation.changed(command="sample", reads={"prompts": tmp_path / "prompts.jsonl"}, settings={"seed": 1})
     finish(stage, input_digests("sample", stage.inputs))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "3", "metadata": {"level": 1}}\n')
     assert found(stage) == ("complete", [])

@@ -14,7 +14,7 @@ from megatron_erpd.plan.resources import estimate
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
-from megatron_erpd.recipe.stages import TRAINS, Stage, settings_of
+from megatron_erpd.recipe.stages import TRAINS, Stage
 from megatron_erpd.training.run import with_rates
 
 SHAPE = {
@@ -59,10 +59,10 @@ def trainings(planned: Recipe) -> dict[str, Stage]:
 def test_what_a_stage_will_record_follows_its_base(tmp_path, config, rate):
     write_config(tmp_path / "run/round-01/base/hf", config)
     stages = trainings(recipe(tmp_path))
-    found = {name: settings_of(stage)["learning_rate"] for name, stage in stages.items()}
+    found = {name: stage.request.recorded.identity["learning_rate"] for name, stage in stages.items()}
     assert found == {"teacher": rate, "student": rate, "controls/grpo": rate, "controls/given": 3e-4}
-    assert settings_of(stages["teacher"])["warmup_fraction"] == 0.1
-    assert settings_of(stages["controls/given"])["warmup_fraction"] == 0.0
+    assert stages["teacher"].request.recorded.identity["warmup_fraction"] == 0.1
+    assert stages["controls/given"].request.recorded.identity["warmup_fraction"] == 0.0
 
 
 def test_a_command_takes_what_the_plan_expects(tmp_path, capsys):
@@ -70,13 +70,13 @@ def test_a_command_takes_what_the_plan_expects(tmp_path, capsys):
     write_config(base / "hf", LARGE)
     given = recipe(tmp_path).teacher
     chosen = with_rates(given, base).model_dump(mode="json")
-    assert {name: settings_of(trainings(recipe(tmp_path))["teacher"])[name] for name in chosen} == chosen
+    assert {name: trainings(recipe(tmp_path))["teacher"].request.recorded.identity[name] for name in chosen} == chosen
     assert "learning rate 1e-06: default for models from 400M parameters (this one has 537M)" in capsys.readouterr().out
     assert round(parameters_of(base / "hf") / 1e6) == 537
 
 
 def test_a_size_is_asked_for_only_where_a_rate_is_missing(tmp_path):
-    assert settings_of(trainings(recipe(tmp_path))["controls/given"])["learning_rate"] == 3e-4
+    assert trainings(recipe(tmp_path))["controls/given"].request.recorded.identity["learning_rate"] == 3e-4
 
 
 def test_done_is_what_was_trained_at_the_same_number(tmp_path):
@@ -91,7 +91,9 @@ def test_done_is_what_was_trained_at_the_same_number(tmp_path):
     teacher.output.mkdir(parents=True)
 
     def found(**settings: Any) -> tuple[str, list[str]]:
-        write_manifest(teacher.output, "train-teacher", settings_of(teacher) | settings, artifacts.digests(teacher))
+        write_manifest(
+            teacher.output, "train-teacher", teacher.request.recorded.identity | settings, artifacts.digests(teacher)
+        )
         assessment = artifacts.assess(teacher)
         return assessment.found, assessment.reasons
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import held_out, rollouts
 from megatron_erpd.errors import ErpdError, RecipeError
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
 from megatron_erpd.recipe.stages import TOOLS, Stage, dependencies, flags_of
-from megatron_erpd.settings.arguments import VERIFY_INPUTS
 
 TRAIN_ON_POLICY = "tools/train_on_policy.py"
 
@@ -125,8 +123,8 @@ def test_torchrun_takes_the_commands_as_they_are():
 
 def test_a_layout_is_no_part_of_the_identity():
     plain, parallel = stages_of(), stages_of(layout={"tensor_parallel": 2, "micro_batch_size": 8})
-    assert {n: (s.settings, s.inputs) for n, s in plain.items()} == {
-        n: (s.settings, s.inputs) for n, s in parallel.items()
+    assert {n: (s.identity, s.inputs) for n, s in plain.items()} == {
+        n: (s.identity, s.inputs) for n, s in parallel.items()
     }
 
 
@@ -143,9 +141,9 @@ def test_layouts_and_flags_of_one_stage():
     assert (stages["teacher"].layout.tensor_parallel, stages["teacher"].layout.pipeline_parallel) == (2, 2)
     assert stages["teacher"].megatron == ("--lr-decay-style", "cosine")
     assert stages["teacher"].argv()[-3:] == ["--", "--lr-decay-style", "cosine"]
-    assert stages["teacher"].settings["megatron"] == ["--lr-decay-style", "cosine"]
+    assert stages["teacher"].identity["megatron"] == ["--lr-decay-style", "cosine"]
     assert stages["student"].megatron == ("--lr-decay-style", "cosine", "--log-progress")
-    assert "megatron" not in stages["initial"].settings
+    assert "megatron" not in stages["initial"].identity
     assert stages["base-log-probs"].layout.num_processes == 1
     assert stages["controls/sapo"].layout.num_processes == 4
     assert stages["export"].layout.num_processes == 1 and stages["rollouts"].layout.num_processes == 1
@@ -155,7 +153,7 @@ def test_later_rounds_start_from_the_student():
     stages = stages_of(rounds=2, warm_up=None)
     assert str(stages["round-02/teacher"].inputs["base"]) == "out/round-01/student"
     assert str(stages["round-02/rollouts"].inputs["model"]) == "out/round-01/export/student"
-    assert (stages["rollouts"].settings["seed"], stages["round-02/rollouts"].settings["seed"]) == (1, 2)
+    assert (stages["rollouts"].identity["seed"], stages["round-02/rollouts"].identity["seed"]) == (1, 2)
     assert stages["round-02/evaluation"].inputs["model-base"] == Path("out/round-01/export/student")
     # How far all rounds have come is measured from the first base; in the first round that is the base itself.
     assert "origin" not in stages["evaluation"].inputs
@@ -193,7 +191,7 @@ def test_a_selection_puts_one_checkpoint_in_the_teachers_place(monkeypatch):
     export = stages["export"]
     assert "--checkpoint teacher=out/round-01/selection " in export.shown()
     assert "--checkpoint teacher=out/round-01/teacher@all" in export.shown()
-    assert export.settings["iterations"]["teacher"] is None and export.settings["iterations"]["teacher@all"] == "all"
+    assert export.identity["iterations"]["teacher"] is None and export.identity["iterations"]["teacher@all"] == "all"
     assert export.inputs["teacher@all"] == Path("out/round-01/teacher")
     assert "selection" not in stages["student"].inputs and "selection" not in stages["controls/sapo"].inputs
 
@@ -202,11 +200,9 @@ def test_auto_needs_the_policies_of_every_outcome():
     selected = {"selection": SELECTION, "cache": {"signal": "auto"}, "controls": {}}
     assert {"policy-teacher", "policy-unlearned"} <= set(stages_of(**selected)["cache"].inputs)
     alone = stages_of(**selected, unlearned=None)
-    assert "policy-unlearned" not in alone["cache"].inputs and "--unlearned" not in alone["selection"].arguments
+    assert "policy-unlearned" not in alone["cache"].inputs and not alone["selection"].request.unlearned
     explicit = stages_of(selection=SELECTION, cache={"signal": "contrast"}, controls={})["cache"]
-    assert "policy-teacher" not in explicit.inputs and "--selection" in explicit.arguments, (
-        "it is reported all the same"
-    )
+    assert "policy-teacher" not in explicit.inputs and explicit.request.selection, "it is reported all the same"
 
 
 def test_later_rounds_select_too():
@@ -217,9 +213,9 @@ def test_later_rounds_select_too():
 
 def test_each_round_takes_the_next_prompts():
     stages = stages_of(rounds=3)
-    assert "--first-prompt" not in stages["rollouts"].shown() and "first_prompt" not in stages["rollouts"].settings
+    assert "--first-prompt" not in stages["rollouts"].shown() and "first_prompt" not in stages["rollouts"].identity
     assert "--num-prompts 8 --first-prompt 16" in stages["round-03/rollouts"].shown()
-    assert stages["round-03/rollouts"].settings["first_prompt"] == 16
+    assert stages["round-03/rollouts"].identity["first_prompt"] == 16
     every = stages_of(rounds=2, rollouts={k: v for k, v in SECTIONS["rollouts"].items() if k != "num_prompts"})
     assert "--first-prompt" not in every["round-02/rollouts"].shown()
 
@@ -296,9 +292,9 @@ def test_an_on_policy_control_needs_no_rollouts():
 def test_stages_verify_what_they_read_unless_told_otherwise():
     stages = stages_of()
     for stage in stages.values():
-        assert (VERIFY_INPUTS in stage.flags()) == stage.is_tool, stage.name
-        assert VERIFY_INPUTS not in replace(stage, verify_inputs=False).flags()
-        assert not any("verify" in key for key in stage.settings)
+        assert ("--verify-inputs" in stage.flags()) == stage.is_tool, stage.name
+        assert "--verify-inputs" not in stage.changed(verify_inputs=False).flags()
+        assert not any("verify" in key for key in stage.identity)
 
 
 def test_an_exact_kl_gets_the_bases_rows():
@@ -328,48 +324,43 @@ class _Captured(ErpdError):
     pass
 
 
-@pytest.mark.parametrize("name", ["rollouts", "rewards", "imported", "selection", "evaluation"])
-def test_plan_and_command_agree_on_the_identity(name, monkeypatch):
-    stages = stages_of(selection=SELECTION)
-    rollouts = {"file": "dump.jsonl", "fields": {"reward": "score"}, "on_reject": "skip"}
-    evaluation = {"prompts": "reasoning-gym:chain_sum?size=9", "verifier": "math-verify", "num_samples": 2}
-    stages["imported"] = stages_of(rollouts=rollouts, evaluation=evaluation)["rollouts"]
-    assert_agrees(stages[name], monkeypatch)
-    if name == "evaluation":
-        assert_agrees(stages_of(rollouts=rollouts, evaluation=evaluation)[name], monkeypatch)
-    if name in ("rollouts", "rewards", "evaluation"):
-        assert_agrees(stages_of(rounds=2)[f"round-02/{name}"], monkeypatch)
-
-
-def assert_agrees(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_begin_with_what_was_planned(monkeypatch):
     seen: list[Any] = []
 
-    def begin(command: str, output: Path, request: Any, verify: bool) -> None:
-        seen.extend([command, output, request.settings, request.inputs])
+    def begin(request: Any) -> None:
+        seen.append(request)
         raise _Captured
 
-    monkeypatch.setattr(commands, "_begin", begin)
-    function = {"sample": commands.sample, "import-rollouts": commands.import_rollouts, "evaluate": commands.evaluate}
-    function |= {"select": commands.select, "score": commands.score}
+    for room in (rollouts, held_out):
+        monkeypatch.setattr(room, "begin", begin)
     monkeypatch.setattr("megatron_erpd.sampling.score.prompts_of_rollouts", lambda *given: [])
-    with pytest.raises(_Captured):
-        function[stage.command](stage.argv()[2:])
-    assert seen == [stage.command, stage.output, stage.settings, stage.inputs]
+    imported = {"file": "dump.jsonl", "fields": {"reward": "score"}, "on_reject": "skip"}
+    evaluation = {"prompts": "reasoning-gym:chain_sum?size=9", "verifier": "math-verify", "num_samples": 2}
+    functions = {"sample": rollouts.sample, "score": rollouts.score, "import-rollouts": rollouts.import_rollouts}
+    functions |= {"select": held_out.select, "evaluate": held_out.evaluate}
+    planned = [*stages_of(selection=SELECTION, rounds=2).values()]
+    planned += stages_of(rollouts=imported, evaluation=evaluation).values()
+    stages = [stage for stage in planned if stage.command in functions]
+    assert {stage.command for stage in stages} == set(functions)
+    for stage in stages:
+        with pytest.raises(_Captured):
+            functions[stage.command](stage.flags())
+        assert seen.pop() == stage.request
 
 
 def test_monitoring_is_asked_for_in_trainings_and_is_no_part_of_their_identity():
     plain, watched = stages_of(), stages_of(monitoring={"wandb_project": "erpd", "wandb_mode": "offline"})
     flags = ["--wandb-project", "erpd", "--wandb-mode", "offline", "--wandb-dir", "out/wandb"]
     for name, stage in watched.items():
-        assert stage.settings == plain[name].settings
-        words = list(stage.arguments)
+        assert stage.identity == plain[name].identity
+        words = stage.flags()
         trains = stage.command in ("train-teacher", "distill")
         assert ("--wandb-project" in words) == trains
         if trains:
             at = words.index("--wandb-project")
             assert words[at : at + 6] == flags
-            assert words[:at] + words[at + 6 :] == list(plain[name].arguments)
-    elsewhere = stages_of(monitoring={"wandb_project": "erpd", "wandb_dir": "/scratch"})["teacher"].arguments
+            assert words[:at] + words[at + 6 :] == plain[name].flags()
+    elsewhere = stages_of(monitoring={"wandb_project": "erpd", "wandb_dir": "/scratch"})["teacher"].flags()
     assert elsewhere[elsewhere.index("--wandb-dir") + 1] == "/scratch"
 
 

@@ -21,7 +21,7 @@ from megatron_erpd.plan.resources import estimate
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.file import load_recipe
 from megatron_erpd.recipe.planner import plan
-from megatron_erpd.recipe.stages import Stage, settings_of
+from megatron_erpd.recipe.stages import Stage
 
 RECIPE = """
 name: mine
@@ -51,10 +51,10 @@ class InProcess:
         self.started.append(stage.name)
         inputs = Artifacts(log.parent.parent).digests(stage)
         if stage.is_tool:
-            begin_artifact(stage.output, stage.command, settings_of(stage), inputs)
+            begin_artifact(stage.output, stage.command, stage.request.recorded.identity, inputs)
         if stage.command == "import":
             shutil.copytree(stage.inputs["hf"], stage.output / "hf")
-        (stage.output / "weights").write_text(json.dumps([stage.settings, inputs]))
+        (stage.output / "weights").write_text(json.dumps([stage.identity, inputs]))
         if stage.command == "score":  # the same rewards, whoever gives them
             (stage.output / CONTENT).write_text('{"digest": null}')
         if stage.is_tool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import report as commands
 from megatron_erpd.evaluation.mismatch import measure_mismatch
 from megatron_erpd.evaluation.mismatch_verdicts import MISMATCH, mismatch_report
 from megatron_erpd.report.render import duration, render_report, shortened, tint

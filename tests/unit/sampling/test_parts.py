@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import rollouts as commands
 from megatron_erpd.errors import RecipeError, StageError
 from megatron_erpd.manifest import MANIFEST, read_manifest, verify_manifest
 from megatron_erpd.sampling import parts

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import RecipeError, RolloutError, StageError
-from megatron_erpd.recipe.identity import sample_request
+from megatron_erpd.recipe.requests import Sample
 from megatron_erpd.sampling import parts
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.sample import make_engine, sample_rollouts
@@ -149,7 +149,7 @@ def test_a_policy_on_several_gpus_is_the_same_policy(model_folder, tmp_path, ver
     with pytest.raises(ValueError, match="tensor_parallel 2: engine transformers holds the policy on one GPU"):
         SampleSettings(tensor_parallel=2)
     identity = [
-        sample_request(settings, model_folder, "p.jsonl", None).settings
+        Sample(model=model_folder, prompts="p.jsonl", settings=settings, output=model_folder).identity
         for settings in (spread, spread.model_copy(update={"tensor_parallel": 1}))
     ]
     assert identity[0] == identity[1]

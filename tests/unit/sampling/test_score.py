@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_erpd.commands import one_process as commands
+from megatron_erpd.commands import rollouts as commands
 from megatron_erpd.data.rewards import with_rewards
 from megatron_erpd.data.rollouts import read_rollouts
 from megatron_erpd.errors import RolloutError, StageError

@@ -13,11 +13,15 @@ import pytest
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.recipe.requests import Sample
+from megatron_erpd.sampling.inputs import input_digests
 from megatron_erpd.sampling.parts import begin_slice
+from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
 from megatron_erpd.slurm import job as slurm_job
 from megatron_erpd.slurm.job import StageJob
 from megatron_erpd.slurm.jobs import JobRecord
+from tests.unit.fake_request import FakeRequest
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageJob]:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr(slurm_job, "_SOON_SECONDS", 0.3)
     kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    record = JobRecord("a", "a", "sample", [], {}, str(tmp_path / "a"), {}, 1, 3, 60, 300)
+    record = JobRecord("a", "a", FakeRequest(command="sample", output=tmp_path / "a"), 1, 3, 60, 300)
     yield StageJob(tmp_path, record, tmp_path / "a.log")
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -36,11 +40,18 @@ def test_an_interrupted_slice_of_sampling_keeps_its_parts(
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    folder = begin_slice(tmp_path / "a", Slice(2, 3), {"seed": 1}, {})
+    (tmp_path / "hf").write_text("a model")
+
+    def request(seed: int) -> Sample:
+        settings = SampleSettings(seed=seed)
+        return Sample(model=tmp_path / "hf", prompts="reasoning-gym:x", settings=settings, output=tmp_path / "a")
+
+    digests = input_digests("sample", request(1).inputs)
+    folder = begin_slice(tmp_path / "a", Slice(2, 3), request(1).identity, digests)
     (folder / "rollouts-00001-of-00003.parquet").write_text("rows")
 
     def begin(seed: int) -> bool:
-        record = JobRecord("a-slices", "a", "sample", [], {}, str(tmp_path / "a"), {"seed": seed}, 3, 3, 60, 300)
+        record = JobRecord("a-slices", "a", request(seed), 3, 3, 60, 300)
         return StageJob(tmp_path, record, tmp_path / "a.log")._begin()
 
     assert not begin(seed=1)

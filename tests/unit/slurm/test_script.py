@@ -163,7 +163,7 @@ def test_a_slice_s_artifact_is_that_of_the_sample_command(recipe, tmp_path):
     record.write_text(json.dumps(job(made, "rollouts-slices").record()))
     one = JobRecord.read(record).as_slice(3)
     assert one.output == made.folder / "round-01/rollouts/.slice-0003-of-0008"
-    assert one.settings == {**job(made, "rollouts").stage.settings, "slice": "3/8"}
+    assert one.identity == {**job(made, "rollouts").stage.identity, "slice": "3/8"}
     record.write_text(json.dumps(job(made, "cache-slices").record()))
     assert JobRecord.read(record).as_slice(3).output == made.folder / "round-01/cache/slice-0003-of-0008"
 
@@ -188,7 +188,7 @@ def test_a_sampler_s_gpus_are_one_process_s(recipe):
     assert "export OMP_NUM_THREADS=32 " in script
     assert "gpus-per-node" not in directives(scripts(recipe(rollouts=sampled))["rollouts"])
     plain, spread = (plan(recipe(rollouts={**sampled, "tensor_parallel": n})) for n in (1, 4))
-    assert [stage.settings for stage in plain] == [stage.settings for stage in spread]
+    assert [stage.identity for stage in plain] == [stage.identity for stage in spread]
     with pytest.raises(RecipeError, match="rollouts: tensor_parallel 16: .* slurm.gpus_per_node is 8"):
         scripts(recipe(rollouts={**sampled, "tensor_parallel": 16}, slurm=asked))
     with pytest.raises(RecipeError, match="tensor_parallel 4: engine transformers"):
@@ -295,7 +295,7 @@ def test_a_recipe_with_a_slurm_section_reads_back_as_itself(recipe, tmp_path):
 
 def test_slurm_is_no_part_of_an_artifact_s_identity(recipe):
     plain, asked = plan(recipe()), plan(recipe(slurm={"partition": "h100"}))
-    assert [stage.settings for stage in plain] == [stage.settings for stage in asked]
+    assert [stage.identity for stage in plain] == [stage.identity for stage in asked]
 
 
 def test_dry_run_prints_the_scripts_and_writes_nothing(recipe, tmp_path):

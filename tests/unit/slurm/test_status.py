@@ -10,10 +10,10 @@ import pytest
 
 from megatron_erpd.launch.display import Display, Row
 from megatron_erpd.manifest import write_manifest
-from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.slurm import status as slurm_status
 from megatron_erpd.slurm.queue import Queued
 from megatron_erpd.slurm.status import show_jobs
+from tests.unit.fake_request import fake_stage
 
 Show = Callable[..., str]
 
@@ -24,7 +24,7 @@ def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Show:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "logs/slurm").mkdir(parents=True)
     (tmp_path / "slurm/jobs.json").write_text(json.dumps({"jobs": {"a": {"id": "17"}}}))
-    stage = Stage("a", "train-teacher", (), {}, tmp_path / "a", {})
+    stage = fake_stage("a", "train-teacher", tmp_path / "a")
 
     def note(*jobs: Queued) -> str:
         monkeypatch.setattr(slurm_status, "queued", lambda: {"17": list(jobs)})
@@ -85,5 +85,5 @@ def test_a_job_that_did_its_work_has_not_failed(show: Show, tmp_path: Path, monk
     monkeypatch.setattr(slurm_status, "how_ended", lambda _: "FAILED")
     display = Display("test", ["a"])
     display.rows["a"] = Row("again", note="because input verifier changed")
-    show_jobs(display, [Stage("a", "train-teacher", (), {}, tmp_path / "a", {})], tmp_path)
+    show_jobs(display, [fake_stage("a", "train-teacher", tmp_path / "a")], tmp_path)
     assert f"{display.rows['a'].state}: {display.rows['a'].note}" == expected
