@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_erpd.errors import StageError
 from megatron_erpd.launch.attempts import last_attempt
 from megatron_erpd.launch.display import Display, Row, State, findings_lines
 from megatron_erpd.launch.local import log_file
@@ -29,9 +30,12 @@ def status_table(recipe: Recipe) -> Display:
         pending = [name for name in dependencies(stage, stages) if not verdicts[name].is_done]
         display.rows[stage.name] = _row(stage, verdicts[stage.name], pending, log_file(recipe.folder, stage))
     if slurm_folder(recipe.folder).is_dir():
-        from megatron_erpd.slurm.status import show_or_say
+        from megatron_erpd.slurm.status import show_jobs
 
-        show_or_say(display, stages, recipe.folder)
+        try:
+            show_jobs(display, stages, recipe.folder)
+        except StageError as error:
+            display.say(f"the run's jobs are not shown: {error}")
     if all(display.rows[stage.name].state == "done" for stage in stages if stage.command == "evaluate"):
         display.notes = findings_lines(recipe.folder / "report" / "summary.json")
     display.notes = [*display.notes, *filter(None, [replaced.note(recipe.folder)])]

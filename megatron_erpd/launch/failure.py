@@ -103,7 +103,8 @@ def _raised(output: str) -> str:
     if what := "\n".join(filter(None, [_signalled(output), _crash(lines)])):
         return what
     if causes:  # of several processes the first, of one the last, which ended it
-        return causes[0 if _launched(output) else -1].describe()
+        launched = "torch.distributed.elastic" in output or "torch/distributed/elastic" in output
+        return causes[0 if launched else -1].describe()
     return min(found, key=lambda raised: raised.at).describe() if found else ""
 
 
@@ -179,10 +180,6 @@ def _signalled(output: str) -> str:
             memory = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
             return f"rank {rank} was ended by {name}{memory}"
     return ""
-
-
-def _launched(output: str) -> bool:
-    return "torch.distributed.elastic" in output or "torch/distributed/elastic" in output
 
 
 def _without_launcher(lines: Sequence[str]) -> list[str]:

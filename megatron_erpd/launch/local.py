@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 from rich.console import Console
 from rich.text import Text
@@ -149,7 +149,10 @@ class Runner:
         while new := [stage for stage in self._unblocked(waiting) if stage.name not in self.assessed]:
             for stage in new:
                 self.display.update(stage.name, "checking")
-                self.assessed[stage.name] = self._assess(stage)
+                # Anything that is not the artifact asked for is put aside.
+                self.assessed[stage.name], lines = self.artifacts.ready(stage)
+                for line in lines:
+                    self.display.say(f"[{stage.name}] {line}")
                 if self.assessed[stage.name].found == "complete":
                     self.done.add(stage.name)
                     self.display.update(stage.name, "kept", note=str(stage.output))
@@ -157,13 +160,6 @@ class Runner:
                     self.display.update(stage.name, "waiting")
             waiting = [stage for stage in waiting if stage.name not in self.done]
         return waiting
-
-    def _assess(self, stage: Stage) -> Assessment:
-        """What is in the stage's folder after anything that is not the artifact asked for was put aside."""
-        assessment, lines = self.artifacts.ready(stage)
-        for line in lines:
-            self.display.say(f"[{stage.name}] {line}")
-        return assessment
 
     def _choose(self, waiting: Sequence[Stage]) -> list[Stage]:
         """Stages that can start now, side by side, in the order of the plan."""
@@ -180,11 +176,9 @@ class Runner:
             self.artifacts.begin(stage)
         log = log_file(self.root, stage)
         self.running[stage.name] = StageProcess(stage, log, gpus, self.slots.threads, self.keep_open)
-        again = "resumes from what is there, " if self._resumes(stage) else ""
+        resumes = stage.is_tool and self.assessed[stage.name].found == "interrupted"
+        again = "resumes from what is there, " if resumes else ""
         self.display.update(stage.name, "running", note=f"{again}log in {log}")
-
-    def _resumes(self, stage: Stage) -> bool:
-        return stage.is_tool and self.assessed[stage.name].found == "interrupted"
 
     def _watch(self) -> None:
         """Takes in what has ended, and shows how far the others are."""
@@ -199,7 +193,10 @@ class Runner:
             self.slots.give_back(process.stage.num_gpus, process.gpus)
             outcome = judge(self.artifacts, process.stage, code, process.log, process.log_start)
             if not outcome.done:
-                self._fail(process, f"{outcome.why}\n({describe_code(code)}, log in {process.log})")
+                why = f"{outcome.why}\n({describe_code(code)}, log in {process.log})"
+                process.note_end("failed", why)
+                self.display.update(name, "failed", process.elapsed)
+                raise StageError(f"{name} failed: {why}")
             if outcome.warning:
                 self.display.say(f"[{name}] {outcome.warning}")
             process.note_end("done")
@@ -209,11 +206,6 @@ class Runner:
                 self.display.say(f"[{name}] warning: {warning}")
             if self._after_stage and (note := self._after_stage(process.stage)):
                 self.display.say(f"[{name}] {note}")
-
-    def _fail(self, process: StageProcess, why: str) -> NoReturn:
-        process.note_end("failed", why)
-        self.display.update(process.stage.name, "failed", process.elapsed)
-        raise StageError(f"{process.stage.name} failed: {why}")
 
     def _stop(self) -> None:
         """Ends what runs; it is taken up again by the next run."""

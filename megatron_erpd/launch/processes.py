@@ -39,10 +39,6 @@ class Slots:
         self._free = list(self.gpus)
         self._running = 0
 
-    @property
-    def total(self) -> int:
-        return len(self.gpus) or self.cores
-
     def fits(self, num_processes: int, besides: int = 0) -> bool:
         """Whether so many processes can start now, besides others that are about to.
 
@@ -123,14 +119,11 @@ class StageProcess:
 
     def progress(self) -> str:
         """A few words on where the stage is: its last training step, or the last progress in its log."""
-        return progress_of(self.stage.output, self._tail(), time.time() - self.elapsed)
+        return progress_of(self.stage.output, tail_of(self.log, self.log_start), time.time() - self.elapsed)
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.started
-
-    def _tail(self) -> str:
-        return tail_of(self.log, self.log_start)
 
 
 def tail_of(log: Path, start: int = 0) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_erpd.errors import StageError
-from megatron_erpd.launch.display import Display, State
+from megatron_erpd.launch.display import Display
 from megatron_erpd.launch.processes import error_message, progress_of, tail_of
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.recipe.stages import Stage
@@ -32,14 +32,17 @@ def show_jobs(display: Display, stages: Sequence[Stage], root: Path) -> None:
                 continue
             number = str(submitted[name]["id"])
             if number in known:
-                row.state, row.note = _alive(known[number]), _note(name, number, known[number], stage, root)
+                runs = any(job.state in ("RUNNING", "COMPLETING") for job in known[number])
+                row.state = "running" if runs else "waiting"
+                row.note = _note(name, number, known[number], stage, root)
                 break  # what waits for the slices says nothing new
             if _made_later(stage, str(submitted[name].get("submitted", "9999"))):
                 continue  # the job did its work; that it is to be done again is not its failure
             how = how_ended(number)
             if how.startswith("COMPLETED"):
                 continue
-            row.state, row.note = _dead(how), f"job {number} {how}{_why(root, name, number)}"
+            row.state = "stopped" if how.startswith("CANCELLED") else "failed"
+            row.note = f"job {number} {how}{_why(root, name, number)}"
             break
 
 
@@ -49,14 +52,6 @@ def _made_later(stage: Stage, submitted: str) -> bool:
         return read_manifest(stage.output).created >= submitted
     except StageError:
         return False
-
-
-def _alive(jobs: Sequence[Queued]) -> State:
-    return "running" if any(job.state in ("RUNNING", "COMPLETING") for job in jobs) else "waiting"
-
-
-def _dead(how: str) -> State:
-    return "stopped" if how.startswith("CANCELLED") else "failed"
 
 
 def _note(name: str, number: str, jobs: Sequence[Queued], stage: Stage, root: Path) -> str:
@@ -92,11 +87,3 @@ def _logs(root: Path, name: str, number: str) -> list[Path]:
     found = [*(root / "logs" / "slurm").glob(f"{name}-{number}-*.log")]
     found += (root / "logs" / "slurm").glob(f"{name}-{number}_*-*.log")
     return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
-def show_or_say(display: Display, stages: Sequence[Stage], root: Path) -> None:
-    """As `show_jobs`; where SLURM can't be asked, says so above the table."""
-    try:
-        show_jobs(display, stages, root)
-    except StageError as error:
-        display.say(f"the run's jobs are not shown: {error}")
