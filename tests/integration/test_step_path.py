@@ -13,6 +13,8 @@ from tests.integration.stages import make_round, run_stages
 
 PACKAGE = Path(megatron_erpd.__file__).parent
 MOST_FILES = 9
+PAGE = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
+PICTURE = PAGE.split("## A training step")[1].split("## A cached token")[0]
 
 
 def files_of_a_step(rank: int, world_size: int, folder: str) -> list[str]:
@@ -56,3 +58,4 @@ def test_a_step_of_the_projection_crosses_few_files(tmp_path: Path) -> None:
     (found,) = run_ranks(files_of_a_step, 1, str(tmp_path))
     assert {"training/step.py", "vocab_parallel/passes.py"} <= set(found)
     assert len(found) <= MOST_FILES, found
+    assert not [name for name in found if Path(name).name not in PICTURE], "docs/architecture.md shows another path"
