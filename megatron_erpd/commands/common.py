@@ -58,7 +58,7 @@ def tokenizer_of(folder: Path | None) -> Any:
     """The tokenizer in a Hugging Face folder."""
     if folder is None:
         return None
-    from megatron_erpd.sampling.policy import load_tokenizer
+    from megatron_erpd.sources.tokenizer import load_tokenizer
 
     return load_tokenizer(folder)
 

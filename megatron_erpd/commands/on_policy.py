@@ -5,9 +5,9 @@ from __future__ import annotations
 from megatron_erpd.commands.train import training_fields, training_request
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.recipe.requests import TrainOnPolicy
-from megatron_erpd.sampling.policy import load_tokenizer
 from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
 from megatron_erpd.sampling.verifiers import Verifier
+from megatron_erpd.sources.tokenizer import load_tokenizer
 from megatron_erpd.training.fresh_rollouts import Sampler
 from megatron_erpd.training.on_policy import OnPolicyRun, on_policy_step
 from megatron_erpd.training.run import with_rates

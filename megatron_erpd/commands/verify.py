@@ -103,8 +103,8 @@ def _verify_weights(folder: Path, source: Path, prompts: str | None) -> None:
 
 def _verify_logits(pair: Any, prompts: str) -> None:
     from megatron_erpd.model.logits import LOGIT_TOLERANCE, compare_on_prompts
-    from megatron_erpd.sampling.policy import load_tokenizer
     from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
+    from megatron_erpd.sources.tokenizer import load_tokenizer
 
     encoded = encode_prompts(load_tokenizer(pair.hf_folder), load_prompts(prompts))
     found = compare_on_prompts(pair, encoded)

@@ -14,8 +14,6 @@ from megatron_erpd.errors import CheckpointError
 from megatron_erpd.model_folder import read_tensors, refuse_adapter, weight_files
 from megatron_erpd.sources.tokenizer import load_tokenizer, without_end
 
-__all__ = ["Policy", "load_policy", "load_tokenizer", "policy_fingerprint", "reload_weights"]
-
 _WHOLE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**16
 

@@ -18,12 +18,12 @@ from megatron_erpd.files import write_json
 from megatron_erpd.sampling.engine import Progress, Sample, SamplingEngine, TransformersEngine
 from megatron_erpd.sampling.inputs import questions_digest
 from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
-from megatron_erpd.sampling.policy import load_tokenizer, policy_fingerprint
+from megatron_erpd.sampling.policy import policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text
 from megatron_erpd.sampling.score import REPORT, VERIFIER_ERROR, Scorer, errors_of, reward_figures
 from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
-from megatron_erpd.sources.tokenizer import tokenizer_digest
+from megatron_erpd.sources.tokenizer import load_tokenizer, tokenizer_digest
 
 
 def sample_rollouts(
