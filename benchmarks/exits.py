@@ -5,8 +5,8 @@
 Each is a process of its own that runs `megatron-erpd train-teacher` on a model of two layers and leaves through the end
 of the interpreter: a third after its last step, a third after an early stop, a third is interrupted by SIGTERM and
 started again. While a step is made, the thread that collates batches is at work on the next. The processes are forked
-from this one, which has imported Megatron, so that hundreds take minutes. Ends with exit code 1 if any process ended
-with another code than its own, or left no whole artifact.
+from one that has imported Megatron (`tests/forked.py`), so that hundreds take minutes. Ends with exit code 1 if any
+process ended with another code than its own, or left no whole artifact.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS
 import argparse
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,9 +29,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_erpd.commands import cli  # noqa: E402
 from megatron_erpd.errors import StageError  # noqa: E402
 from megatron_erpd.manifest import verify_manifest  # noqa: E402
+from tests import forked  # noqa: E402
 from tests.integration.tiny import write_model, write_random_rollouts  # noqa: E402
 
 _INTERRUPTED = 75
@@ -39,12 +40,8 @@ _STEPS_BEFORE_SIGTERM = 3
 _POLL_SECONDS = 0.02
 _SAID_EVERY = 25
 
-Training = Generator[int, int, None]
+Training = Generator[forked.Popen, int, None]
 """Gives the process that it waits for, and is sent its exit code."""
-
-
-class InChild(BaseException):
-    """Leaves all that the parent was doing, in a process that was forked to run a command."""
 
 
 def main() -> None:
@@ -55,7 +52,6 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="exits-"))
     _prepare(folder)
-    _import_megatron()
     started = time.monotonic()
     ended: list[tuple[str, int, bool]] = []
     _run_all([_training(folder, number, ended) for number in range(given.trainings)], given.at_once, ended)
@@ -75,15 +71,18 @@ def main() -> None:
 
 
 def _run_all(trainings: list[Training], at_once: int, ended: list[tuple[str, int, bool]]) -> None:
-    waiting, running, done = trainings[::-1], dict[int, Training](), 0
+    waiting, running, done = trainings[::-1], dict[forked.Popen, Training](), 0
     while waiting or running:
         while waiting and len(running) < at_once:
             training = waiting.pop()
             running[next(training)] = training
-        pid, status = os.wait()
-        training = running.pop(pid)
+        process = next((process for process in running if process.poll() is not None), None)
+        if process is None:
+            time.sleep(_POLL_SECONDS)
+            continue
+        training = running.pop(process)
         try:
-            running[training.send(os.waitstatus_to_exitcode(status))] = training
+            running[training.send(process.wait())] = training
         except StopIteration:
             done += 1
             if done % _SAID_EVERY == 0:
@@ -105,13 +104,8 @@ def _prepare(folder: Path) -> None:
         ["precompute", *data, "--kind", "token", "--output", folder / "log-probs"],
     ):
         log = folder / f"{argv[0]}.log"
-        _, status = os.waitpid(_fork(log, *argv), 0)
-        if status != 0:
+        if _start(log, *argv).wait() != 0:
             sys.exit(log.read_text())
-
-
-def _import_megatron() -> None:
-    """What a training imports, once for all."""
 
 
 def _training(folder: Path, number: int, ended: list[tuple[str, int, bool]]) -> Training:
@@ -123,24 +117,19 @@ def _training(folder: Path, number: int, ended: list[tuple[str, int, bool]]) -> 
     argv += ["--global-batch-size", "32", "--micro-batch-size", "16", "--checkpoints", "1", "--output", output]
     argv += ["--epochs", "6" if kind == "SIGTERM" else "1"]
     argv += ["--max-kl", "1e-9"] if kind == "early stop" else []
-    process = _fork(log, *argv)
+    process = _start(log, *argv)
     if kind == "SIGTERM":
-        while _steps(output) < _STEPS_BEFORE_SIGTERM and _lives(process):
+        while _steps(output) < _STEPS_BEFORE_SIGTERM and process.poll() is None:
             time.sleep(_POLL_SECONDS)
-        os.kill(process, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         code = yield process
         if code != _INTERRUPTED:
             print(f"{output.name} ended with {code}:\n{log.read_text()[-4000:]}", flush=True)
         ended.append((kind, code, True))
-        kind, process = "started again", _fork(log, *argv)
+        kind, process = "started again", _start(log, *argv)
     code = yield process
     ended.append((kind, code, _is_whole(output, log, code)))
     shutil.rmtree(output / "megatron", ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether a child has not ended; it is not waited for."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _steps(output: Path) -> int:
@@ -162,22 +151,12 @@ def _is_whole(output: Path, log: Path, code: int) -> bool:
     return whole
 
 
-def _fork(log: Path, *argv: object) -> int:
-    """Starts `megatron-erpd` with these arguments; returns its process."""
-    sys.stdout.flush()
-    if process := os.fork():
-        return process
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, sys.stdout.fileno())
-    os.dup2(file, sys.stderr.fileno())
-    raise InChild(*map(str, argv))
+def _start(log: Path, *argv: object) -> forked.Popen:
+    """Starts `megatron-erpd` with these arguments."""
+    command = [sys.executable, "-m", "megatron_erpd.commands.cli", *map(str, argv)]
+    with log.open("ab") as file:
+        return forked.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InChild as child:
-        arguments = list(child.args)
-    else:
-        sys.exit()
-    cli.main(arguments)
+    main()

@@ -194,7 +194,8 @@ def losses(artifact: Path) -> list[float]:
     """The loss of every step, each step once."""
     rows = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row.get("stage1/loss", row.get("stage2/loss")) for row in rows]
+    (loss,) = (name for name in ("stage1/loss", "stage2/loss") if name in rows[0])
+    return [row[loss] for row in rows]
 
 
 def weights(artifact: Path, folder: Path) -> bytes:

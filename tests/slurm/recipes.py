@@ -84,7 +84,6 @@ def trainings(root: Path) -> dict[str, list[tuple[float, float]]]:
     for path in sorted(root.glob(f"round-*/**/{METRICS}")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)), path
-        losses = [(row.get("stage1/loss", row.get("stage2/loss")), row.get("grad-norm")) for row in rows]
-        if losses[0][0] is not None:
-            found[str(path.parent.relative_to(root))] = losses
+        for loss in {"stage1/loss", "stage2/loss"} & rows[0].keys():
+            found[str(path.parent.relative_to(root))] = [(row[loss], row["grad-norm"]) for row in rows]
     return found

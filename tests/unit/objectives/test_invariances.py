@@ -1,12 +1,12 @@
-"""Every loss and signal, each in all of its forms: value and gradient by hand, `gradcheck`, stopped gradients, and that
-neither micro-batches, data-parallel shards, padding nor the order of the rows change a result."""
+"""Every loss and signal, with every two of its settings together: value and gradient by hand, `gradcheck`, stopped
+gradients, and that neither micro-batches, data-parallel shards, padding nor the order of the rows change a result."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any, get_args
 
 import pytest
@@ -55,13 +55,17 @@ def make(weighted: bool) -> Batch:
     )
 
 
+Evaluate = Callable[[Batch], LossOutput]
+Derive = Callable[[Batch], Expected]
+
+
 @dataclass(frozen=True)
 class Case:
     """A function of the package and its derivation by hand."""
 
     name: str
-    evaluate: Callable[[Batch], LossOutput]
-    expected: Callable[[Batch], Expected]
+    evaluate: Evaluate
+    expected: Derive
     branches: set[str]
     weighted: bool = False
 
@@ -94,58 +98,75 @@ TOKEN_LOSSES: dict[str, tuple[str, dict[str, Any], TokenLoss, set[str]]] = {
 }
 
 
+def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Few of all combinations, in which every two values of two factors meet."""
+
+    def pairs(combination: tuple[Any, ...]) -> set[tuple[Any, ...]]:
+        return set(combinations(enumerate(combination), 2))
+
+    every = list(product(*factors))
+    missing = set[tuple[Any, ...]]().union(*map(pairs, every))
+    chosen = []
+    while missing:
+        chosen.append(max(every, key=lambda combination: len(pairs(combination) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+def on_tokens(loss: str, aggregation: str, unlearn: bool) -> tuple[Evaluate, Derive, set[str]]:
+    """A loss that is a sum over tokens: the package's, the one by hand, and what is to be reached."""
+    more = {"aggregation": aggregation, "unlearn": unlearn}
+    sign = -1.0 if unlearn else 1.0
+    if loss == "gspo":
+        return (
+            lambda b: REPLAY_LOSSES["gspo"](inputs_of(b, b.advantages), clip_low=0.05, clip_high=0.05, **more),
+            lambda b: derivations.gspo(b, 0.05, 0.05, aggregation, sign * b.advantages.numpy()),
+            CLIPPED,
+        )
+    if loss == "sft":
+        return (
+            lambda b: REPLAY_LOSSES["sft"](inputs_of(b, b.advantages), threshold=0.5, **more),
+            lambda b: derivations.token_losses(
+                b,
+                derivations.sft,
+                aggregation,
+                b.advantages.numpy(),
+                lambda reward: reward <= 0.5 if unlearn else reward > 0.5,
+            ),
+            ONLY,
+        )
+    name, settings, token, branches = TOKEN_LOSSES[loss]
+    return (
+        lambda b: REPLAY_LOSSES[name](inputs_of(b, b.advantages), **settings, **more),
+        lambda b: derivations.token_losses(b, token, aggregation, sign * b.advantages.numpy()),
+        branches,
+    )
+
+
+def on_sequences(loss: str, agg: str, unlearn: bool) -> tuple[Evaluate, Derive, set[str]]:
+    """A loss on the log-ratios of whole responses, as `on_tokens`."""
+
+    def target(batch: Batch) -> Tensor:
+        if loss == "ce":
+            return 1 - batch.rewards if unlearn else batch.rewards
+        return -batch.advantages if unlearn else batch.advantages
+
+    by_hand = {"ce": derivations.cross_entropy, "mse": derivations.squared_error}[loss]
+    return (
+        lambda b: REPLAY_LOSSES[loss](inputs_of(b, b.advantages), beta=0.7, agg=agg, unlearn=unlearn),
+        lambda b: derivations.sequence_losses(b, by_hand, target(b).numpy(), 0.7, agg),
+        ONLY,
+    )
+
+
 def losses_on_sequence_advantages() -> Iterator[Case]:
-    for unlearn, weighted in product([False, True], [False, True]):
-        sign = -1.0 if unlearn else 1.0
-        form = f"{' unlearn' * unlearn}{' weighted' * weighted}"
-        for aggregation in AGGREGATIONS:
-            more = {"aggregation": aggregation, "unlearn": unlearn}
-            for label, (name, settings, token, branches) in TOKEN_LOSSES.items():
-                yield Case(
-                    f"{label} {aggregation}{form}",
-                    lambda b, n=name, s=settings, m=more: REPLAY_LOSSES[n](inputs_of(b, b.advantages), **s, **m),
-                    lambda b, t=token, a=aggregation, s=sign: derivations.token_losses(
-                        b, t, a, s * b.advantages.numpy()
-                    ),
-                    branches,
-                    weighted,
-                )
-            yield Case(
-                f"gspo {aggregation}{form}",
-                lambda b, m=more: REPLAY_LOSSES["gspo"](inputs_of(b, b.advantages), clip_low=0.05, clip_high=0.05, **m),
-                lambda b, a=aggregation, s=sign: derivations.gspo(b, 0.05, 0.05, a, s * b.advantages.numpy()),
-                CLIPPED,
-                weighted,
-            )
-            yield Case(
-                f"sft {aggregation}{form}",
-                lambda b, m=more: REPLAY_LOSSES["sft"](inputs_of(b, b.advantages), threshold=0.5, **m),
-                lambda b, a=aggregation, u=unlearn: derivations.token_losses(
-                    b, derivations.sft, a, b.advantages.numpy(), lambda reward: reward <= 0.5 if u else reward > 0.5
-                ),
-                ONLY,
-                weighted,
-            )
-        for agg in ("sum", "mean"):
-            more = {"beta": 0.7, "agg": agg, "unlearn": unlearn}
-            yield Case(
-                f"ce {agg}{form}",
-                lambda b, m=more: REPLAY_LOSSES["ce"](inputs_of(b, b.advantages), **m),
-                lambda b, a=agg, u=unlearn: derivations.sequence_losses(
-                    b, derivations.cross_entropy, (1 - b.rewards if u else b.rewards).numpy(), 0.7, a
-                ),
-                ONLY,
-                weighted,
-            )
-            yield Case(
-                f"mse {agg}{form}",
-                lambda b, m=more: REPLAY_LOSSES["mse"](inputs_of(b, b.advantages), **m),
-                lambda b, a=agg, s=sign: derivations.sequence_losses(
-                    b, derivations.squared_error, s * b.advantages.numpy(), 0.7, a
-                ),
-                ONLY,
-                weighted,
-            )
+    for of, losses, aggregations in (
+        (on_tokens, (*TOKEN_LOSSES, "gspo", "sft"), AGGREGATIONS),
+        (on_sequences, ("ce", "mse"), ("sum", "mean")),
+    ):
+        for loss, aggregation, unlearn, weighted in pairwise(losses, aggregations, (False, True), (False, True)):
+            form = f"{loss} {aggregation}{' unlearn' * unlearn}{' weighted' * weighted}"
+            yield Case(form, *of(loss, aggregation, unlearn), weighted)
 
 
 # Each signal as a recipe writes it, and the weight it gives to the log-probs of each policy.
@@ -190,7 +211,7 @@ def policy_gradient(label: str, signal: str, shape: str, aggregation: str, weigh
 
 def losses_on_token_advantages() -> Iterator[Case]:
     # The signal's forms with stage 2's surrogates; the aggregations and weights with all that take token advantages.
-    for label, signal, shape in product(("ppo", "sapo"), SIGNALS, SHAPES):
+    for label, signal, shape in pairwise(("ppo", "sapo"), list(SIGNALS), list(SHAPES)):
         yield policy_gradient(label, signal, shape, "token_mean")
     for label, aggregation in product(TOKEN_LOSSES, AGGREGATIONS):
         yield policy_gradient(label, "unlearned", "clipped", aggregation, weighted=True)
@@ -220,6 +241,14 @@ def assert_same_metrics(parts: list[LossOutput], whole: LossOutput) -> None:
     for key, (total, count) in whole.metrics.items():
         FLOAT64.assert_close(sum(part.metrics[key][0] for part in parts), total, key)
         assert sum(int(part.metrics[key][1]) for part in parts) == int(count)
+
+
+def test_every_two_values_meet() -> None:
+    factors = ("ab", range(3), "xyz", (True, False))
+    found = pairwise(*factors)
+    for i, j in combinations(range(4), 2):
+        assert {(row[i], row[j]) for row in found} == set(product(factors[i], factors[j]))
+    assert 9 <= len(found) < 18  # of 36
 
 
 def test_nothing_is_left_out() -> None:
