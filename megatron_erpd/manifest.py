@@ -378,7 +378,8 @@ def differences(manifest: Manifest, stage: str, settings: Mapping[str, Any], inp
     wanted = json.loads(json.dumps(finite(dict(settings))))
     for name in sorted({*manifest.settings, *wanted}):
         before, now = manifest.settings.get(name), wanted.get(name)
-        if before != now and not (name == "verifier" and _without_folder(before) == _without_folder(now)):
+        same_program = name in ("verifier", "loss") and _without_folder(before) == _without_folder(now)
+        if before != now and not same_program:
             lines.append(f"{name}: {before} -> {now}")
     for name in sorted({*manifest.inputs, *inputs}):
         if manifest.inputs.get(name) != inputs.get(name):
@@ -386,9 +387,9 @@ def differences(manifest: Manifest, stage: str, settings: Mapping[str, Any], inp
     return lines
 
 
-def _without_folder(verifier: object) -> str:
-    """A verifier's file is an input, identified by its content: the folder it lies in doesn't count."""
-    return re.sub(r"^python:.*/([^/]+\.py:\w+)$", r"python:\1", str(verifier))
+def _without_folder(program: object) -> str:
+    """The file of a verifier or a loss is an input, identified by its content: the folder it lies in doesn't count."""
+    return re.sub(r"^python:.*/([^/]+\.py:\w+)$", r"python:\1", str(program))
 
 
 def input_digest(path: Path, counts: Callable[[Iterable[PurePath]], list[PurePath]] = identifying_files) -> str:

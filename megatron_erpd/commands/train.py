@@ -19,6 +19,7 @@ from megatron_erpd.model.arguments import launched_layout
 from megatron_erpd.model.compatible import check_compatible, load_data
 from megatron_erpd.objectives.kl_control import KlController
 from megatron_erpd.objectives.signals import parse_signal, policies_of
+from megatron_erpd.objectives.types import Aggregation
 from megatron_erpd.recipe.command_line import read_request
 from megatron_erpd.recipe.requests import Distill, TrainingRequest, TrainTeacher
 from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
@@ -35,7 +36,18 @@ from megatron_erpd.teacher_cache.rows import (
 from megatron_erpd.training.advantages import advantages_of
 from megatron_erpd.training.early_stop import EarlyStop
 from megatron_erpd.training.run import ReplayRun, TrainingRun, with_rates
-from megatron_erpd.training.step import ForwardStep
+from megatron_erpd.training.step import (
+    DistillStep,
+    ForwardStep,
+    LossFunction,
+    ReplayStep,
+    behavior_correction,
+    cached_target,
+    replay_loss,
+    sequence_advantages,
+    signal_advantages,
+    surrogate_loss,
+)
 
 
 def train_teacher(argv: list[str]) -> None:
@@ -72,7 +84,7 @@ def train_teacher(argv: list[str]) -> None:
         prefix="stage1",
         settings=settings,
         rollouts=rollouts,
-        make_step=partial(_replay_step, settings),
+        make_step=partial(_replay_step, settings, *replay_loss(settings)),
         advantages=advantages,
         token_rows=rows,
         imitated=imitated,
@@ -220,16 +232,9 @@ def _behavior_row(rollouts: Rollouts, path: Path) -> TokenRow:
     return lambda i: np.asarray(rollouts.behavior_log_probs(i))
 
 
-def _replay_step(settings: ReplaySettings, run: TrainingRun, args: argparse.Namespace) -> ForwardStep:
-    from megatron_erpd.training.step import (
-        ReplayStep,
-        behavior_correction,
-        cached_target,
-        replay_loss,
-        sequence_advantages,
-    )
-
-    loss, aggregation = replay_loss(settings)
+def _replay_step(
+    settings: ReplaySettings, loss: LossFunction, aggregation: Aggregation, run: TrainingRun, args: argparse.Namespace
+) -> ForwardStep:
     corrected = settings.importance_correction != "none"
     return ReplayStep(
         prefix=run.prefix,
@@ -264,7 +269,6 @@ def _policy_gradient_step(settings: DistillSettings, run: TrainingRun, args: arg
     from megatron.core import mpu
 
     from megatron_erpd.training.kl_budget import KlBudget
-    from megatron_erpd.training.step import ReplayStep, signal_advantages, surrogate_loss
 
     budget = KlBudget(
         KlController(settings.kl_budget, settings.kl_coefficient, args.train_iters),
@@ -297,7 +301,6 @@ def _projection_step(
     from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
     from megatron_erpd.model.projected_target import TrustRegion, hidden_target, live_target
     from megatron_erpd.precompute.forward import output_layers
-    from megatron_erpd.training.step import DistillStep, cached_target
 
     step = partial(DistillStep, kind=settings.divergence, vocab_size=args.vocab_size, gather=settings.gather_teacher)
     if settings.teacher == "cache":

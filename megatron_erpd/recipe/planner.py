@@ -188,6 +188,7 @@ class _Planner:
 
     def _replay(self, name: str, section: ReplaySettings, data: _Data, output: Path) -> Path:
         settings = _as(ReplaySettings, section)
+        settings = settings.model_copy(update={"loss": self._program(settings.loss)})
         return self._add(name, TrainTeacher(**data._asdict(), settings=settings, output=output))
 
     def _selection(self, prefix: str, hf: Path, teacher: Path, rollouts: Path, folder: Path) -> Path:
@@ -214,11 +215,16 @@ class _Planner:
         verifier = section.verifier or (sampled.verifier if isinstance(sampled, Sampled) else None)
         if verifier is None:
             raise RecipeError(f"{where}.verifier: missing; imported rollouts name no verifier to take instead")
-        prompts, file = section.prompts, verifier_file(verifier)
+        prompts = section.prompts
         return {
             "prompts": prompts if prompts.startswith(REASONING_GYM) else str(self._path(prompts)),
-            "verifier": f"python:{self._path(str(file))}:{verifier.rpartition(':')[2]}" if file else verifier,
+            "verifier": self._program(verifier),
         }
+
+    def _program(self, name: str) -> str:
+        """A verifier's or a loss's name with its file, if it has one, where the run has it."""
+        file = verifier_file(name)
+        return f"python:{self._path(str(file))}:{name.rpartition(':')[2]}" if file else name
 
     def _on_policy(self, name: str, section: OnPolicyControl, base: Path, output: Path) -> Path:
         sampled = self.recipe.rollouts

@@ -443,7 +443,8 @@ class TrainTeacher(TrainingRequest):
 
     @property
     def inputs(self) -> dict[str, Path]:
-        return _given(base=self.base, rollouts=self.rollouts, base_log_probs=self.base_log_probs, rewards=self.rewards)
+        data = _given(base=self.base, rollouts=self.rollouts, base_log_probs=self.base_log_probs, rewards=self.rewards)
+        return data | _given(loss=self.settings.loss_file)
 
 
 class TrainOnPolicy(TrainingRequest):

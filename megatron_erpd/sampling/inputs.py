@@ -27,7 +27,8 @@ Reading = Literal["content", "questions", "records", "rewards", "source", "verif
 content: `manifest.input_digest`. records: prompts with their answers and metadata, in whatever way they are written
 down; questions: without these. rewards: the reward of every rollout, which is no input where it is the rollout's own.
 source: the files with rollouts of another program, by their names and content. verifier: a program with the modules
-beside it. script: one program's file. tokenizer: a Hugging Face folder without its weights.
+beside it, a loss of the user's as well. script: one program's file. tokenizer: a Hugging Face folder without its
+weights.
 """
 
 
@@ -39,7 +40,7 @@ def reading(stage: str, name: str) -> Reading:
         return "questions" if stage == "sample" else "records"
     if name == "rewards":
         return "rewards"
-    if name == "verifier":
+    if name in ("verifier", "loss"):
         return "verifier"
     if stage == "import-rollouts" and name in ("tokenizer", "source"):
         return "tokenizer" if name == "tokenizer" else "source"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Literal, Self
+from pathlib import Path
+from typing import Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_erpd.settings.base import Settings, refuse_unread
 from megatron_erpd.settings.learning_rates import chosen_rates
@@ -76,12 +78,16 @@ class OptimizerSettings(TrainingSettings):
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"]
 AdvantageKind = Literal["group_norm", "group_mean", "leave_one_out", "raw"]
 ReplayLoss = Literal["ppo", "gspo", "cispo", "sapo", "ce", "mse", "sft"]
+_PLUG_IN = r"python:(.+\.py):\w+"
 
 
 class ReplaySettings(OptimizerSettings):
     """Stage 1: off-policy replay on a fixed set of scored rollouts."""
 
-    loss: ReplayLoss = Field(default="ce", description="the replay loss")
+    loss: str = Field(
+        default="ce",
+        description=f"the replay loss: {', '.join(get_args(ReplayLoss))}, or python:FILE.py:FUNCTION, one of your own",
+    )
     unlearn: bool = Field(
         default=False, description="flip the sign of the advantage (or the label): the unlearned policy"
     )
@@ -126,6 +132,15 @@ class ReplaySettings(OptimizerSettings):
         default=None, gt=0, description="end after the step whose entropy per token is below this, in nats"
     )
 
+    @field_validator("loss")
+    @classmethod
+    def _is_a_loss(cls, loss: str) -> str:
+        if loss not in get_args(ReplayLoss) and not re.fullmatch(_PLUG_IN, loss):
+            raise ValueError(
+                f"{loss} is unknown; choose one of {', '.join(get_args(ReplayLoss))}, or write python:FILE.py:FUNCTION"
+            )
+        return loss
+
     @model_validator(mode="after")
     def _is_read(self) -> Self:
         loss, choice = self.loss, f"loss: {self.loss}"
@@ -139,6 +154,12 @@ class ReplaySettings(OptimizerSettings):
         refuse_unread(self, f"kl_estimator: {self.kl_estimator}", ("kl_topk",), self.has_exact_kl)
         refuse_unread(self, "importance_correction: none", ("importance_cap",), self.importance_correction != "none")
         return self
+
+    @property
+    def loss_file(self) -> Path | None:
+        """The program of a `python:FILE.py:FUNCTION` loss; None for those of the package."""
+        match = re.fullmatch(_PLUG_IN, self.loss)
+        return Path(match[1]) if match else None
 
     @property
     def has_exact_kl(self) -> bool:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_erpd.data.batch import Batch
+from megatron_erpd.errors import RecipeError
 from megatron_erpd.model.forward import (
     Hidden,
     HiddenStates,
@@ -40,6 +42,7 @@ from megatron_erpd.objectives.types import (
     Metrics,
     ReplayInputs,
 )
+from megatron_erpd.sampling.verifier_worker import module_from_file
 from megatron_erpd.settings import DistillSettings, ReplaySettings
 from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
 from megatron_erpd.training.early_stop import EarlyStop
@@ -280,9 +283,39 @@ class ReplayStep(ForwardStep):
         return coefficient * kl_penalty(policy, old, mask, self.kl_estimator, self.aggregation)[0]
 
 
+def user_loss(spec: str, unlearn: bool = False) -> LossFunction:
+    """The loss `python:FILE.py:FUNCTION`: called as those of `objectives.replay` are, with `unlearn=True` for an
+    unlearned policy.
+
+    Raises:
+        RecipeError: no such file, it can't be imported, or it has no such function. The loss itself raises it where the
+            function returns anything but a `LossOutput` of scalars.
+    """
+    file, _, name = spec.removeprefix("python:").rpartition(":")
+    module = module_from_file(f"loss {spec!r}", Path(file))
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise RecipeError(f"loss {spec!r}: {file} has no function {name!r}; it has {names or 'none'}")
+
+    def loss(inputs: ReplayInputs) -> LossOutput:
+        result = function(inputs, unlearn=True) if unlearn else function(inputs)
+        if not isinstance(result, LossOutput):
+            raise RecipeError(f"loss {spec!r}: returned {type(result).__name__}; return objectives.types.LossOutput")
+        for part, value in {"loss_sum": result.loss_sum, "count": result.count}.items():
+            if not isinstance(value, Tensor) or value.dim():
+                raise RecipeError(f"loss {spec!r}: {part} is {value!r}; it must be a tensor without dimensions")
+        return result
+
+    return loss
+
+
 def replay_loss(settings: ReplaySettings) -> tuple[LossFunction, Aggregation]:
-    """The stage-1 loss that the settings name, with its parameters bound, and its aggregation."""
+    """The stage-1 loss that the settings name, with its parameters bound, and its aggregation (of a loss of the
+    user's: that of the KL term beside it)."""
     aggregation: Aggregation
+    if settings.loss_file is not None:
+        return user_loss(settings.loss, settings.unlearn), settings.aggregation or "token_mean"
     if settings.loss in ("ce", "mse"):
         aggregation = "seq_mean_token_sum"
         parameters: dict[str, Any] = {"beta": settings.beta, "agg": settings.sequence_log_ratio}
