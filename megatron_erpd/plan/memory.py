@@ -22,7 +22,7 @@ from megatron_erpd.plan.activations import (
     recompute_of,
     training_bytes,
 )
-from megatron_erpd.recipe.requests import Distill, Precompute, TrainOnPolicy, TrainTeacher
+from megatron_erpd.recipe.requests import Distill, Precompute, ReplayRequest, TrainOnPolicy
 from megatron_erpd.recipe.stages import Stage
 
 WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2}
@@ -149,7 +149,7 @@ def _activations(stage: Stage, shape: ModelShape, number: int, longest: int) -> 
 
 def global_batch_size(stage: Stage) -> int | None:
     """Rollouts in an optimizer step; None for a stage that doesn't train."""
-    if isinstance(stage.request, TrainTeacher | TrainOnPolicy | Distill):
+    if isinstance(stage.request, ReplayRequest | TrainOnPolicy):
         return stage.request.settings.global_batch_size
     return None
 

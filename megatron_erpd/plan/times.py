@@ -15,7 +15,7 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.plan.activations import recompute_of
 from megatron_erpd.plan.cache import forward_flop, training_flop
 from megatron_erpd.plan.memory import frozen_policies, global_batch_size, micro_batches
-from megatron_erpd.recipe.requests import Distill, TrainTeacher
+from megatron_erpd.recipe.requests import ReplayRequest
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings import OptimizerSettings
 
@@ -111,7 +111,7 @@ def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSi
     """
     for stage in reversed(done):
         metrics = stage.output / "metrics.jsonl"
-        if rollouts is None or not isinstance(stage.request, TrainTeacher | Distill) or not metrics.is_file():
+        if rollouts is None or not isinstance(stage.request, ReplayRequest) or not metrics.is_file():
             continue
         rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if ITERATION_TIME in row]
         flop = stage_flop(stage, shape, rollouts)
@@ -127,7 +127,7 @@ def _tokens(stage: Stage, rollouts: RolloutSize) -> float | None:
     """That run through the model."""
     if stage.command == "precompute":
         return rollouts.count * rollouts.mean_tokens
-    if isinstance(stage.request, TrainTeacher | Distill) and stage.name != "warm-up":  # which reads other rollouts
+    if isinstance(stage.request, ReplayRequest) and stage.name != "warm-up":  # which reads other rollouts
         settings = stage.request.settings
         return _iterations(settings, rollouts) * settings.global_batch_size * rollouts.mean_tokens
     return None  # on policy the sampling takes most of the time

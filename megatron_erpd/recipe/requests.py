@@ -25,6 +25,7 @@ from megatron_erpd.settings import (
     Layout,
     Monitoring,
     OnPolicySettings,
+    OptimizerSettings,
     PrecomputeSettings,
     ReplaySettings,
     SampleSettings,
@@ -423,7 +424,22 @@ class Score(Request):
         return settings_identity(more, scorer=scorer_version(self.verifier))
 
 
-class TrainTeacher(TrainingRequest):
+class ReplayRequest(TrainingRequest):
+    """Of a training on fixed rollouts."""
+
+    settings: OptimizerSettings
+    rollouts: Path = Field(description=ROLLOUTS_HELP)
+    base_log_probs: Path | None = Field(
+        default=None, description="cache with the base policy's log-probs; only --loss sft can do without"
+    )
+    rewards: Path | None = Field(default=None, description=REWARDS_HELP)
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        return _given(base=self.base, rollouts=self.rollouts, base_log_probs=self.base_log_probs, rewards=self.rewards)
+
+
+class TrainTeacher(ReplayRequest):
     """Stage 1: optimises a replay loss on fixed, scored rollouts, from the base policy, for many epochs.
 
     The same command trains a teacher, the unlearned policy (--unlearn), and policies on demonstrations (--loss sft).
@@ -434,17 +450,11 @@ class TrainTeacher(TrainingRequest):
         "--base runs/a/base --rollouts runs/a/rollouts --base-log-probs runs/a/base-log-probs --output runs/a/teacher "
         "--loss ce --epochs 16"
     )
-    rollouts: Path = Field(description=ROLLOUTS_HELP)
-    base_log_probs: Path | None = Field(
-        default=None, description="cache with the base policy's log-probs; only --loss sft can do without"
-    )
-    rewards: Path | None = Field(default=None, description=REWARDS_HELP)
     settings: ReplaySettings = Field(default=ReplaySettings(), title="training")
 
     @property
     def inputs(self) -> dict[str, Path]:
-        data = _given(base=self.base, rollouts=self.rollouts, base_log_probs=self.base_log_probs, rewards=self.rewards)
-        return data | _given(loss=self.settings.loss_file)
+        return super().inputs | _given(loss=self.settings.loss_file)
 
 
 class TrainOnPolicy(TrainingRequest):
@@ -510,7 +520,7 @@ class Precompute(SlicedRequest, ModelRequest):
         return self._of_slice(self._identity())
 
 
-class Distill(TrainingRequest):
+class Distill(ReplayRequest):
     """Stage 2: from the base policy to the student, along the teacher's token-level signal, under a trust region."""
 
     command = "distill"
@@ -518,9 +528,6 @@ class Distill(TrainingRequest):
         "--base runs/a/base --rollouts runs/a/rollouts --base-log-probs runs/a/base-log-probs --cache runs/a/cache "
         "--output runs/a/student --divergence reverse_kl"
     )
-    rollouts: Path = Field(description=ROLLOUTS_HELP)
-    base_log_probs: Path | None = Field(default=None, description="cache with the base policy's log-probs")
-    rewards: Path | None = Field(default=None, description=REWARDS_HELP)
     cache: Path | None = Field(default=None, description="teacher cache (--teacher cache)")
     policies: Annotated[dict[str, Path], _POLICY] = Field(
         default={}, description="teacher=DIR, unlearned=DIR (--teacher live)"
@@ -530,13 +537,8 @@ class Distill(TrainingRequest):
     @property
     def inputs(self) -> dict[str, Path]:
         """Without what the settings do not read."""
-        return _given(
-            base=self.base,
-            rollouts=self.rollouts,
-            base_log_probs=self.base_log_probs,
-            rewards=self.rewards,
-            cache=self.cache if self.settings.reads_cache else None,
-        ) | (_policy_inputs(self.policies) if self.settings.makes_target else {})
+        cache = _given(cache=self.cache if self.settings.reads_cache else None)
+        return super().inputs | cache | (_policy_inputs(self.policies) if self.settings.makes_target else {})
 
 
 class Select(Request):

@@ -178,7 +178,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], list[str], dict[str, str]]] = {
         interrupt("student"),
         [],
         {
-            "student": "resumed, because it did not end, and goes on",
+            "student": "resumed, because it did not end, and resumes",
             "export": "undecided, kept if its input student comes out the same",
             "report": "undecided, kept if its inputs student and export come out the same",
         },
