@@ -31,6 +31,7 @@ from megatron_erpd.precompute.forward import (
     run_forward,
     run_stored,
 )
+from megatron_erpd.precompute.missing import Missing, PolicyPass, missing_rows, portions
 from megatron_erpd.precompute.scores import Scores, output_layer_digest, response_states
 from megatron_erpd.progress import StepLines
 from megatron_erpd.settings import Layout, PrecomputeSettings
@@ -94,21 +95,21 @@ class CachePasses:
             self._scores = Scores(settings, self.names, shard, SequenceShard.here())
         self._layers: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
-        self._missing: dict[str, np.ndarray] = {}
+        self._missing = Missing(
+            self.names, settings.kind == "topk", self._global, settings.keep_hidden, self._uses_scratch
+        )
         self._writer: CacheWriter | None = None
         self._scratch: CacheWriter | None = None
 
     def run(self) -> None:
         """All passes; when it returns, every row is on disk."""
-        self._missing = self._find_missing(self.output, self.meta)
+        self._missing.rows = self._find_missing(self.output, self.meta)
         if self._given is not None:
             self._take_log_probs(self._given)
-        for groups in self._groups_of_passes():
+        for groups in self._portions():
             self._pass(groups)
         if rank() == 0:  # left by a run that was killed after its last pass
             shutil.rmtree(self.output / SCRATCH, ignore_errors=True)
-
-    # What is missing, and in how many passes
 
     def _find_missing(self, folder: Path, meta: CacheMeta) -> dict[str, np.ndarray]:
         """Table -> bool `[N]`: rollouts that it doesn't have. One broadcast per table."""
@@ -116,37 +117,30 @@ class CachePasses:
         meeting.first(lambda: done.update(prepare_cache(folder, meta)))
         found = {}
         for table in meta.tables:
-            ids = done.get(table, frozenset())
-            missing = np.array([name not in ids for name in self.rollouts.sample_ids], dtype=np.uint8)
-            shared = torch.from_numpy(missing).to(platform.device())
+            missing = missing_rows(self.rollouts.sample_ids, done.get(table, frozenset()))
+            shared = torch.from_numpy(missing.astype(np.uint8)).to(platform.device())
             torch.distributed.broadcast(shared, src=0)
             found[table] = shared.cpu().numpy().astype(bool)
         return found
 
-    def _groups_of_passes(self) -> list[list[np.ndarray]]:
-        """The batches with rollouts that lack anything, in as many parts as the disk asks for."""
-        lacking = self._with_any(np.logical_or.reduce(list(self._missing.values())), self._groups)
-        if not lacking:
+    def _portions(self) -> list[list[np.ndarray]]:
+        """The batches with rollouts that lack anything, in as many passes as the disk asks for."""
+        batches = self._missing.batches(self._groups)
+        if not batches:
             return []
         if self._global or not self._uses_scratch:
-            # A global eta is a mean over all rollouts: those whose rows are written count too.
-            return [self._groups if self._global else lacking]
-        tokens = int(self.rollouts.response_lengths[np.concatenate(lacking)].sum())
+            return [batches]
+        tokens = int(self.rollouts.response_lengths[np.concatenate(batches)].sum())
         needed = tokens * self._scratch_meta.columns(hidden_table("base"))["hidden"].bytes_per_token
-        needed *= len(self.names) - 1
         free = torch.tensor([shutil.disk_usage(self.output).free], dtype=torch.int64, device=platform.device())
         torch.distributed.broadcast(free, src=0)
-        count = max(1, -(-needed // max(1, int(_SHARE_OF_DISK * int(free)))))
-        if count > len(lacking):
+        found = portions(batches, needed * (len(self.names) - 1), int(_SHARE_OF_DISK * int(free)))
+        if found is None:
             raise CacheError(
                 f"{self.output}: {int(free) / 2**30:.1f} GiB are free, not enough for the hidden states of a single "
                 "batch; free space there, or lower micro_batch_size"
             )
-        return [lacking[number::count] for number in range(count)]
-
-    def _with_any(self, needed: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The groups in which any row is needed, `[N]`."""
-        return [group for group in groups if needed[group].any()]
+        return found
 
     @property
     def _uses_scratch(self) -> bool:
@@ -174,7 +168,7 @@ class CachePasses:
         def take() -> None:
             with CacheWriter(self.output, self.meta) as writer:
                 for name, table in zip(self.names, tables, strict=True):
-                    for i in np.flatnonzero(self._missing[table]).tolist():
+                    for i in np.flatnonzero(self._missing.rows[table]).tolist():
                         sample = self.rollouts.sample_ids[i]
                         row = given.token_row(name, sample)
                         writer.write_log_probs(name, sample, self.rollouts.token_crc(i), row)
@@ -182,9 +176,7 @@ class CachePasses:
 
         meeting.first(take)
         for table in tables:
-            self._missing[table][:] = False
-
-    # A pass
+            self._missing.rows[table][:] = False
 
     def _pass(self, groups: list[np.ndarray]) -> None:
         from megatron.core import mpu
@@ -193,9 +185,9 @@ class CachePasses:
         store_meta = self.meta if keep else self._scratch_meta
         store_folder = self.output if keep else self.output / SCRATCH
         if self._uses_scratch:
-            self._missing |= {
-                t: m for t, m in self._find_missing(store_folder, store_meta).items() if t[:7] == "hidden."
-            }
+            hidden = {hidden_table(name) for name in self.names}
+            found = self._find_missing(store_folder, store_meta)
+            self._missing.rows |= {table: rows for table, rows in found.items() if table in hidden}
         first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
         writes, number = self._is_last and first, mpu.get_data_parallel_rank()
         self._writer = CacheWriter(self.output, self.meta, number) if writes else None
@@ -225,55 +217,32 @@ class CachePasses:
         """One policy over the batches that need it."""
         from megatron_erpd.model.model import load_weights
 
-        makes_target = self.settings.kind == "topk" and not self._global
-        is_live = makes_target and name == self.names[-1]
-        needed = self._missing[log_probs_table(name)].copy()
-        stores = hidden_table(name) in self._missing and not (self._uses_scratch and is_live)
-        if stores:
-            lacks = self._missing[hidden_table(name)]
-            if not self.settings.keep_hidden and not self._global:
-                # The last policy's pass reads them for all of its batches.
-                last = self._missing[TOPK] | self._missing[log_probs_table(self.names[-1])]
-                read = np.zeros_like(last)
-                for group in self._with_any(last, groups):
-                    read[group] = True
-                lacks = lacks & read
-            needed |= lacks
-        if is_live:
-            needed |= self._missing[TOPK]
-        chosen = self._with_any(needed, groups)
-        target_waits = self.settings.kind == "topk" and (
-            self._global or bool(self._with_any(self._missing[TOPK], groups))
-        )
-        if not chosen and not target_waits:
+        made = self._missing.policy_pass(name, groups)
+        if not made.loads_weights:
             return
         load_weights(self._model, self.policies[name])
-        self._note_layer(name, self.settings.keep_hidden or stores)
-        if chosen:
-            stored = store() if is_live and len(self.names) > 1 else None
-            consume = partial(self._consume, name, stores, stored, is_live)
+        self._note_layer(name, self.settings.keep_hidden or made.stores_hidden)
+        if made.batches:
+            stored = store() if made.makes_target and len(self.names) > 1 else None
+            consume = partial(self._consume, name, made, stored)
             lines = StepLines(self.output / METRICS, f"precompute/{name}")
-            run_forward(self._model, self.rollouts, chosen, self.layout, consume, f"precompute {name}", lines)
+            run_forward(self._model, self.rollouts, made.batches, self.layout, consume, f"precompute {name}", lines)
         self._flush()
-        tables = [log_probs_table(name), *([hidden_table(name)] if stores else []), *([TOPK] if is_live else [])]
-        for table in tables:
-            for group in chosen:
-                self._missing[table][group] = False
+        self._missing.written(name, made)
 
     def _consume(
         self,
         name: str,
-        stores: bool,
+        made: PolicyPass,
         stored: Stored | None,
-        makes_target: bool,
         batch: Batch,
         hidden: HiddenStates,
     ) -> None:
         """Writes what is missing of a batch of a policy's forward pass."""
         assert self._scores is not None
-        states = response_states(batch, hidden, SequenceShard.here()) if stores else []
+        states = response_states(batch, hidden, SequenceShard.here()) if made.stores_hidden else []
         target: dict[str, list[np.ndarray]] = {}
-        if makes_target:
+        if made.makes_target:
             # As they will be read again, so that the same q follows from what is kept.
             kept = self.meta.hidden_dtype
             live = hidden if kept is None else replace(hidden, rows=_rounded(hidden.rows, kept))
@@ -286,11 +255,11 @@ class CachePasses:
             return
         for b, i in enumerate(batch.row_indices.tolist()):
             key = self.rollouts.sample_ids[i], self.rollouts.token_crc(i)
-            if self._missing[log_probs_table(name)][i]:
+            if self._missing.rows[log_probs_table(name)][i]:
                 self._writer.write_log_probs(name, *key, log_probs[b])
-            if stores and self._missing[hidden_table(name)][i]:
+            if made.stores_hidden and self._missing.rows[hidden_table(name)][i]:
                 self._scratch.write_hidden(name, *key, states[b], self._digests[name])
-            if makes_target and self._missing[TOPK][i]:
+            if made.makes_target and self._missing.rows[TOPK][i]:
                 self._writer.write_topk(*key, **{column: values[b] for column, values in target.items()})
 
     def _run_projection(self, groups: list[np.ndarray], stored: Stored) -> None:
@@ -304,7 +273,7 @@ class CachePasses:
         layers = {name: self._layers[name] for name in self.names} if self._is_last else {}
         if self._global:
             self._find_global_eta(stored, layers)
-        chosen = self._with_any(self._missing[TOPK], groups)
+        chosen = self._missing.target_batches(groups)
 
         def consume(batch: Batch, policies: Sequence[HiddenStates]) -> None:
             assert self._scores is not None
@@ -312,7 +281,7 @@ class CachePasses:
             if self._writer is None:
                 return
             for b, i in enumerate(batch.row_indices.tolist()):
-                if self._missing[TOPK][i]:
+                if self._missing.rows[TOPK][i]:
                     key = self.rollouts.sample_ids[i], self.rollouts.token_crc(i)
                     self._writer.write_topk(*key, **{column: values[b] for column, values in target.items()})
 

@@ -163,11 +163,6 @@ class DistillSettings(OptimizerSettings):
         return self
 
     @property
-    def reads_live_teacher(self) -> bool:
-        """Whether the teachers run beside the student."""
-        return self.form == "projection" and self.teacher == "live"
-
-    @property
     def makes_target(self) -> bool:
         """Whether the target is made beside the student, along a signal of the settings' own."""
         return self.form == "projection" and self.teacher != "cache"

@@ -184,7 +184,6 @@ def test_which_distillations_read_what():
     cached, live = DistillSettings(), DistillSettings(teacher="live", signal="contrast", delta=0.1)
     control = DistillSettings(form="policy_gradient", signal_weight=0, advantage_weight=1)
     assert [s.reads_cache for s in (cached, live, control)] == [True, False, False]
-    assert [s.reads_live_teacher for s in (cached, live, control)] == [False, True, False]
     assert [s.needs_teacher for s in (cached, live, control)] == [True, True, False]
 
 
