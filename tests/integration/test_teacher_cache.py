@@ -222,7 +222,7 @@ def test_hidden_states_of_more_rollouts_serve_a_slice(made: Path, tmp_path: Path
 
 
 def _precompute_without_forward(rank: int, world_size: int, argv: list[str]) -> int:
-    from megatron_erpd.model import policies as running
+    from megatron_erpd.precompute import forward as running
 
     calls = []
     forward = running.forward_stage
