@@ -5,7 +5,8 @@
 
 They take a command line of Python, and are what `subprocess` would start: `sys.argv`, environment, working directory,
 standard output and error, session, signals and exit codes, and they leave through the end of the interpreter. Only the
-seconds of the imports are missing. What is tested of the start itself needs `subprocess`.
+seconds of the imports are missing. What torchrun starts from such a process is forked as well. What is tested of the
+start itself needs `subprocess`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Popen:
 
     def __init__(
         self,
-        command: Sequence[str],
+        args: Sequence[str],
         *,
         stdin: int = subprocess.DEVNULL,
         stdout: IO[Any] | None = None,
@@ -48,20 +49,21 @@ class Popen:
         cwd: Path | None = None,
         start_new_session: bool = False,
     ) -> None:
-        assert command[0] == sys.executable and stdin == subprocess.DEVNULL, command
-        files: dict[int, Any] = {1: stdout, 2: stdout if stderr == subprocess.STDOUT else stderr}
+        assert args[0] == sys.executable and stdin == subprocess.DEVNULL, args
+        out = 1 if stdout is None else stdout.fileno()
+        error = 2 if stderr is None else out if isinstance(stderr, int) else stderr.fileno()
         process: Any = CONTEXT.Process(
             target=_main,
             args=(
-                list(command[1:]),
+                list(args[1:]),
                 dict(os.environ if env is None else env),
                 cwd or Path.cwd(),
                 start_new_session,
-                _Files({number: file.fileno() for number, file in files.items() if file is not None}),
+                _Files(out, error),
             ),
         )
         process.start()
-        self.args, self._process, self.pid = list(command), process, process.pid
+        self.args, self._process, self.pid = list(args), process, process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -98,25 +100,25 @@ def run(command: Sequence[str], *, timeout: float, **options: Any) -> subprocess
 
 
 class _Files:
-    """File descriptors that travel to the process."""
+    """File descriptors that travel to a process when it is started, for its standard output and error."""
 
-    def __init__(self, numbers: dict[int, int]) -> None:
+    def __init__(self, *numbers: int) -> None:
         self.numbers = numbers
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Files._received, ({number: DupFd(file) for number, file in self.numbers.items()},)
+        return _received, tuple(map(DupFd, self.numbers))
 
-    @staticmethod
-    def _received(files: dict[int, Any]) -> _Files:
-        return _Files({number: file.detach() for number, file in files.items()})
+
+def _received(*files: Any) -> _Files:
+    return _Files(*(file.detach() for file in files))
 
 
 def _main(words: list[str], environment: dict[str, str], cwd: Path, new_session: bool, files: _Files) -> None:
     """The life of a process: as that of an interpreter with this command line."""
-    for number, file in files.numbers.items():
+    for number, file in enumerate(files.numbers, start=1):
         os.dup2(file, number)
         os.close(file)
-    unbuffered = bool(environment.get("PYTHONUNBUFFERED"))
+    unbuffered = bool(environment.get("PYTHONUNBUFFERED")) or words[0] == "-u"
     stream = os.fdopen(1, "wb", 0 if unbuffered else -1, closefd=False)
     sys.stdout = TextIOWrapper(stream, write_through=unbuffered)
     if new_session:
@@ -144,7 +146,7 @@ def _main(words: list[str], environment: dict[str, str], cwd: Path, new_session:
 
 
 def _run(words: list[str]) -> None:
-    how, *rest = words
+    how, *rest = words = words[words[0] == "-u" :]
     if how == "-m":
         sys.argv = rest
         sys.modules.pop(rest[0], None)  # it becomes `__main__`

@@ -2,18 +2,28 @@
 
 import gc
 import importlib
+import pkgutil
 
+import torch.distributed  # noqa: F401
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+import megatron_erpd
 from megatron_erpd import platform
+from tests import forked
 
 # On a GPU, processes import what they need: a process can't be forked from one that has used CUDA.
 if platform.enable_cpu():
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+    for library in (
+        *("megatron.training", "megatron.training.argument_utils", "megatron.core.models.gpt.gpt_layer_specs"),
+        *("megatron.core.dist_checkpointing.strategies.torch", "transformers.models.qwen3.modeling_qwen3"),
+    ):
+        importlib.import_module(library)
+    for module in pkgutil.walk_packages(megatron_erpd.__path__, "megatron_erpd."):
+        if "triton" not in module.name:
+            importlib.import_module(module.name)
 
-    from megatron_erpd.commands import cli
-
-    for command in cli.COMMANDS.values():
-        importlib.import_module(command.module)
+    # How torchrun, in a process of this server, starts its workers.
+    subprocess_handler.Popen = forked.Popen  # type: ignore[misc, assignment]
 
 # Otherwise every fork would copy the pages of these objects when it looks for garbage.
 gc.freeze()

@@ -75,7 +75,7 @@ import atexit, os, signal, sys, threading, time
 atexit.register(print, "exit function")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True))).start()
 print(*sys.argv, __name__, os.getcwd(), os.environ["GIVEN"], os.getsid(0) == os.getpid())
-print("megatron.core" in sys.modules)
+print("megatron.training.training" in sys.modules)
 print("error", file=sys.stderr)
 {end}
 """

@@ -102,7 +102,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Both are in TP 2 x PP 2.
+LONG = [pytest.param(name, marks=pytest.mark.long) if name in ("tp2", "pp2") else name for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", LONG)
 def test_layout_gives_the_result_of_one_process(layout: str, reference: Path, tmp_path: Path) -> None:
     world_size, flags = LAYOUTS[layout]
     stages: Stages = [("import", ["--hf", f"{reference}/hf", "--output", f"{tmp_path}/base"])]

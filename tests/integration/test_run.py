@@ -65,8 +65,8 @@ cli.main(["run", *sys.argv[1:]])
 
 
 def run(recipe: Path, output: Path, *flags: str, as_users_do: bool = False) -> subprocess.CompletedProcess[str]:
-    """`megatron-erpd run`, whose stages are forked (`tests.forked`). What torchrun starts is an interpreter as always,
-    and so is, `as_users_do`, the first stage of each command."""
+    """`megatron-erpd run`, whose stages are forked (`tests.forked`). A torchrun is a program as always, and so is,
+    `as_users_do`, the first stage of each command."""
     command = [sys.executable, "-c", RUN.format(as_users_do=as_users_do), str(recipe), "--output", str(output), *flags]
     return forked.run(command, cwd=REPOSITORY, timeout=500)
 
