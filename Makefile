@@ -23,7 +23,7 @@ quickstart: setup
 
 # Distributed tests bring processes of their own: more workers than cores only makes them wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu and not long' -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu and not long' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check:
 	@tools/setup_env.sh dev

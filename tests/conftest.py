@@ -25,8 +25,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+TIERS = ("slurm", "integration", "distributed", "gpu", "unit")
+"""Folders of tests, those first whose files take longest: `make test` deals files to its workers in this order."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything under tests/gpu is a GPU test; without a CUDA device the GPU tests are skipped."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: (TIERS.index(item.path.relative_to(tests).parts[0]), item.path not in slow))
     has_gpu = torch.cuda.is_available()
     for item in items:
         if "gpu" in item.path.parent.parts:

@@ -23,11 +23,11 @@ VARIANTS = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A round, a teacher, and for the plain and the Triton kernels a cache."""
     folder = tmp_path_factory.mktemp("round")
-    make_round(folder)
+    make_round(folder, num_prompts=4)
     data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet"]
     policy = ["--policy", f"teacher={folder}/teacher"]
     training = ["--base-log-probs", f"{folder}/base-log-probs", "--loss", "ce", "--epochs", "2"]
-    training += ["--global-batch-size", "20", "--micro-batch-size", "10", "--learning-rate", "1e-3"]
+    training += ["--global-batch-size", "8", "--micro-batch-size", "4", "--learning-rate", "1e-3"]
     stages = [("train", [*data, *training, "--output", f"{folder}/teacher"])]
     for name in ("plain", "triton"):
         flags = [
@@ -50,7 +50,7 @@ def distilled(made: Path, output: Path, *flags: str) -> list[dict[str, float]]:
     """The metrics of a stage 2 with live teachers, two steps."""
     argv = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--teacher", "live"]
     argv += ["--base-log-probs", f"{made}/base-log-probs", "--policy", f"teacher={made}/teacher", "--delta", "0.05"]
-    argv += ["--global-batch-size", "20", "--micro-batch-size", "10", "--learning-rate", "1e-3", "--epochs", "1"]
+    argv += ["--global-batch-size", "8", "--micro-batch-size", "4", "--learning-rate", "1e-3", "--epochs", "1"]
     run_ranks(run_stages, 1, [("distill", [*argv, "--output", str(output), *flags])])
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 

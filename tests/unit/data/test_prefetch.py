@@ -104,7 +104,7 @@ def work(i):
     return i
 
 ends = ["", "sys.exit(7)", "raise SystemExit(75)", "del ahead", "ahead.close()"]
-for number in range(20):
+for number in range(5):
     child = os.fork()
     if child == 0:
         break
@@ -113,14 +113,14 @@ else:
     sys.exit()
 ahead = Prefetch(map(work, itertools.count()))
 assert [next(ahead) for _ in range(3)] == [0, 1, 2]
-exec(ends[number % 5])
+exec(ends[number])
 """
 
 
 def test_programs_that_end_while_their_thread_is_in_torch() -> None:
-    """Twenty of them, none aborted (-6); with a daemon thread each of those is that doesn't close it."""
+    """None is aborted (-6); with a daemon thread each of those is that doesn't close it."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BUSY_IN_TORCH], capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["0", "7", "75", "0", "0"] * 4
+    assert done.stdout.split() == ["0", "7", "75", "0", "0"]
