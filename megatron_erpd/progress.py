@@ -6,11 +6,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_erpd.files import json_line, write_text
+
+OnProgress = Callable[[int, int], None]
+"""Called with what is finished and the total, during the work."""
 
 _FORM = re.compile(r"(?!warning)[a-z].* [\d,.]+ of [\d,.]+( [A-Za-z]+)?(, .*)?")
 

@@ -27,7 +27,7 @@ from megatron_erpd.recipe.requests import Precompute
 from megatron_erpd.settings import AUTO_SIGNAL, Layout, PrecomputeSettings
 from megatron_erpd.sources.tokenizer import chat_template_digest
 from megatron_erpd.teacher_cache.format import CacheMeta
-from megatron_erpd.teacher_cache.rows import check_policies
+from megatron_erpd.teacher_cache.rows import check_given_policies
 from megatron_erpd.teacher_cache.writer import exclusive
 
 
@@ -41,7 +41,7 @@ def precompute(argv: list[str]) -> None:
     selection = read_selection(request.selection) if request.selection else None
     resolved = resolve_signal(settings, selection)
     if settings.has_signal or settings.signal == AUTO_SIGNAL:
-        check_policies(policies_of(parse_signal(resolved.signal)), policies)
+        check_given_policies(policies_of(parse_signal(resolved.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
     check_compatible(policies)

@@ -26,7 +26,7 @@ from megatron_erpd.settings import AUTO_SIGNAL, DistillSettings, ReplaySettings
 from megatron_erpd.teacher_cache.reader import CacheReader
 from megatron_erpd.teacher_cache.rows import (
     base_topk_rows,
-    check_policies,
+    check_given_policies,
     hidden_rows,
     open_cache,
     shuffled_rows,
@@ -164,7 +164,7 @@ def _check_teacher_flags(request: Distill, policies: dict[str, Path]) -> None:
         )
     if not settings.makes_target:
         return
-    check_policies(policies_of(parse_signal(settings.signal)), policies)
+    check_given_policies(policies_of(parse_signal(settings.signal)), policies)
     for folder in policies.values():
         read_manifest(folder)
     check_compatible(policies)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_erpd.errors import CheckpointError
 from megatron_erpd.objectives.divergences import forward_kl, reverse_kl
-from megatron_erpd.sampling.engine import Progress
+from megatron_erpd.progress import OnProgress
 from megatron_erpd.sampling.policy import Policy
 
 BATCH_TOKENS = 16_384
@@ -52,7 +52,7 @@ def compare_policies(
     base: Policy,
     sequences: Sequence[tuple[np.ndarray | Sequence[int], np.ndarray | Sequence[int]]],
     batch_tokens: int = BATCH_TOKENS,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> SequenceDivergence:
     """Runs both policies over the sequences and sums divergences over the response tokens, at temperature 1.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.metrics import PASS_REWARD
-from megatron_erpd.sampling.engine import Sample, TransformersEngine
+from megatron_erpd.sampling.engine import SampledResponse, TransformersEngine
 from megatron_erpd.sampling.policy import Policy
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.verifiers import Verifier
@@ -22,7 +22,7 @@ Status = Callable[[str, str, int, int], None]
 
 def respond(
     policy: Policy, prompt_token_ids: list[list[int]], settings: HeldOutSettings, tell: Callable[[str, int, int], None]
-) -> tuple[list[list[Sample]], list[Sample]]:
+) -> tuple[list[list[SampledResponse]], list[SampledResponse]]:
     """G samples at temperature 1, and the greedy response, to every prompt."""
     engine, longest, rows = TransformersEngine(policy), settings.max_new_tokens, settings.batch_size
     groups = engine.sample(
@@ -37,7 +37,7 @@ def respond(
     return groups, greedy
 
 
-def decode(policy: Policy, samples: Sequence[Sample]) -> list[str]:
+def decode(policy: Policy, samples: Sequence[SampledResponse]) -> list[str]:
     return policy.tokenizer.batch_decode([s.response_token_ids for s in samples], skip_special_tokens=True)
 
 

@@ -27,7 +27,7 @@ ROLES = ("base", "teacher", "unlearned", "student", "control")
 
 
 @dataclass(frozen=True)
-class Policy:
+class PolicyFigures:
     """One evaluated policy."""
 
     name: str
@@ -121,7 +121,7 @@ class Round:
 
     name: str
     folder: Path
-    policies: list[Policy]
+    policies: list[PolicyFigures]
     curves: list[Curve]
     stages: list[StageRecord]
     target: dict[str, dict[str, float]]
@@ -131,11 +131,11 @@ class Round:
     mismatch: Mismatch | None = None
     """The sampler's log-probs against the training engine's, where precompute has compared them."""
 
-    def policy(self, name: str) -> Policy | None:
+    def policy(self, name: str) -> PolicyFigures | None:
         return next((p for p in self.policies if p.name == name), None)
 
     @property
-    def results(self) -> list[Policy]:
+    def results(self) -> list[PolicyFigures]:
         """The policies without the checkpoints on the way."""
         return [p for p in self.policies if p.iteration is None]
 
@@ -270,7 +270,7 @@ def _finished(folders: list[Path]) -> Iterator[Path]:
     return (folder for folder in folders if (folder / MANIFEST).is_file())
 
 
-def _read_policy(path: Path, teachers: set[str]) -> Policy:
+def _read_policy(path: Path, teachers: set[str]) -> PolicyFigures:
     try:
         record = json.loads(path.read_text())
         # What wasn't measured (accuracy without a verifier, say) is null.
@@ -279,10 +279,10 @@ def _read_policy(path: Path, teachers: set[str]) -> Policy:
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StageError(f"{path}: not an evaluation ({error}); delete the folder and run 'evaluate' again") from None
     metrics = {k: v for k, v in numbers.items() if math.isfinite(v)}
-    return Policy(path.stem, metrics, examples, rewards, is_further_teacher=path.stem.split("@")[0] in teachers)
+    return PolicyFigures(path.stem, metrics, examples, rewards, is_further_teacher=path.stem.split("@")[0] in teachers)
 
 
-def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
+def _with_efficiency(policy: PolicyFigures, base: PolicyFigures | None) -> PolicyFigures:
     """Adds the reward gained over the base, and the gain per nat of KL(policy || base) per sequence."""
     if base is None or policy is base or not {"accuracy_sampled"} <= base.metrics.keys() & policy.metrics.keys():
         return policy
@@ -296,7 +296,7 @@ def _with_efficiency(policy: Policy, base: Policy | None) -> Policy:
     return replace(policy, metrics=policy.metrics | derived)
 
 
-def _error_of_gain(policy: Policy, base: Policy) -> float | None:
+def _error_of_gain(policy: PolicyFigures, base: PolicyFigures) -> float | None:
     """The standard error of the reward gained over the base: of the differences prompt by prompt, where both have them,
     else of two independent means (which is larger, as both policies find the same prompts hard)."""
     both = [

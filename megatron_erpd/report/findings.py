@@ -14,7 +14,7 @@ from megatron_erpd.data.rollout_warnings import MANY
 from megatron_erpd.evaluation.strength import STRONG_ABOVE, WORSE_BELOW, recommend_signal
 
 if TYPE_CHECKING:
-    from megatron_erpd.report.collect import Policy, Round, Run
+    from megatron_erpd.report.collect import PolicyFigures, Round, Run
 
 FAR_NATS = 3.0
 """KL(policy || base) per response: in docs/study.md students that are better than their base lie below 1 nat, and
@@ -29,7 +29,7 @@ HARD = 0.02
 """Accuracy of the base below which hardly any rollout is right."""
 NUM_SETTINGS = 3
 
-Level = Literal["better", "same", "worse", "unknown"]
+Comparison = Literal["better", "same", "worse", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Finding:
     """
 
     policy: str
-    level: Level
+    level: Comparison
     text: str
     settings: list[str] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ def _of_round(round_: Round, prefix: str) -> Iterator[Finding]:
         yield _selected(round_, prefix)
 
 
-def _judge(policy: Policy, base: Policy, round_: Round, prefix: str, has_strong_teacher: bool) -> Finding:
+def _judge(policy: PolicyFigures, base: PolicyFigures, round_: Round, prefix: str, has_strong_teacher: bool) -> Finding:
     name, difference = prefix + policy.name, _difference(policy)
     if difference is None:
         missing = "accuracy_sampled" not in policy.metrics or "accuracy_sampled" not in base.metrics
@@ -107,19 +107,19 @@ def _selected(round_: Round, prefix: str) -> Finding:
     return _with_symptoms(Finding(name, level, f"{text}. {_signal(*difference, round_)}"), found)
 
 
-def _difference(policy: Policy) -> tuple[float, float] | None:
+def _difference(policy: PolicyFigures) -> tuple[float, float] | None:
     """Held-out reward minus the base's, and its standard error."""
     gained, error = (policy.metrics.get(name) for name in ("reward_gained", "reward_gained_se"))
     return None if gained is None or error is None else (gained, error)
 
 
-def _level(difference: float, error: float) -> Level:
+def _level(difference: float, error: float) -> Comparison:
     if difference > STRONG_ABOVE * error:
         return "better"
     return "worse" if difference < WORSE_BELOW * error else "same"
 
 
-def _words(level: Level) -> str:
+def _words(level: Comparison) -> str:
     return {"better": "better than", "worse": "worse than", "same": "not better than", "unknown": ""}[level]
 
 
@@ -158,7 +158,9 @@ def _with_symptoms(finding: Finding, symptoms: Sequence[_Symptom]) -> Finding:
     return Finding(finding.policy, finding.level, text, settings[:NUM_SETTINGS])
 
 
-def _symptoms(policy: Policy, base: Policy, round_: Round, has_strong_teacher: bool) -> Iterator[_Symptom]:
+def _symptoms(
+    policy: PolicyFigures, base: PolicyFigures, round_: Round, has_strong_teacher: bool
+) -> Iterator[_Symptom]:
     """What was seen of a policy that isn't better than its base, the most telling first."""
     ours, theirs = policy.metrics, base.metrics
     where = policy.role if policy.name in ("student", "teacher") else f"teachers.{policy.name}"

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_erpd.files import new_file
-from megatron_erpd.report.collect import Curve, Policy
+from megatron_erpd.report.collect import Curve, PolicyFigures
 
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -80,7 +80,7 @@ class Palette:
         return self._controls[name][2] if name in self._controls else "-"
 
 
-def accuracy_against_kl(policies: Sequence[Policy], palette: Palette, metric: str, title: str) -> Figure | None:
+def accuracy_against_kl(policies: Sequence[PolicyFigures], palette: Palette, metric: str, title: str) -> Figure | None:
     """One panel of `draw_accuracy_against_kl`; None where no policy has been measured so."""
     with _style():
         figure = Figure(figsize=(PANEL[0], PANEL[1] + 0.7), layout="constrained")
@@ -93,7 +93,7 @@ def accuracy_against_kl(policies: Sequence[Policy], palette: Palette, metric: st
         return figure
 
 
-def save_accuracy_against_kl(policies: Sequence[Policy], palette: Palette, path: Path) -> bool:
+def save_accuracy_against_kl(policies: Sequence[PolicyFigures], palette: Palette, path: Path) -> bool:
     """Both panels, sampled and greedy, as one PNG; False where there is nothing to draw."""
     with _style():
         figure = Figure(figsize=(9.0, 3.7), layout="constrained")
@@ -111,7 +111,9 @@ def save_accuracy_against_kl(policies: Sequence[Policy], palette: Palette, path:
         return True
 
 
-def draw_accuracy_against_kl(axes: Axes, policies: Sequence[Policy], palette: Palette, metric: str, title: str) -> bool:
+def draw_accuracy_against_kl(
+    axes: Axes, policies: Sequence[PolicyFigures], palette: Palette, metric: str, title: str
+) -> bool:
     """Accuracy over KL(policy || base) per sequence, checkpoints of one training joined by a line, in order.
 
     The unlearned policy, whose KL is meant to be large, is named at the edge when it would squeeze the others.
@@ -137,12 +139,12 @@ def draw_accuracy_against_kl(axes: Axes, policies: Sequence[Policy], palette: Pa
     return True
 
 
-def _is_far(policy: Policy, policies: Sequence[Policy]) -> bool:
+def _is_far(policy: PolicyFigures, policies: Sequence[PolicyFigures]) -> bool:
     limit = max((_kl(p) or 0.0 for p in policies if p.role != "unlearned"), default=0.0)
     return policy.role == "unlearned" and limit > 0 and (_kl(policy) or 0.0) > 1.5 * limit
 
 
-def _accuracy_limits(policies: Sequence[Policy]) -> tuple[float, float]:
+def _accuracy_limits(policies: Sequence[PolicyFigures]) -> tuple[float, float]:
     """One range for sampled and greedy accuracy, with room for labels; far policies are named, not drawn."""
     metrics = ("accuracy_sampled", "accuracy_greedy")
     values = [p.metrics[m] for p in policies if not _is_far(p, policies) for m in metrics if m in p.metrics]
@@ -151,7 +153,9 @@ def _accuracy_limits(policies: Sequence[Policy]) -> tuple[float, float]:
     return lowest - 1.2 * room, highest + room
 
 
-def _draw_family(axes: Axes, members: list[Policy], base: Policy | None, palette: Palette, metric: str) -> None:
+def _draw_family(
+    axes: Axes, members: list[PolicyFigures], base: PolicyFigures | None, palette: Palette, metric: str
+) -> None:
     family = members[0].family
     colour, marker = palette.colour(family), palette.marker(family)
     xs = np.array([_kl(p) or 0.0 for p in members])
@@ -177,7 +181,7 @@ def _draw_family(axes: Axes, members: list[Policy], base: Policy | None, palette
 
 
 def accuracy_over_rounds(
-    rounds: Sequence[Sequence[Policy]], palette: Palette, metric: str, title: str
+    rounds: Sequence[Sequence[PolicyFigures]], palette: Palette, metric: str, title: str
 ) -> Figure | None:
     """Accuracy over KL(policy || first round's base) per sequence, the numbers being the rounds'.
 
@@ -216,7 +220,7 @@ def accuracy_over_rounds(
         return figure
 
 
-def _kl(policy: Policy) -> float | None:
+def _kl(policy: PolicyFigures) -> float | None:
     """The base is at 0 by definition, whether or not its evaluation says so."""
     return 0.0 if policy.role == "base" else policy.metrics.get("kl_per_sequence")
 

@@ -15,7 +15,7 @@ from megatron_erpd.evaluation.mismatch_verdicts import MismatchVerdict, verdicts
 from megatron_erpd.evaluation.strength import SelectionResult
 from megatron_erpd.files import write_text
 from megatron_erpd.report import plots
-from megatron_erpd.report.collect import Curve, Policy, Round, Run, collect_run, write_summary
+from megatron_erpd.report.collect import Curve, PolicyFigures, Round, Run, collect_run, write_summary
 from megatron_erpd.report.token_signal import SignalSample, read_signal
 
 SIGNAL_SHOWN_FULL = 4.0
@@ -190,7 +190,7 @@ def _rounds_view(rounds: list[Round]) -> RoundsView:
     return RoundsView([heading for _, heading, _ in ROUNDS_COLUMNS], rows, [p for p in pictures if p])
 
 
-def _is_worth_a_column(metric: str, policy: Policy) -> bool:
+def _is_worth_a_column(metric: str, policy: PolicyFigures) -> bool:
     value = policy.metrics.get(metric)
     return value is not None and (metric != "unverified" or value > 0)
 
@@ -236,7 +236,7 @@ def _training_picture(
     return _picture(figure, f"{title} over the iterations; at the end: " + ", ".join(ends))
 
 
-def _table_row(policy: Policy, columns: list[tuple[str, str, str]]) -> tuple[str, str, list[str]]:
+def _table_row(policy: PolicyFigures, columns: list[tuple[str, str, str]]) -> tuple[str, str, list[str]]:
     cells = []
     for key, _, form in columns:
         value, error = policy.metrics.get(key), policy.metrics.get(f"{key}_se")

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import RecipeError
+from megatron_erpd.progress import OnProgress
 from megatron_erpd.sampling.policy import Policy, load_policy
 
 FinishReason = Literal["stop", "length"]
-Progress = Callable[[int, int], None]
-"""Called with (finished, total) during the work."""
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(logits `[n, V]`, rows `[n]` of the batch, step) -> tokens `[n]` int64 and their log-probs `[n]` float32."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampledResponse:
     """One response of a policy.
 
     Attributes:
@@ -56,8 +55,8 @@ class SamplingEngine(Protocol):
         seed: int = 0,
         batch_size: int = 512,
         prompt_indices: Sequence[int] | None = None,
-        progress: Progress | None = None,
-    ) -> list[list[Sample]]:
+        progress: OnProgress | None = None,
+    ) -> list[list[SampledResponse]]:
         """`num_samples` responses to every prompt, in the order of the prompts.
 
         Args:
@@ -75,7 +74,7 @@ class SamplingEngine(Protocol):
             progress: told the number of finished responses.
 
         Returns:
-            N lists of G `Sample`s.
+            N lists of G `SampledResponse`s.
         """
         ...
 
@@ -111,8 +110,8 @@ class TransformersEngine:
         seed: int = 0,
         batch_size: int = 512,
         prompt_indices: Sequence[int] | None = None,
-        progress: Progress | None = None,
-    ) -> list[list[Sample]]:
+        progress: OnProgress | None = None,
+    ) -> list[list[SampledResponse]]:
         """See `SamplingEngine.sample`. The log-probs are computed in float32 from the model's logits.
 
         Raises:
@@ -142,12 +141,12 @@ class TransformersEngine:
         *,
         max_new_tokens: int,
         batch_size: int = 512,
-        progress: Progress | None = None,
-    ) -> list[Sample]:
+        progress: OnProgress | None = None,
+    ) -> list[SampledResponse]:
         """The most likely token at every step; its log-probs are those at temperature 1.
 
         Returns:
-            N `Sample`s, in the order of the prompts.
+            N `SampledResponse`s, in the order of the prompts.
         """
 
         def choose(logits: Tensor, alive: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -165,10 +164,10 @@ class TransformersEngine:
         max_new_tokens: int,
         batch_size: int,
         chooser: Callable[[Sequence[tuple[int, int]]], Choose],
-        progress: Progress | None,
-    ) -> list[list[Sample]]:
+        progress: OnProgress | None,
+    ) -> list[list[SampledResponse]]:
         _check_lengths(prompts, max_new_tokens, self.policy.max_positions)
-        results: list[list[Sample]] = [[] for _ in prompts]
+        results: list[list[SampledResponse]] = [[] for _ in prompts]
         finished, total = 0, len(prompts) * num_samples
         lengths = [len(prompt) for prompt in prompts]
         for rows in plan_batches(lengths, num_samples, batch_size):
@@ -182,7 +181,7 @@ class TransformersEngine:
         return results
 
     @torch.inference_mode()
-    def _decode(self, prompts: list[Sequence[int]], max_new_tokens: int, choose: Choose) -> list[Sample]:
+    def _decode(self, prompts: list[Sequence[int]], max_new_tokens: int, choose: Choose) -> list[SampledResponse]:
         """Decode one batch of rows, all steps."""
         batch = self._prefill(prompts)
         size, device = len(prompts), self.policy.device
@@ -331,9 +330,11 @@ def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_po
             )
 
 
-def _collect(tokens: Tensor, log_probs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Sample]:
+def _collect(tokens: Tensor, log_probs: Tensor, lengths: Tensor, stopped: Tensor) -> list[SampledResponse]:
     all_tokens, all_log_probs = tokens.cpu().numpy(), log_probs.cpu().numpy()
     return [
-        Sample(all_tokens[row, :length].copy(), all_log_probs[row, :length].copy(), "stop" if stop else "length")
+        SampledResponse(
+            all_tokens[row, :length].copy(), all_log_probs[row, :length].copy(), "stop" if stop else "length"
+        )
         for row, (length, stop) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
     ]

@@ -15,7 +15,8 @@ from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout, sample_id
 from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
-from megatron_erpd.sampling.engine import Progress, Sample, SamplingEngine, TransformersEngine
+from megatron_erpd.progress import OnProgress
+from megatron_erpd.sampling.engine import SampledResponse, SamplingEngine, TransformersEngine
 from megatron_erpd.sampling.inputs import questions_digest
 from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_parts
 from megatron_erpd.sampling.policy import policy_fingerprint
@@ -38,7 +39,7 @@ def sample_rollouts(
     engine: SamplingEngine | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Draws `settings.num_rollouts` responses to every prompt, scores them and writes them.
 
@@ -223,8 +224,8 @@ def row_metadata(record: PromptRecord, error: str | None) -> dict[str, Any]:
 
 
 def _sample_part(
-    engine: SamplingEngine, plan: _Plan, part: int, settings: SampleSettings, progress: Progress | None
-) -> list[list[Sample]]:
+    engine: SamplingEngine, plan: _Plan, part: int, settings: SampleSettings, progress: OnProgress | None
+) -> list[list[SampledResponse]]:
     places, first, last = plan.prompts_of(part), plan.prompts_of(plan.parts[0]), plan.prompts_of(plan.parts[-1])
     before, total = ((place - first.start) * settings.num_rollouts for place in (places.start, last.stop))
 
@@ -245,7 +246,7 @@ def _sample_part(
     )
 
 
-def _rows(plan: _Plan, part: int, samples: list[list[Sample]], tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _rows(plan: _Plan, part: int, samples: list[list[SampledResponse]], tokenizer: Any) -> Iterator[dict[str, Any]]:
     for index, group in zip(plan.prompts_of(part), samples, strict=True):
         record, ids = plan.records[index], plan.token_ids[index]
         texts = tokenizer.batch_decode([s.response_token_ids for s in group], skip_special_tokens=True)

@@ -16,7 +16,7 @@ from megatron_erpd.errors import RolloutError, StageError
 from megatron_erpd.files import write_json
 from megatron_erpd.manifest import read_manifest
 from megatron_erpd.objectives.advantages import zero_variance_groups
-from megatron_erpd.sampling.engine import Progress
+from megatron_erpd.progress import OnProgress
 from megatron_erpd.sampling.inputs import questions_digest, verifier_file, verifier_identity
 from megatron_erpd.sampling.prompts import PromptRecord, load_prompts, prompt_text, prompts_digest
 from megatron_erpd.sampling.verifiers import Verifier
@@ -103,7 +103,7 @@ def score_rollouts(
     prompts: Sequence[PromptRecord],
     output: Path,
     verifier: str,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Scores rollouts and writes `rewards-00000-of-000NN.parquet` for each of their part files, and `report.json`.
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.model_folder import read_tensors
-from megatron_erpd.sampling.engine import Progress, Sample
+from megatron_erpd.progress import OnProgress
+from megatron_erpd.sampling.engine import SampledResponse
 from megatron_erpd.sources.tokenizer import check_end
 
 
@@ -70,8 +71,8 @@ class VllmEngine:
         seed: int = 0,
         batch_size: int = 512,
         prompt_indices: Sequence[int] | None = None,
-        progress: Progress | None = None,
-    ) -> list[list[Sample]]:
+        progress: OnProgress | None = None,
+    ) -> list[list[SampledResponse]]:
         """See `SamplingEngine.sample`. `batch_size` has no effect: vLLM schedules by the memory that it has."""
         indices = range(len(prompt_token_ids)) if prompt_indices is None else prompt_indices
         parameters = [
@@ -94,7 +95,7 @@ class VllmEngine:
         return results
 
 
-def _bar(progress: Progress, total: int) -> type:
+def _bar(progress: OnProgress, total: int) -> type:
     """What vLLM makes its progress bars with: prints nothing, and tells of the responses of finished prompts. Long
     responses take long, and a job whose stage says nothing for `slurm.hang_minutes` is ended."""
     from tqdm import tqdm
@@ -117,7 +118,7 @@ def prompt_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) >> 1
 
 
-def as_sample(completion: Any) -> Sample:
+def as_sample(completion: Any) -> SampledResponse:
     """One `vllm.CompletionOutput`: `token_ids` (its stop token included), `logprobs` (one dict per token), reason.
 
     Raises:
@@ -131,4 +132,6 @@ def as_sample(completion: Any) -> Sample:
     if completion.logprobs is None or len(completion.logprobs) != len(tokens):
         raise RecipeError("vLLM returned no log-prob for some tokens; is this version older than 0.10?")
     log_probs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-    return Sample(np.array(tokens, dtype=np.int64), np.array(log_probs, dtype=np.float32), completion.finish_reason)
+    return SampledResponse(
+        np.array(tokens, dtype=np.int64), np.array(log_probs, dtype=np.float32), completion.finish_reason
+    )

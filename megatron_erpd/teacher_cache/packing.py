@@ -72,14 +72,14 @@ def unpack_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
     return ids | (digits << LOW_BITS)
 
 
-class Scores(NamedTuple):
+class PackedScores(NamedTuple):
     """Scores `[R, K]` in the stored type, and the fp32 normaliser `[R]` that makes log-probs of them."""
 
     scores: np.ndarray
     log_normalizer: np.ndarray
 
 
-def pack_log_probs(log_probs: np.ndarray, dtype: np.dtype | type) -> Scores:
+def pack_log_probs(log_probs: np.ndarray, dtype: np.dtype | type) -> PackedScores:
     """Log-probs `[R, K]` as scores relative to the largest, and what their normaliser is after rounding."""
     exact = log_probs.astype(np.float64)
     largest = exact.max(axis=-1, keepdims=True)
@@ -88,7 +88,7 @@ def pack_log_probs(log_probs: np.ndarray, dtype: np.dtype | type) -> Scores:
         scores = (exact - largest).astype(dtype)
         normalizer = _logsumexp(scores.astype(np.float64)) - _logsumexp(exact)
     # Without any mass in the entries every normaliser is right.
-    return Scores(scores, np.nan_to_num(normalizer, nan=0.0).astype(np.float32))
+    return PackedScores(scores, np.nan_to_num(normalizer, nan=0.0).astype(np.float32))
 
 
 def unpack_log_probs(scores: Tensor, log_normalizer: Tensor) -> Tensor:

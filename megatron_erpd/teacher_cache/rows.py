@@ -138,7 +138,7 @@ def base_topk_rows(cache: CacheReader, rollouts: Rollouts, k: int) -> dict[str, 
     return topk_rows(cache, rollouts)
 
 
-def check_policies(needed: Iterable[str], given: Mapping[str, Path]) -> None:
+def check_given_policies(needed: Iterable[str], given: Mapping[str, Path]) -> None:
     """Every policy that a signal names must have a checkpoint."""
     for name in sorted(needed):
         if name not in given:

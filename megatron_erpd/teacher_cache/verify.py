@@ -17,6 +17,7 @@ import numpy as np
 from megatron_erpd.data.schema import MAX_LOG_PROB
 from megatron_erpd.errors import CacheError
 from megatron_erpd.manifest import file_digest
+from megatron_erpd.progress import OnProgress
 from megatron_erpd.teacher_cache.format import (
     CACHE_FILE,
     INDEX_FILE,
@@ -36,8 +37,6 @@ from megatron_erpd.teacher_cache.writer import MASS_TOLERANCE
 if TYPE_CHECKING:
     from megatron_erpd.data.rollouts import Rollouts
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes of parts that have been checked, and those that there are."""
 SHOWN = 20
 """Problems of a table that are reported; the others are only counted."""
 AGAIN = "delete the cache's folder and precompute again"
@@ -50,7 +49,7 @@ _MASS_TOLERANCE = MASS_TOLERANCE + 1e-5
 _BFLOAT16_EXPONENT = 0x7F80
 
 
-def verify_cache(folder: str | Path, rollouts: Rollouts | None = None, progress: Progress | None = None) -> list[str]:
+def verify_cache(folder: str | Path, rollouts: Rollouts | None = None, progress: OnProgress | None = None) -> list[str]:
     """Everything that is wrong with a finished cache, a sentence each: file, row or sample, and what to do.
 
     Looked at are: counts and statistics in `cache.json`; the bytes and SHA-256 of every part; that the index leads to

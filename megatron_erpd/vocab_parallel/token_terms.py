@@ -135,7 +135,7 @@ def make_request(
     target: Target | None,
     temperature: float,
     with_entropy: bool,
-) -> Request:
+) -> TermsRequest:
     """What `token_terms` asks, checked and flat.
 
     Raises:
@@ -155,10 +155,10 @@ def make_request(
         target = flatten_topk(target)
     if target is not None:
         check_target(target, num_tokens, shard)
-    return Request(shard, tokens.reshape(-1).long(), temperature, kind, target, with_entropy)
+    return TermsRequest(shard, tokens.reshape(-1).long(), temperature, kind, target, with_entropy)
 
 
-def target_chunks(request: Request, bytes_per_token: int = 0) -> Iterator[slice]:
+def target_chunks(request: TermsRequest, bytes_per_token: int = 0) -> Iterator[slice]:
     """Chunks of the request's tokens, `bytes_per_token` and what the target makes of a token within the budget; one
     chunk where nothing is made."""
     if request.full_target is not None:
@@ -168,7 +168,7 @@ def target_chunks(request: Request, bytes_per_token: int = 0) -> Iterator[slice]
     return token_chunks(len(request.tokens), bytes_per_token)
 
 
-def upstream_of(gradients: tuple[Tensor | None, ...], request: Request, dtype: torch.dtype) -> Upstream | None:
+def upstream_of(gradients: tuple[Tensor | None, ...], request: TermsRequest, dtype: torch.dtype) -> Upstream | None:
     """Incoming gradients of the three results as they are used; None where there are none."""
     on_log_probs, on_entropy, on_divergence = (None if x is None else x.to(dtype) for x in gradients)
     if not request.with_entropy:
@@ -182,7 +182,7 @@ def upstream_of(gradients: tuple[Tensor | None, ...], request: Request, dtype: t
 
 class _TokenTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, request: Request, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, request: TermsRequest, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits.detach().reshape(-1, logits.shape[-1])
         scalars = compute(request, lambda part: rows[part], target_chunks(request))
         ctx.request, ctx.overwrite = request, overwrite
@@ -294,7 +294,7 @@ def fused_token_terms(
 class _FusedTerms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, request: Request, positions: Tensor | None, layer: OutputLayer
+        ctx: Any, hidden: Tensor, weight: Tensor, request: TermsRequest, positions: Tensor | None, layer: OutputLayer
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = layer.gather(hidden).reshape(-1, hidden.shape[-1])
         chunk_size = _bytes_per_token(weight)
@@ -384,7 +384,7 @@ def _bytes_per_token(weight: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Request:
+class TermsRequest:
     """What is asked of n tokens.
 
     Attributes:
@@ -441,7 +441,7 @@ class Upstream(NamedTuple):
     divergence: Tensor | None
 
 
-def compute(request: Request, logits_of: RowsOf, parts: Iterable[slice]) -> Scalars:
+def compute(request: TermsRequest, logits_of: RowsOf, parts: Iterable[slice]) -> Scalars:
     """Forward over the chunks `parts`, which cover the tokens in order. See the module for the collectives."""
     # With one rank a chunk is finished while it is at hand; else all chunks share the collectives.
     groups = [[part] for part in parts] if request.shard.size == 1 else [list(parts)]
@@ -451,7 +451,9 @@ def compute(request: Request, logits_of: RowsOf, parts: Iterable[slice]) -> Scal
     return scalars
 
 
-def gradient(request: Request, logits: Tensor, part: slice, scalars: Scalars, upstream: Upstream, out: Tensor) -> None:
+def gradient(
+    request: TermsRequest, logits: Tensor, part: slice, scalars: Scalars, upstream: Upstream, out: Tensor
+) -> None:
     """Writes the gradient with respect to a chunk's logits `[c, v/tp]` into `out`, which may be `logits` itself."""
     shard, scale = request.shard, request.scale
     s = Scalars(*(x[part] for x in scalars))
@@ -484,7 +486,7 @@ def gradient(request: Request, logits: Tensor, part: slice, scalars: Scalars, up
     out[:, shard.valid_columns :] = 0.0
 
 
-def _token_gradient(request: Request, s: Scalars, upstream: Upstream, part: slice) -> RowGradient:
+def _token_gradient(request: TermsRequest, s: Scalars, upstream: Upstream, part: slice) -> RowGradient:
     """Of log-prob and entropy."""
     tokens = request.tokens[part]
     if upstream.log_probs is None:
@@ -498,7 +500,7 @@ def _token_gradient(request: Request, s: Scalars, upstream: Upstream, part: slic
     return RowGradient(slope * s.entropy - on_token, slope, column, on_token)
 
 
-def _compute_group(request: Request, logits_of: RowsOf, group: list[slice]) -> Scalars:
+def _compute_group(request: TermsRequest, logits_of: RowsOf, group: list[slice]) -> Scalars:
     """Forward over chunks that share their collectives."""
     shard, full, topk = request.shard, request.full_target, request.topk_target
     scans = []
@@ -536,7 +538,7 @@ def _compute_group(request: Request, logits_of: RowsOf, group: list[slice]) -> S
     return _finish(request, whole, policy, target, shard.all_reduce_sum(packed).unbind(dim=-1))
 
 
-def _scan(request: Request, columns: Tensor, target_columns: Tensor | None, part: slice) -> tuple[Tensor, ...]:
+def _scan(request: TermsRequest, columns: Tensor, target_columns: Tensor | None, part: slice) -> tuple[Tensor, ...]:
     """Of a chunk: this rank's statistics, its tokens' scaled logits (0 where a token is another rank's) and the scaled
     logits at the target's entries (none without a top-k target)."""
     shard, full, topk, excluded = request.shard, request.full_target, request.topk_target, None
@@ -554,7 +556,7 @@ def _scan(request: Request, columns: Tensor, target_columns: Tensor | None, part
 
 
 def _js_halves(
-    request: Request,
+    request: TermsRequest,
     logits_of: RowsOf,
     group: list[slice],
     kept: tuple[Tensor, Tensor | None] | None,
@@ -580,7 +582,7 @@ def _js_halves(
 
 
 def _finish(
-    request: Request,
+    request: TermsRequest,
     part: slice,
     policy: Sequence[Tensor],
     other: Sequence[Tensor],
@@ -606,7 +608,7 @@ def _finish(
     return Scalars(log_probs, entropy, divergence, maximum, remainder, other_maximum, other_remainder, number)
 
 
-def _check(request: Request, scalars: Scalars, logits_of: RowsOf, groups: list[list[slice]]) -> None:
+def _check(request: TermsRequest, scalars: Scalars, logits_of: RowsOf, groups: list[list[slice]]) -> None:
     """Raises `TokenError` that names the tensor and the token. All ranks hold the same numbers and raise together."""
     tokens, size = request.tokens, request.shard.vocab_size
     problems = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_erpd.errors import StageError
-from megatron_erpd.report.collect import Policy, collect_run, summarise, write_summary
+from megatron_erpd.report.collect import PolicyFigures, collect_run, summarise, write_summary
 from tests.unit.report.synthetic_run import evaluations, finish, make_run
 
 
@@ -64,7 +64,7 @@ def test_later_rounds_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_names_say_what_a_policy_is(name: str, role: str, family: str, iteration: int | None) -> None:
-    policy = Policy(name, {})
+    policy = PolicyFigures(name, {})
     assert (policy.role, policy.family, policy.iteration) == (role, family, iteration)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_erpd.evaluation.strength import SelectionResult
 from megatron_erpd.manifest import Manifest
-from megatron_erpd.report.collect import Policy, Round, Run, StageRecord, _with_efficiency
+from megatron_erpd.report.collect import PolicyFigures, Round, Run, StageRecord, _with_efficiency
 from megatron_erpd.report.findings import Finding, findings
 
 PROMPTS = 200
@@ -22,13 +22,13 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def policy(name: str, gained: float, error: float | None = 0.02, **metrics: float) -> Policy:
+def policy(name: str, gained: float, error: float | None = 0.02, **metrics: float) -> PolicyFigures:
     figures = {**BASE, "kl_per_sequence": 0.5, "accuracy_sampled": 0.4 + gained, "reward_gained": gained, **metrics}
-    return Policy(name, figures if error is None else {**figures, "reward_gained_se": error})
+    return PolicyFigures(name, figures if error is None else {**figures, "reward_gained_se": error})
 
 
 def found(
-    policies: list[Policy],
+    policies: list[PolicyFigures],
     stages: dict[str, tuple[dict[str, Any], dict[str, Any]]] | None = None,
     base: dict[str, float] | None = None,
     selection: SelectionResult | None = None,
@@ -40,7 +40,7 @@ def found(
             StageRecord(f"{name}/{stage}", Manifest("", settings, {}, {}, summary=summary))
             for stage, (settings, summary) in {**STAGES, **(stages or {})}.items()
         ]
-        everyone = [Policy("base", {**BASE, **(base or {})}), *policies] if policies else []
+        everyone = [PolicyFigures("base", {**BASE, **(base or {})}), *policies] if policies else []
         rounds.append(Round(name, Path(name), everyone, [], records, {}, selection))
     return findings(Run("run", Path(), rounds, [], ""))
 
@@ -174,12 +174,14 @@ def test_a_student_of_a_weak_teacher_points_at_it():
 def test_what_cannot_be_told_is_said(metrics: dict[str, Any], why: str):
     student = policy("student", 0.3, None)
     kept = {k: v for k, v in student.metrics.items() if k not in metrics}
-    (finding,) = found([Policy("student", {k: v for k, v in kept.items() if k != "reward_gained" or not metrics})])
+    (finding,) = found(
+        [PolicyFigures("student", {k: v for k, v in kept.items() if k != "reward_gained" or not metrics})]
+    )
     assert finding.level == "unknown" and why in finding.text
 
 
 def test_rounds_and_further_teachers_are_named():
-    other = Policy("careful", policy("x", -0.2).metrics, is_further_teacher=True)
+    other = PolicyFigures("careful", policy("x", -0.2).metrics, is_further_teacher=True)
     names = [f.policy for f in found([policy("student", 0.1), GOOD, other], names=("round-01", "round-02"))]
     assert names == [f"{r}/{p}" for r in ("round-01", "round-02") for p in ("student", "teacher", "careful")]
     careful = found([other], {"teachers/careful": ({"learning_rate": 3e-3, "epochs": 2}, {})})[0]
@@ -209,8 +211,8 @@ def test_before_the_evaluation_the_selection_speaks():
     ],
 )
 def test_the_error_is_that_of_the_paired_difference(ours, theirs, error):
-    base = Policy("base", {"accuracy_sampled": 0.4, "accuracy_sampled_se": 0.03}, prompt_rewards=theirs)
-    student = Policy("student", {"accuracy_sampled": 0.7, "accuracy_sampled_se": 0.04}, prompt_rewards=ours)
+    base = PolicyFigures("base", {"accuracy_sampled": 0.4, "accuracy_sampled_se": 0.03}, prompt_rewards=theirs)
+    student = PolicyFigures("student", {"accuracy_sampled": 0.7, "accuracy_sampled_se": 0.04}, prompt_rewards=ours)
     gained = _with_efficiency(student, base).metrics
     assert gained["reward_gained"] == pytest.approx(0.3)
     assert gained["reward_gained_se"] == pytest.approx(error)

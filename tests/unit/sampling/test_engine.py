@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_erpd.errors import CheckpointError, RecipeError
-from megatron_erpd.sampling.engine import Sample, TransformersEngine, draw_tokens, plan_batches, uniform_noise
+from megatron_erpd.sampling.engine import SampledResponse, TransformersEngine, draw_tokens, plan_batches, uniform_noise
 from megatron_erpd.sampling.policy import Policy, load_policy, policy_fingerprint
 
 # Different lengths, so that batches are padded; one prompt twice.
@@ -22,7 +22,9 @@ def prompts(policy: Policy) -> list[list[int]]:
     return [policy.tokenizer.encode(text) for text in TEXTS]
 
 
-def full_forward_log_probs(policy: Policy, prompt: list[int], sample: Sample, temperature: float = 1.0) -> np.ndarray:
+def full_forward_log_probs(
+    policy: Policy, prompt: list[int], sample: SampledResponse, temperature: float = 1.0
+) -> np.ndarray:
     """One sequence, no padding, no cache."""
     ids = torch.tensor([[*prompt, *sample.response_token_ids.tolist()]])
     with torch.no_grad():
