@@ -149,7 +149,7 @@ def test_a_chain_runs_in_its_order(run: Run) -> None:
     new = run.submit(run.stage("a"), run.stage("b", ("a",), settings={"epochs": 2}), run.stage("c", ("b",)))
     assert set(new) == {"b", "c"}
     assert run.ends("c") == "COMPLETED"
-    assert "b: made anew, settings or inputs differ:\n  epochs: None -> 2" in run.log("b")
+    assert "b: made anew, settings or inputs differ:\n  epochs: 8.0 -> 2.0" in run.log("b")
 
 
 @of("reported")

@@ -74,7 +74,7 @@ def test_all_problems_are_told_at_once_with_their_places(read):
         "rollouts.verifier: missing",
         "rollouts.verifer: unknown key; did you mean verifier?",
         "rollouts.temperature: Input should be greater than 0",
-        "teacher.loss: Input should be 'ppo'",
+        "teacher.loss: cee is unknown; choose one of ppo, ",
         "teacher.epochs: Input should be a valid number",
         "controls.tight.clip_lo: unknown key; did you mean clip_low?",
         "controls.odd",
