@@ -4,7 +4,7 @@
     process = forked.Popen([sys.executable, "-m", "megatron_erpd.commands.cli", "sample", ...], stdout=log, stderr=log)
 
 They take a command line of Python, and are what `subprocess` would start: `sys.argv`, environment, working directory,
-standard output and error, session, signals and exit codes, and they leave through the end of the interpreter. Only the
+standard streams, session, signals and exit codes, and they leave through the end of the interpreter. Only the
 seconds of the imports are missing. What torchrun starts from such a process is forked as well. What is tested of the
 start itself needs `subprocess`.
 """
@@ -26,7 +26,7 @@ from io import TextIOWrapper
 from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -42,27 +42,23 @@ class Popen:
         self,
         args: Sequence[str],
         *,
-        stdin: int = subprocess.DEVNULL,
+        stdin: IO[Any] | int = subprocess.DEVNULL,
         stdout: IO[Any] | None = None,
         stderr: IO[Any] | int | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         start_new_session: bool = False,
     ) -> None:
-        assert args[0] == sys.executable and stdin == subprocess.DEVNULL, args
+        assert args[0] == sys.executable and (stdin == subprocess.DEVNULL or not isinstance(stdin, int)), args
         out = 1 if stdout is None else stdout.fileno()
         error = 2 if stderr is None else out if isinstance(stderr, int) else stderr.fileno()
-        process: Any = CONTEXT.Process(
-            target=_main,
-            args=(
-                list(args[1:]),
-                dict(os.environ if env is None else env),
-                cwd or Path.cwd(),
-                start_new_session,
-                _Files(out, error),
-            ),
-        )
-        process.start()
+        with open(os.devnull) as nothing:
+            given = nothing if isinstance(stdin, int) else stdin
+            files = _Files(given.fileno(), out, error)
+            environment = dict(os.environ if env is None else env)
+            words = (list(args[1:]), environment, cwd or Path.cwd(), start_new_session, files)
+            process: Any = CONTEXT.Process(target=_main, args=words)
+            process.start()
         self.args, self._process, self.pid = list(args), process, process.pid
 
     @property
@@ -86,10 +82,24 @@ class Popen:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: Sequence[str], *, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str],
+    *,
+    timeout: float,
+    input: str = "",
+    capture_output: Literal[True] = True,
+    text: Literal[True] = True,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
     """`subprocess.run` with `capture_output` and `text`; a process that does not end in time is killed."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        process = Popen(command, stdout=out, stderr=error, **options)
+    with (
+        tempfile.TemporaryFile("w+") as given,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as error,
+    ):
+        given.write(input)
+        given.seek(0)
+        process = Popen(command, stdin=given, stdout=out, stderr=error, **options)
         try:
             code = process.wait(timeout)
         finally:
@@ -100,7 +110,7 @@ def run(command: Sequence[str], *, timeout: float, **options: Any) -> subprocess
 
 
 class _Files:
-    """File descriptors that travel to a process when it is started, for its standard output and error."""
+    """File descriptors that travel to a process when it is started, for its standard input, output and error."""
 
     def __init__(self, *numbers: int) -> None:
         self.numbers = numbers
@@ -115,11 +125,12 @@ def _received(*files: Any) -> _Files:
 
 def _main(words: list[str], environment: dict[str, str], cwd: Path, new_session: bool, files: _Files) -> None:
     """The life of a process: as that of an interpreter with this command line."""
-    for number, file in enumerate(files.numbers, start=1):
+    for number, file in enumerate(files.numbers):
         os.dup2(file, number)
         os.close(file)
     unbuffered = bool(environment.get("PYTHONUNBUFFERED")) or words[0] == "-u"
     stream = os.fdopen(1, "wb", 0 if unbuffered else -1, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = TextIOWrapper(stream, write_through=unbuffered)
     if new_session:
         os.setsid()

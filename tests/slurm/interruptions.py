@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,18 +73,12 @@ class Task:
         return True
 
 
-def interrupt_all(
-    run: Run, files: Mapping[str, str], seconds: float, names: Collection[str] | None = None
-) -> list[Task]:
-    """Interrupts the jobs of a run in each of the `WAYS` and waits for the end of all.
+def interrupt_all(run: Run, files: Mapping[str, str], seconds: float) -> list[Task]:
+    """Interrupts all jobs of a run in each of the `WAYS` and waits for their end.
 
     Args:
         files: the file of an artifact that shows that a command is at its work; one that is not named is interrupted as
             soon as it has been started.
-        names: those that are interrupted, all by default.
-
-    Returns:
-        The tasks that were to be interrupted.
     """
     tasks = []
     for name, submitted in read_submitted(run.root).items():
@@ -92,17 +86,15 @@ def interrupt_all(
         slices = range(1, record.slices + 1) if record.slices > 1 else (0,)
         tasks += [Task(record, str(submitted["id"]), number) for number in slices]
 
-    chosen = [task for task in tasks if names is None or task.record.name in names]
-
     def all_ended() -> bool:
-        for task in chosen:
-            if task.interrupted < len(WAYS) and task.works(run.root, files.get(task.record.command)):
+        for task in tasks:
+            if task.interrupted < len(WAYS) and task.works(run.root, files.get(task.record.as_stage().command)):
                 task.interrupt()
         known = queued()
         return not any(task.job in known for task in tasks)
 
     run.until(all_ended, seconds, "all jobs end")
-    return chosen
+    return tasks
 
 
 def processes_of_stage(job: str, slice: int = 0) -> list[int]:

@@ -16,13 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.launch import preflight_tasks
+from megatron_erpd.launch import flag_check, preflight_tasks
 from megatron_erpd.launch.preflight import check_recipe
 from megatron_erpd.launch.processes import Slots
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
 from megatron_erpd.sampling import prompts
+from tests import forked
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -430,7 +431,8 @@ def test_megatron_flags(problems):
     ]
 
 
-def test_megatron_flags_that_contradict_each_other(problems):
+def test_megatron_flags_that_contradict_each_other(problems, monkeypatch):
+    monkeypatch.setattr(flag_check, "subprocess", forked)
     stages = {
         "base-log-probs": {"megatron": {"seed": "x"}},
         "teacher": {"megatron": {"adam_eps": 1e-7, "clip_grad": None}},

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from megatron_erpd.commands import cli
+from megatron_erpd.launch import flag_check
 from megatron_erpd.plan.gpu_fit import parse_gpus
 from megatron_erpd.plan.resources import Resources, estimate
 from megatron_erpd.recipe.file import load_recipe
 from megatron_erpd.slurm.submit import scripts
+from tests import forked
 from tests.distributed.checkpoint.published import LLAMA_31_70B, QWEN3_4B, QWEN25_32B
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -86,9 +88,10 @@ def test_the_jobs_on_slurm(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_readme_shows_how_to_print_the_scripts(
-    planned: tuple[str, Resources], capsys: pytest.CaptureFixture[str]
+    planned: tuple[str, Resources], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside a recipe whose model has no weights yet, too."""
+    monkeypatch.setattr(flag_check, "subprocess", forked)  # so that Megatron isn't imported anew
     name, _ = planned
     text = " ".join((EXAMPLES / name / "README.md").read_text().split())
     assert f"`megatron-erpd submit examples/{name}/recipe.yaml`" in text and "`--dry-run` prints the scripts" in text
