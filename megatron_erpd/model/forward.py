@@ -205,7 +205,7 @@ class PolicyHead:
 
 
 def _output_layer(layer: Any, tied_weight: Tensor | None, config: Any) -> tuple[OutputLayer, Tensor]:
-    """Megatron's column-parallel output layer as the fused head sees it, and its weight.
+    """Megatron's column-parallel output layer as the fused head sees it, and its weight, once it may be read.
 
     Raises:
         LayoutError: the layer does something that isn't a plain matrix product.
@@ -219,6 +219,10 @@ def _output_layer(layer: Any, tied_weight: Tensor | None, config: Any) -> tuple[
     for name, found in unsupported.items():
         if found:
             raise LayoutError(f"the output layer has {name}, which the fused head doesn't compute; leave it out")
+    # A call of the layer would do it, which the fused head takes the place of: with `--overlap-param-gather` the hooks
+    # wait until this weight has been gathered from the data-parallel ranks, and have the next ones gathered.
+    for before_forward in layer._forward_pre_hooks.values():
+        before_forward(layer, ())
     shape = OutputLayer(layer.tp_group, layer.sequence_parallel, bool(layer.gradient_accumulation_fusion))
     return shape, layer.weight if tied_weight is None else tied_weight
 

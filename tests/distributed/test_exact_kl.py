@@ -84,7 +84,9 @@ def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Ten
     step._head = PolicyHead(shard, "reverse_kl", cached_target)
     output = step._head(
         hidden_states=hidden.float().transpose(0, 1),
-        output_layer=SimpleNamespace(tp_group=shard.group, sequence_parallel=False, gradient_accumulation_fusion=False),
+        output_layer=SimpleNamespace(
+            tp_group=shard.group, sequence_parallel=False, gradient_accumulation_fusion=False, _forward_pre_hooks={}
+        ),
         output_weight=own,
         context={"batch": batch, "outputs": []},
     )
