@@ -18,6 +18,7 @@ from megatron_erpd.launch.processes import Slots
 from megatron_erpd.launcher import missing_interface
 from megatron_erpd.manifest import MANIFEST
 from megatron_erpd.recipe.recipe import Imported, Recipe
+from megatron_erpd.recipe.refused_flags import refused_keys
 from megatron_erpd.recipe.requests import (
     Import,
     ImportRollouts,
@@ -28,6 +29,7 @@ from megatron_erpd.recipe.requests import (
     TrainOnPolicy,
 )
 from megatron_erpd.recipe.stages import Stage
+from megatron_erpd.settings.megatron_flags import without_refused
 from megatron_erpd.sources.names import is_there, local_path
 
 _TRIED_ROWS = 64
@@ -257,8 +259,10 @@ def _lacks(module: str, stage: Stage, slots: Slots | None) -> bool:
 
 
 def _flag_problems(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, model: Path | None) -> Iterator[str]:
-    """Megatron's own flags, as its parser reads them."""
-    with_flags = [stage for stage in stages if stage.megatron and _is_our_python(stage, slots)]
+    """Megatron's own flags: those that don't work here, and the others as its parser reads them."""
+    yield from refused_keys(recipe, stages)
+    with_flags = [stage.changed(megatron=tuple(without_refused(stage.megatron))) for stage in stages if stage.megatron]
+    with_flags = [stage for stage in with_flags if stage.megatron and _is_our_python(stage, slots)]
     if not with_flags:
         return
     from megatron_erpd.launch.flag_check import Flags, check_flags

@@ -9,6 +9,7 @@ from functools import cache
 from typing import NoReturn
 
 from megatron_erpd import platform
+from megatron_erpd.settings.megatron_flags import refused_flags
 
 
 class _Refused(Exception):
@@ -33,10 +34,13 @@ def _parser() -> _Parser:
 def flag_problems(flags: Sequence[str]) -> list[str]:
     """What is wrong with Megatron flags as they stand on a command line, each line beginning with the flag.
 
-    A flag that Megatron doesn't know, with the one that was probably meant; a value that it doesn't take.
+    A flag that doesn't work here, with the reason; one that Megatron doesn't know, with the one that was probably
+    meant; a value that it doesn't take.
     """
     if not flags:
         return []
+    if refused := refused_flags(flags):
+        return [f"{name}: {reason}" for name, reason in refused.items()]
     parser = _parser()
     known = [name for action in parser._actions for name in action.option_strings]
     problems = []

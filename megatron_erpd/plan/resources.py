@@ -32,6 +32,7 @@ from megatron_erpd.plan.times import RolloutSize, StageTime, measured_speed, sta
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Imported, Recipe
+from megatron_erpd.recipe.refused_flags import refused_keys
 from megatron_erpd.recipe.requests import Import, ImportRollouts, ModelRequest, Precompute, Sample, TrainingRequest
 from megatron_erpd.recipe.stages import Stage, dependencies
 from megatron_erpd.recipe.verdicts import Verdict, judge_all
@@ -142,13 +143,16 @@ def estimate(
         sequence_length: tokens of the longest rollout. Default: counted, else bounded by the recipe.
 
     Raises:
-        RecipeError, CheckpointError, LayoutError: the recipe, the model or a layout can't be used (see `plan`).
+        RecipeError, CheckpointError, LayoutError: the recipe, one of its Megatron flags, the model or a layout can't be
+            used (see `plan`).
     """
     if teraflops_per_device is not None and not teraflops_per_device > 0:
         raise RecipeError(f"--teraflops-per-device {teraflops_per_device:g}: give a number above 0")
     if sequence_length is not None and sequence_length < 1:
         raise RecipeError(f"--sequence-length {sequence_length}: give 1 or more")
     stages, notes = plan(recipe), list[str]()
+    if refused := refused_keys(recipe, stages):
+        raise RecipeError("\n  ".join(refused))
     verdicts = judge_all(stages, Artifacts(recipe.folder, checksums=False))
     # What comes back from `replaced/` is counted as if it were still to be made.
     done = {stage.name for stage in stages if verdicts[stage.name].folder == stage.output}

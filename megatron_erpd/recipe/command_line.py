@@ -19,6 +19,7 @@ from megatron_erpd.settings.arguments import (
     settings_from_namespace,
     settings_to_argv,
 )
+from megatron_erpd.settings.megatron_flags import refused_flags
 from megatron_erpd.slices import add_slice_arguments
 
 _LAST = ("monitoring", "output", "verify_inputs", "slice", "merge_slices", "layout", "megatron")
@@ -86,9 +87,11 @@ def read_request[R: Request](kind: type[R], argv: Sequence[str]) -> R:
     """What a command line asks for: the inverse of `argv_of`.
 
     Raises:
-        RecipeError: a value is out of range; the message names the flag.
+        RecipeError: a value is out of range, or one of Megatron's flags doesn't work here; the message names the flag.
     """
     own, megatron = split_pass_through(argv)
+    if refused := refused_flags(megatron):
+        raise RecipeError("\n  ".join(f"{name}: {reason}" for name, reason in refused.items()))
     return request_from(kind, request_parser(kind).parse_args(own), megatron)
 
 

@@ -155,9 +155,14 @@ def flags_of(megatron: MegatronFlags) -> tuple[str, ...]:
     """Megatron flags as they stand on a command line."""
     argv: list[str] = []
     for name, value in megatron.items():
-        flag = "--" + name.strip("-").replace("_", "-")
+        flag = flag_name(name)
         if value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         argv += [flag, *(str(v) for v in values)]
     return tuple(argv)
+
+
+def flag_name(key: str) -> str:
+    """The flag of a key under `megatron:`."""
+    return "--" + key.strip("-").replace("_", "-")

@@ -1,0 +1,140 @@
+"""The table of Megatron flags: it is Megatron's, the page shows it, and every door refuses what it refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_erpd.commands import cli
+from megatron_erpd.errors import RecipeError
+from megatron_erpd.launch import flag_check
+from megatron_erpd.model.arguments import megatron_argv
+from megatron_erpd.recipe.command_line import read_request
+from megatron_erpd.recipe.requests import REQUESTS
+from megatron_erpd.recipe.stages import RUNS_MODEL
+from megatron_erpd.settings.megatron_flags import REFUSED, WORKS, refused_flags, without_refused
+from tests import forked
+from tests.distributed.harness import run_ranks
+from tests.unit.launch.test_preflight import SAMPLED, TASK, write_model
+
+ROOT = Path(__file__).parents[3]
+REASONS = {flag: refusal.reason for refusal in REFUSED for flag in refusal.flags}
+TRAINED = [flag for flags in WORKS.values() for flag in flags]
+
+
+def names_in_megatron(rank: int, world_size: int) -> list[list[str]]:
+    """The names of each of Megatron's options."""
+    from megatron_erpd.model.megatron_flags import _parser
+
+    return [list(action.option_strings) for action in _parser()._actions]
+
+
+def test_megatron_has_the_flags_of_the_table() -> None:
+    (options,) = run_ranks(names_in_megatron, 1)
+    known = {name for names in options for name in names}
+    assert known >= {*REASONS, *TRAINED}
+    # No flag is refused under one of its names alone.
+    assert [names for names in options if 0 < len(REASONS.keys() & set(names)) < len(names)] == []
+
+
+def test_no_flag_is_in_the_table_twice() -> None:
+    flags = [flag for refusal in REFUSED for flag in refusal.flags] + TRAINED
+    assert len(set(flags)) == len(flags)
+
+
+@pytest.mark.parametrize("test", WORKS)
+def test_what_works_is_trained_with(test: str) -> None:
+    text = (ROOT / test).read_text()
+    assert "run_ranks(" in text and all(f'"{flag}"' in text for flag in WORKS[test])
+
+
+def test_the_page_is_the_table() -> None:
+    rows = [line for line in (ROOT / "docs/megatron-flags.md").read_text().splitlines() if line.startswith("| ")]
+    expected = [f"| {_flags(flags)} | `{test}` |" for test, flags in WORKS.items()]
+    expected += [f"| {refusal.what} | {_flags(refusal.flags)} | {refusal.reason} |" for refusal in REFUSED]
+    assert [row for row in rows if "`--" in row] == expected
+
+
+def _flags(names: tuple[str, ...]) -> str:
+    return " ".join(f"`{name}`" for name in names)
+
+
+def test_words_of_refused_flags() -> None:
+    words = ["--adam-eps", "-1e-7", "--rampup-batch-size", "2", "2", "-3", "--use-mup", "--mtp-num-layers=1", "--seed"]
+    assert list(refused_flags(words)) == ["--rampup-batch-size", "--use-mup", "--mtp-num-layers"]
+    assert without_refused(words) == ["--adam-eps", "-1e-7", "--seed"]
+
+
+REQUIRED = {
+    "train-teacher": ["--base", "b", "--rollouts", "r", "--output", "o"],
+    "train-on-policy": ["--base", "b", "--prompts", "p", "--verifier", "math-verify", "--output", "o"],
+    "precompute": ["--base", "b", "--rollouts", "r", "--output", "o"],
+    "distill": ["--base", "b", "--rollouts", "r", "--output", "o"],
+}
+
+
+@pytest.mark.parametrize("command", RUNS_MODEL)
+def test_commands_refuse(command: str) -> None:
+    for flag, reason in REASONS.items():
+        for words in ([flag, "1"], [f"{flag}=1"], ["--adam-eps", "1e-7", flag]):
+            with pytest.raises(RecipeError) as caught:
+                read_request(REQUESTS[command], [*REQUIRED[command], "--", *words])
+            assert str(caught.value) == f"{flag}: {reason}"
+    assert read_request(REQUESTS[command], [*REQUIRED[command], "--", "--overlap-grad-reduce"])
+
+
+def test_megatrons_command_line_is_not_made_with_a_refused_flag() -> None:
+    for flag, reason in REASONS.items():
+        with pytest.raises(RecipeError, match=f"^{flag}: {re.escape(reason)}$"):
+            megatron_argv({}, [flag, "1"])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe that all doors let through but for its flags."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "task.py").write_text(TASK)
+    return tmp_path / "recipe.yaml"
+
+
+def lines_of(path: Path, capsys: pytest.CaptureFixture[str], *argv: str, **sections: Any) -> list[str]:
+    """The lines of a command's error about this recipe, about keys of Megatron's."""
+    rollouts = {**SAMPLED, "verifier": "python:task.py:score"}
+    values = {"name": "mine", "model": "model", "rollouts": rollouts, "teacher": {}, "student": {}, **sections}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(SystemExit) as caught:
+        cli.main([argv[0], str(path), *argv[1:]])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.removeprefix("error: ")
+    return [line.strip() for line in message.splitlines() if "megatron" in line]
+
+
+DOORS = [["plan"], ["run"], ["run", "--dry-run"], ["submit"], ["submit", "--dry-run"]]
+
+
+@pytest.mark.parametrize("argv", DOORS, ids=" ".join)
+def test_recipes_are_refused(argv: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everywhere = {flag.removeprefix("--").replace("-", "_"): True for flag in REASONS}
+    own = {"stages": {"student": {"megatron": {"use-mup": True}}}}
+    found = lines_of(recipe, capsys, *argv, megatron={**everywhere, "use_mup": False}, **own)
+    stages = "(for base-log-probs, teacher, cache, student)"
+    named = {flag.removeprefix("--").replace("-", "_"): reason for flag, reason in REASONS.items()}
+    expected = [f"megatron.{key}: {reason} {stages}" for key, reason in named.items() if key != "use_mup"]
+    expected.append(f"stages.student.megatron.use-mup: {named['use_mup']} (for student)")
+    assert found == expected
+
+
+def test_other_flags_are_judged_beside_them(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_check, "subprocess", forked)
+    given = {"num_virtual_stages_per_pipeline_rank": 2, "log_intreval": 5}
+    found = lines_of(recipe, capsys, "run", "--dry-run", megatron=given)
+    assert [line.partition(" ")[0] for line in found] == ["megatron.num_virtual_stages_per_pipeline_rank:", "megatron:"]
+    assert "did you mean --log-interval?" in found[1]
