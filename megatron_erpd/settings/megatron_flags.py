@@ -156,6 +156,12 @@ WORKS = {
         "--overlap-param-gather",
         "--ddp-bucket-size",
     ),
+    "tests/integration/test_recomputation.py": (
+        "--recompute-granularity",
+        "--recompute-method",
+        "--recompute-num-layers",
+        "--recompute-modules",
+    ),
 }
 """A test to the flags that it trains with."""
 
