@@ -258,7 +258,9 @@ def _products(remade: bool) -> Callable[[Case, Inputs], Runner]:
         layers = [(hidden, weight)]
         if inputs.target_hidden is not None and inputs.target_weight is not None:
             layers.append((inputs.target_hidden, inputs.target_weight))
-        parts = list(token_chunks(case.tokens, len(layers) * case.width * case.itemsize))
+        # Ours makes float32 logits, and of 16-bit operands a gradient beside them.
+        columns = len(layers) * 4 + (case.itemsize if case.itemsize < 4 else 0)
+        parts = list(token_chunks(case.tokens, columns * case.width))
         # One chunk's logits stand for those of every layer and chunk: their values don't matter to the time.
         logits = hidden.new_zeros((parts[0].stop, case.width))
         on_hidden, on_weight = torch.empty_like(hidden), torch.zeros_like(weight)

@@ -60,6 +60,8 @@ HALF_PRECISION = Tolerance(2**-9, 1e-3, relative_to_max=True)
 STORED_MASS = Tolerance(0.0, 1e-6)
 # bf16 keeps 8 bits.
 BF16 = Tolerance(2e-2, 2e-2)
+# Gradients of a bf16 output layer from a logits' gradient rounded to bf16, themselves rounded, and once for each rank.
+BF16_GRADIENT = Tolerance(2**-7, relative_to_max=True)
 # Losses, gradients and weights under another TP, PP, DP or micro-batch size, fp32.
 LAYOUT = Tolerance(1e-5, relative_to_max=True)
 # fp32 logits of a converted model against transformers: other kernels, every layer.

@@ -38,6 +38,8 @@ from megatron_erpd.vocab_parallel import (
     VocabShard,
     fused_token_terms,
     gathered_divergence,
+    logits_of,
+    output_logits,
     token_terms,
 )
 
@@ -97,8 +99,8 @@ class HiddenStates:
     weight: Tensor
 
     def logits(self, positions: Tensor) -> Tensor:
-        """`[n, v/tp]` of these rows."""
-        return self.rows[positions] @ self.weight.t()
+        """`[n, v/tp]` of these rows, float32 (float64 for float64)."""
+        return logits_of(self.rows[positions], self.weight)
 
 
 class Hidden:
@@ -183,19 +185,19 @@ class PolicyHead:
         batch: Batch = context["batch"]
         positions = response_positions(batch)
         labels = at_positions(batch.labels, positions)
+        layer, weight = _output_layer(output_layer, output_weight, config)
         target = None
         if self.target is not None:
             with torch.no_grad():
                 target = self.target(batch, positions, context["outputs"], self.shard)
         if self.gather and target is not None and not isinstance(target, TopKTarget):
             assert self.kind is not None
-            logits = output_layer(hidden_states, weight=output_weight)[0].flatten(0, 1)[positions]
+            logits = output_logits(hidden_states, weight, positions, layer)
             whole = LiveTarget(target.rows(slice(0, len(positions))), target.temperature)
             with naming_rollouts(batch, positions):
                 log_probs, entropy, _ = token_terms(logits, self.shard, labels)
             rows = [log_probs, entropy.detach(), gathered_divergence(self.kind, logits, whole, self.shard)]
         else:
-            layer, weight = _output_layer(output_layer, output_weight, config)
             with naming_rollouts(batch, positions):
                 log_probs, entropy, divergence = fused_token_terms(
                     hidden_states, weight, self.shard, labels, self.kind, target, positions=positions, layer=layer

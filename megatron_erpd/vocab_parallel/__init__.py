@@ -7,6 +7,7 @@ logits is its slice of the dense gradient (see `shard`).
 
 from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.vocab_parallel.divergences import divergence, gather_log_probs, gathered_divergence
+from megatron_erpd.vocab_parallel.products import logits_of
 from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,
@@ -28,6 +29,7 @@ from megatron_erpd.vocab_parallel.token_terms import (
     OutputLayer,
     TokenTerms,
     fused_token_terms,
+    output_logits,
     token_terms,
 )
 from megatron_erpd.vocab_parallel.topk import NO_TOKEN, vocab_parallel_topk
@@ -51,7 +53,9 @@ __all__ = [
     "kl_from_base",
     "local_blocks",
     "log_softmax_of",
+    "logits_of",
     "normalizer",
+    "output_logits",
     "project_shard",
     "signal_law",
     "token_chunks",

@@ -18,6 +18,7 @@ from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel.passes import RowGradient
+from megatron_erpd.vocab_parallel.products import logits_of
 from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, combine, weighted_sum
 
 
@@ -89,11 +90,11 @@ class HiddenTarget:
 
     @property
     def bytes_per_token(self) -> int:
-        return len(self.weight) * self.weight.dtype.itemsize
+        return len(self.weight) * accumulation_dtype(self.weight).itemsize
 
     def rows(self, part: slice) -> Tensor:
         hidden = self.hidden.detach().reshape(-1, self.hidden.shape[-1])[part]
-        return hidden.to(self.weight.dtype) @ self.weight.detach().t()
+        return logits_of(hidden.to(self.weight.dtype), self.weight)
 
 
 Target = FullTarget | TopKTarget

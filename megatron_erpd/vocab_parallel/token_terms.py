@@ -14,10 +14,11 @@ Backward is closed-form: from the logits and a handful of numbers per token (`Sc
 the dense gradient (see `shard`).
 
 With the output layer, forward makes the logits of a chunk of tokens, takes their numbers and drops them. Backward makes
-them once more, turns them into their own gradient in place, and multiplies that into the gradients of the hidden states
-and the weight. That is one matrix product more than with logits kept (four instead of three), for memory that doesn't
-grow with the number of tokens. It has to be so where the loss isn't known yet (a sequence's ratio, a KL budget), and it
-lets the weight's gradient be added to Megatron's `main_grad` at once.
+them once more, turns them into their own gradient (in place; beside them for a 16-bit layer, see `products`), and
+multiplies that into the gradients of the hidden states and the weight. That is one matrix product more than with logits
+kept (four instead of three), for memory that doesn't grow with the number of tokens. It has to be so where the loss
+isn't known yet (a sequence's ratio, a KL budget), and it lets the weight's gradient be added to Megatron's `main_grad`
+at once.
 
 Everything here is flat: n tokens, chunks of them as slices. -inf in logits has probability 0; a NaN, +inf or a row of
 nothing but -inf is an error.
@@ -41,6 +42,7 @@ from megatron_erpd.objectives.divergences import DIVERGENCES, TopKTarget
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import passes
 from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
+from megatron_erpd.vocab_parallel.products import add_product, hidden_gradient, logits_of
 from megatron_erpd.vocab_parallel.shard import (
     VocabShard,
     accumulation_dtype,
@@ -259,7 +261,8 @@ def fused_token_terms(
     positions: Tensor | None = None,
     layer: OutputLayer | None = None,
 ) -> TokenTerms:
-    """`token_terms` of the logits `hidden @ weight^T`, which are made a chunk of tokens at a time.
+    """`token_terms` of the logits `hidden @ weight^T`, which are made a chunk of tokens at a time, in float32 whatever
+    the type of hidden states and weight (float64 for float64).
 
     Args:
         hidden: [..., h], or [s/tp, ..., h] under sequence parallelism: the output layer's input.
@@ -299,11 +302,10 @@ class _FusedTerms(torch.autograd.Function):
         rows = layer.gather(hidden).reshape(-1, hidden.shape[-1])
         chunk_size = _bytes_per_token(weight)
         scalars = compute(
-            request, lambda part: _rows(rows, positions, part) @ weight.t(), target_chunks(request, chunk_size)
+            request, lambda part: logits_of(_rows(rows, positions, part), weight), target_chunks(request, chunk_size)
         )
-        # The weight itself, not a saved copy of the reference: `main_grad` is an attribute of the parameter.
-        ctx.request, ctx.positions, ctx.layer, ctx.weight = request, positions, layer, weight
-        ctx.main_grad = weight.main_grad if layer.accumulate and hasattr(weight, "main_grad") else None
+        _LayerGradients.save(ctx, weight, positions, layer)
+        ctx.request = request
         ctx.save_for_backward(hidden, *scalars)
         ctx.set_materialize_grads(False)
         return scalars.log_probs, scalars.entropy, scalars.divergence
@@ -316,43 +318,81 @@ class _FusedTerms(torch.autograd.Function):
         upstream = upstream_of(gradients, request, scalars.maximum.dtype)
         if upstream is None:
             return None, None, None, None, None
-        rows = ctx.layer.gather(hidden)
-        shape, rows = rows.shape, rows.reshape(-1, hidden.shape[-1])
-        on_hidden = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
-        on_weight = _weight_gradient(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        sums = _LayerGradients(ctx, hidden)
         for part in target_chunks(request, _bytes_per_token(weight)):
-            chunk = _rows(rows, ctx.positions, part)
-            logits = chunk @ weight.t()
-            gradient(request, logits, part, scalars, upstream, out=logits)
-            if on_hidden is not None:
-                where = part if ctx.positions is None else ctx.positions[part]
-                on_hidden[where] = logits @ weight
-            if on_weight is not None:
-                add_product(on_weight, logits, chunk)
+            chunk = sums.rows_of(part)
+            logits = logits_of(chunk, weight)
+            # float32 logits of a 16-bit layer: the gradient is rounded as it is written, for the products.
+            on_logits = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+            gradient(request, logits, part, scalars, upstream, out=on_logits)
             del logits
+            sums.add(part, chunk, on_logits)
+            del on_logits
+        return *sums.results(), None, None, None
+
+
+def output_logits(hidden: Tensor, weight: Tensor, positions: Tensor, layer: OutputLayer) -> Tensor:
+    """Logits `[n, v/tp]` that exist whole, in float32 (float64 for float64).
+
+    Gradients flow into `hidden` and `weight`. Args and collectives: as `fused_token_terms`.
+    """
+    return _OutputLogits.apply(hidden, weight, positions, layer)
+
+
+class _OutputLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, layer: OutputLayer) -> Tensor:
+        _LayerGradients.save(ctx, weight, positions, layer)
+        ctx.save_for_backward(hidden)
+        return logits_of(layer.gather(hidden).reshape(-1, hidden.shape[-1])[positions], weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, on_logits: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        sums = _LayerGradients(ctx, *ctx.saved_tensors)
+        part = slice(0, len(on_logits))
+        sums.add(part, sums.rows_of(part), on_logits.to(ctx.weight.dtype))
+        return *sums.results(), None, None
+
+
+class _LayerGradients:
+    """The gradients of an output layer's hidden states and weight, summed over chunks of tokens."""
+
+    @staticmethod
+    def save(ctx: Any, weight: Tensor, positions: Tensor | None, layer: OutputLayer) -> None:
+        """In forward. The weight itself, not a saved copy of the reference: `main_grad` is an attribute of it."""
+        ctx.weight, ctx.positions, ctx.layer = weight, positions, layer
+        ctx.main_grad = weight.main_grad if layer.accumulate and hasattr(weight, "main_grad") else None
+
+    def __init__(self, ctx: Any, hidden: Tensor) -> None:
+        self.ctx = ctx
+        rows = ctx.layer.gather(hidden)
+        self.shape, self.rows = rows.shape, rows.reshape(-1, hidden.shape[-1])
+        self.on_hidden = torch.zeros_like(self.rows) if ctx.needs_input_grad[0] else None
+        self.on_weight = _weight_gradient(ctx.weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+
+    def rows_of(self, part: slice) -> Tensor:
+        """A chunk's hidden states `[c, h]`."""
+        return _rows(self.rows, self.ctx.positions, part)
+
+    def add(self, part: slice, chunk: Tensor, on_logits: Tensor) -> None:
+        """What a chunk's hidden states and the gradient of its logits `[c, v/tp]`, in the weight's type, give."""
+        if self.on_hidden is not None:
+            where = part if self.ctx.positions is None else self.ctx.positions[part]
+            self.on_hidden[where] = hidden_gradient(on_logits, self.ctx.weight)
+        if self.on_weight is not None:
+            add_product(self.on_weight, on_logits, chunk)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None]:
+        """What autograd gets; the output layer's collective for the hidden states' gradient."""
+        on_hidden, on_weight, weight = self.on_hidden, self.on_weight, self.ctx.weight
         if on_hidden is not None:
-            on_hidden = ctx.layer.reduce(on_hidden.reshape(shape))
-        if on_weight is not None and ctx.main_grad is not None:
+            on_hidden = self.ctx.layer.reduce(on_hidden.reshape(self.shape))
+        if on_weight is not None and self.ctx.main_grad is not None:
             on_weight = _after_main_grad(weight)
         elif on_weight is not None:
             on_weight = on_weight.to(weight.dtype)
-        return on_hidden, on_weight, None, None, None
-
-
-def add_product(total: Tensor, on_logits: Tensor, hidden: Tensor) -> None:
-    """total [v, h] += on_logits [c, v]^T @ hidden [c, h], summed in the type of `total`."""
-    if total.dtype == on_logits.dtype:
-        total.addmm_(on_logits.t(), hidden)
-        return
-    if total.is_cuda and total.dtype == torch.float32:
-        try:
-            import fused_weight_gradient_mlp_cuda  # Apex; Megatron's own way to a float32 sum of bf16 products
-        except ImportError:
-            pass
-        else:
-            fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden, on_logits, total)
-            return
-    total.add_(on_logits.t() @ hidden)
+        return on_hidden, on_weight
 
 
 def _weight_gradient(weight: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -377,7 +417,10 @@ def _rows(rows: Tensor, positions: Tensor | None, part: slice) -> Tensor:
 
 
 def _bytes_per_token(weight: Tensor) -> int:
-    return len(weight) * weight.dtype.itemsize
+    """Of a chunk: logits, and in backward their gradient beside them where it has another type. The same in both
+    directions, so that the chunks are."""
+    dtype = accumulation_dtype(weight)
+    return len(weight) * (dtype.itemsize + (weight.dtype.itemsize if weight.dtype != dtype else 0))
 
 
 # The computation of both

@@ -28,7 +28,7 @@ from megatron_erpd.vocab_parallel import (
 from megatron_erpd.vocab_parallel import shard as chunks
 from tests.distributed.harness import Case, run_cases
 from tests.distributed.test_vocab_parallel import CountCollectives
-from tests.tolerances import VOCAB_PARALLEL, VOCAB_PARALLEL_FLOAT64
+from tests.tolerances import BF16_GRADIENT, VOCAB_PARALLEL, VOCAB_PARALLEL_FLOAT64
 from tests.unit.vocab_parallel.oracles import buckets, policy_probs, probs_divergence
 
 KINDS = ("forward_kl", "reverse_kl", "js")
@@ -41,15 +41,15 @@ WEIGHTS = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.25], dtype=torch.float64)
 
 
 class Problem:
-    """One batch: hidden states and output weights of student and teacher, whole; float64 that fp32 holds exactly."""
+    """One batch: hidden states and output weights of student and teacher, whole; float64 that `dtype` holds exactly."""
 
-    def __init__(self, vocab_size: int, padded: int) -> None:
+    def __init__(self, vocab_size: int, padded: int, dtype: torch.dtype = torch.float32) -> None:
         draw = torch.Generator().manual_seed(11)
         self.vocab_size, self.padded = vocab_size, padded
-        self.hidden = torch.randn(*TOKENS, HIDDEN, generator=draw).double()
-        self.weight = torch.randn(padded, HIDDEN, generator=draw).double() / 2
-        self.teacher_hidden = torch.randn(len(POSITIONS), HIDDEN, generator=draw).double()
-        self.teacher_weight = torch.randn(padded, HIDDEN, generator=draw).double() / 2
+        self.hidden = torch.randn(*TOKENS, HIDDEN, generator=draw).to(dtype).double()
+        self.weight = torch.randn(padded, HIDDEN, generator=draw).to(dtype).double() / 2
+        self.teacher_hidden = torch.randn(len(POSITIONS), HIDDEN, generator=draw).to(dtype).double()
+        self.teacher_weight = torch.randn(padded, HIDDEN, generator=draw).to(dtype).double() / 2
         self.tokens = torch.randint(0, vocab_size, (len(POSITIONS),), generator=draw)
         self.tokens[0], self.tokens[1] = vocab_size - 1, IGNORED_TOKEN
 
@@ -136,6 +136,29 @@ def check_fused(rank: int, world_size: int, vocab_size: int, padded: int, sequen
                 for name, left, right in zip(("lp", "H", "D", "hidden", "weight"), actual, expected, strict=True):
                     assert left.dtype == dtype
                     tolerance.assert_close(left, right, f"{name}: {kind} {target} {dtype}")
+
+
+def check_bf16(rank: int, world_size: int, sequence_parallel: bool) -> None:
+    """bf16 hidden states and weights: the values are those of float32 logits, on every rank the same bits; gradients
+    are rounded to bf16 with the logits' gradient, and once more where they are returned and summed."""
+    problem = Problem(37, 48, torch.bfloat16)
+    chunks.CHUNK_BYTES = 1000
+    for kind in KINDS:
+        actual = run_fused(problem, kind, "hidden", torch.bfloat16, sequence_parallel)
+        expected = problem.expected(kind, "hidden")
+        for name, left, right in zip(("lp", "H", "D"), actual[:3], expected[:3], strict=True):
+            assert left.dtype == torch.float32
+            VOCAB_PARALLEL.assert_close(left, right, f"{name}: {kind}")
+            if world_size > 1:
+                parts = whole(left.detach().unsqueeze(0))
+                assert all(torch.equal(part, parts[0]) for part in parts)
+        actual[4] = whole(actual[4])
+        actual[3] = whole(actual[3]) if sequence_parallel else actual[3]
+        for name, left, right in zip(("hidden", "weight"), actual[3:], expected[3:], strict=True):
+            assert left.dtype == torch.bfloat16
+            BF16_GRADIENT.assert_close(left, right, f"{name}: {kind}")
+            cosine = torch.cosine_similarity(left.double().flatten(), right.flatten(), dim=0)
+            assert cosine > 0.9999, f"{name}: {kind}: {float(cosine)}"
 
 
 def check_ratio_to_cross_entropy(rank: int, world_size: int) -> None:
@@ -271,6 +294,10 @@ def test_fused(world_size: int) -> None:
     cases: list[Case] = [
         (f"{vocab_size} in {padded}, SP {sequence_parallel}", check_fused, (vocab_size, padded, sequence_parallel))
         for vocab_size, padded in VOCABULARIES
+        for sequence_parallel in ([False, True] if world_size > 1 else [False])
+    ]
+    cases += [
+        (f"bf16, SP {sequence_parallel}", check_bf16, (sequence_parallel,))
         for sequence_parallel in ([False, True] if world_size > 1 else [False])
     ]
     checks: list[Callable[..., None]] = [check_ratio_to_cross_entropy, check_main_grad, check_tied, check_as_unfused]

@@ -10,15 +10,19 @@ import torch
 
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import (
+    HiddenTarget,
     LiveTarget,
     VocabShard,
     divergence,
+    fused_token_terms,
+    logits_of,
     passes,
     token_terms,
     triton_passes,
 )
 from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
-from tests.tolerances import BF16, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
+from megatron_erpd.vocab_parallel.products import add_product
+from tests.tolerances import BF16, BF16_GRADIENT, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +47,28 @@ def test_log_probs_and_gradient_are_those_of_the_cpu(dtype: torch.dtype, toleran
         results.append((log_probs.detach().cpu(), entropy.detach().cpu(), x.grad.float().cpu()))
     for ours, reference in zip(results[1], results[0], strict=True):
         tolerance.assert_close(ours, reference)  # type: ignore[attr-defined]
+
+
+def test_an_output_layer_in_bf16_is_that_of_the_cpu() -> None:
+    """Products of bf16 operands in float32, with Triton's passes, and a weight gradient summed in float32 or bf16."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(TOKENS, 256).bfloat16(), (torch.randn(VOCAB, 256) / 4).bfloat16()
+    labels = torch.randint(VOCAB, (TOKENS,))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        target = HiddenTarget(hidden.flip(0).to(device), weight.to(device))
+        terms = fused_token_terms(*leaves, VocabShard.dense(VOCAB), labels.to(device), "reverse_kl", target)
+        gradients = torch.autograd.grad(sum(x.sum() for x in terms), leaves)  # type: ignore[arg-type]
+        on_logits = logits_of(hidden.to(device), weight.to(device)).bfloat16()
+        totals = [torch.ones(VOCAB, 256, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)]
+        for total in totals:
+            add_product(total, on_logits, hidden.to(device))
+        results.append([*terms, *gradients, *totals])
+    tolerances = [FP32_PARALLEL] * 3 + [BF16_GRADIENT] * 4
+    for ours, reference, tolerance in zip(results[1], results[0], tolerances, strict=True):
+        assert ours.dtype == reference.dtype
+        tolerance.assert_close(ours, reference)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js"])

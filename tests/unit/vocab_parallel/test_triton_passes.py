@@ -219,6 +219,13 @@ def test_gradient(kind: DivergenceKind | None, dtype: torch.dtype, slope: bool, 
         assert storage[:, WIDTH:].isnan().all()
 
 
+@each_kind_or_none
+def test_gradient_of_float32_logits_in_bf16(kind: DivergenceKind | None) -> None:
+    """What an output layer in bf16 asks for: logits and target float32, the gradient beside them."""
+    logits, target = make_rows(1, dtype=torch.float32), make_rows(2, dtype=torch.float32)
+    assert_same_gradient(gradient_arguments(logits, target, kind, True, True), torch.bfloat16)
+
+
 def test_token_is_added_before_rounding() -> None:
     """The gradient of a nearly certain token is a small difference, which is lost where its parts are rounded first."""
     logits = torch.zeros(1, 40, dtype=torch.bfloat16, device=DEVICE)
@@ -379,6 +386,7 @@ rows = RowGradient(numbers, numbers, ids[:, 0], numbers)
 for kind in ("forward_kl", "js"):
     triton_passes.gradient(x, policy, rows, DivergenceGradient(kind, numbers, target))
 triton_passes.gradient(y, target, rows._replace(slope=None))
+triton_passes.gradient(x, target, rows)
 """
 
 
@@ -389,5 +397,5 @@ def test_kernels_compile_for_a_gpu(tmp_path: object) -> None:
     assert result.returncode == 0, result.stderr
     first, *kernels = result.stdout.splitlines()
     assert "need a CUDA device and got tensors on cpu" in first
-    expected = ["statistics_kernel", "js_terms_kernel"] + ["gradient_kernel"] * 3
+    expected = ["statistics_kernel", "js_terms_kernel"] + ["gradient_kernel"] * 4
     assert kernels == expected
