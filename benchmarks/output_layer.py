@@ -9,9 +9,9 @@ Hidden states and weight are made-up and bf16; they are the same for all, float6
     ours              `vocab_parallel.products.logits_of`
 
 Of each: the mean and largest |error| of log-prob, entropy and KL(policy || another) against float64, and the CPU
-seconds for the logits of both policies and these three numbers. Then the two products of the backward, for fewer
-columns (`--backward-columns`): on a CPU without bf16 arithmetic PyTorch takes minutes for all. Times are the least of
-several runs, on one thread.
+seconds for the logits of both policies and these three numbers. Then the times of single products, for fewer columns
+(`--columns`, `--backward-columns`): on a CPU without bf16 arithmetic PyTorch takes minutes for all. Times are the least
+of several runs, on one thread.
 """
 
 from __future__ import annotations
@@ -43,11 +43,16 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--backward-columns", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--columns", type=int, default=8192, help="of the timed products")
+    parser.add_argument("--backward-columns", type=int, default=1024)
+    parser.add_argument("--only-products", action="store_true", help="times of products alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     draw = torch.Generator().manual_seed(0)
+    if options.only_products:
+        weight = torch.randn(options.columns, options.hidden, generator=draw).bfloat16()
+        return products(weight, options.backward_columns, options.repeats)
     scale = LOGITS_STD / options.hidden**0.5
     weight = torch.empty(options.vocab, options.hidden, dtype=torch.bfloat16)
     for rows in weight.split(4096):
@@ -57,7 +62,7 @@ def main() -> None:
     hidden = hidden.bfloat16()
     tokens = torch.multinomial(in_float64(hidden, weight).softmax(-1), 1, generator=draw).squeeze(-1)
     precision(hidden, other, weight, tokens, options.repeats)
-    backward(hidden, weight[: options.backward_columns], options.repeats)
+    products(weight[: options.columns], options.backward_columns, options.repeats)
 
 
 def precision(hidden: Tensor, other: Tensor, weight: Tensor, tokens: Tensor, repeats: int) -> None:
@@ -80,17 +85,28 @@ def precision(hidden: Tensor, other: Tensor, weight: Tensor, tokens: Tensor, rep
         print(f"{name:16}{columns}{seconds:9.2f}", flush=True)
 
 
-def backward(hidden: Tensor, weight: Tensor, repeats: int) -> None:
-    on_logits = torch.randn(len(hidden), len(weight), generator=torch.Generator().manual_seed(1)).bfloat16()
+def products(weight: Tensor, backward_columns: int, repeats: int) -> None:
+    """Prints the times of single products: what widening the weight costs doesn't grow with the tokens."""
+    draw = torch.Generator().manual_seed(1)
+    print(f"logits of {len(weight):,} columns, CPU s" + f"{'bf16':>10}{'ours':>10}")
+    for num_tokens in (16, 64, 256):
+        hidden = torch.randn(num_tokens, weight.shape[1], generator=draw).bfloat16()
+        times = [fastest(lambda f=f, x=hidden: f(x, weight), repeats) for f in (in_bf16, logits_of)]  # type: ignore[misc]
+        print(f"{num_tokens:>5} tokens" + "".join(f"{seconds:10.3f}" for seconds in times), flush=True)
+    weight = weight[:backward_columns]
+    hidden = torch.randn(64, weight.shape[1], generator=draw).bfloat16()
+    on_logits = torch.randn(len(hidden), len(weight), generator=draw).bfloat16()
     total = torch.zeros(weight.shape)
-    print(f"products of the backward, {len(weight):,} columns, CPU s")
-    plain = fastest(lambda: on_logits @ weight, 1), fastest(lambda: total.add_(on_logits.t() @ hidden), 1)
-    ours = (
-        fastest(lambda: hidden_gradient(on_logits, weight), repeats),
-        fastest(lambda: add_product(total, on_logits, hidden), repeats),
-    )
-    for name, (of_hidden, of_weight) in {"bf16 products": plain, "ours": ours}.items():
-        print(f"{name:16}hidden states {of_hidden:.3f}, weight {of_weight:.3f}")
+    pairs = {
+        "hidden states' gradient": (lambda: on_logits @ weight, lambda: hidden_gradient(on_logits, weight)),
+        "weight's gradient": (
+            lambda: total.add_(on_logits.t() @ hidden),
+            lambda: add_product(total, on_logits, hidden),
+        ),
+    }
+    for name, (plain, ours) in pairs.items():
+        seconds = f"bf16 {fastest(plain, 1):.3f}, ours {fastest(ours, repeats):.3f}"  # type: ignore[arg-type]
+        print(f"{name}, {len(weight):,} columns, 64 tokens, CPU s: {seconds}", flush=True)
 
 
 def in_bf16(rows: Tensor, weight: Tensor) -> Tensor:
