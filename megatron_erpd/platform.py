@@ -1,7 +1,8 @@
 """What is replaced in Megatron and PyTorch: nothing elsewhere in the package, and nothing that is computed on a GPU.
 
-Two replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers` and
-`wrap_tensorboard_writer`. All others are for a machine without a CUDA device.
+Three replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
+`wrap_tensorboard_writer` and `save_optimizer_without_padding`, which corrects what a checkpoint is made of. All others
+are for a machine without a CUDA device.
 
 Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
 pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
@@ -22,12 +23,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import os
 import queue
 import time
 import types
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +106,46 @@ def wrap_tensorboard_writer(wrap: Callable[[Any], Any]) -> None:
         global_vars._GLOBAL_TENSORBOARD_WRITER = wrap(writer)
 
 
+def save_optimizer_without_padding() -> None:
+    """Lets a checkpoint of the distributed optimizer hold every parameter's own state; idempotent.
+
+    Megatron pads the end of each bucket of its buffers, to a multiple of the data-parallel size and of 128 entries. For
+    a checkpoint of type `fully_reshardable` it gathers the state without this padding, but then takes each parameter
+    from its place with it (megatron-core 0.19.2): after the first padded bucket the master weights and moments of a
+    parameter are its neighbour's, at the end zeros, and a training that resumes goes on from these. There are several
+    buckets with `--overlap-grad-reduce`, and on the last pipeline stage of a model with tied embeddings. While it looks
+    it is given the places without padding.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = _without_padding(buffer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = without_padding
+
+
+def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """A buffer's parameters to (start, end, bucket), as if its buckets followed each other without padding."""
+    ends = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+    padding = [bucket.offset - start for bucket, start in zip(buffer.buckets, ends, strict=False)]
+    return {
+        parameter: (start - padding[bucket], end - padding[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
 def pretrain_on_cpu(args: argparse.Namespace) -> None:
     """Lets `megatron.training`'s `pretrain` run where there is no CUDA device; without effect where there is one.
 
@@ -116,8 +158,51 @@ def pretrain_on_cpu(args: argparse.Namespace) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import initialize, training
 
-    training.initialize_megatron = partial(initialize.initialize_megatron, allow_no_cuda=True)
+    training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     filesystem_async._results_queue = None if args.async_save else queue.SimpleQueue()
+    _load_into_torch_adam()
+
+
+def _load_into_torch_adam() -> None:
+    """Lets the distributed optimizer load a checkpoint into PyTorch's AdamW, which is Adam where there is neither
+    Transformer Engine nor Apex; idempotent.
+
+    PyTorch's Adam counts its steps in a tensor of each parameter, the fused ones in one number. Before a checkpoint is
+    loaded there are no such tensors, and Megatron (megatron-core 0.19.2) asserts that there are; it looks for them in
+    what it has loaded; and it gives all parameters the same one, which then counts each step once for every parameter.
+    """
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+    read, load, fill = (
+        DistributedOptimizer.state_dict,
+        DistributedOptimizer.load_state_dict,
+        DistributedOptimizer._set_main_param_and_optimizer_states,
+    )
+    if HAVE_APEX_OR_TE or hasattr(read, "__wrapped__"):
+        return
+
+    @functools.wraps(read)
+    def state_dict(self: Any) -> Any:
+        if not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    zeros = {key: torch.zeros_like(parameter) for key in self.optimizer_state_keys}
+                    self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        return read(self)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state: Any) -> None:
+        load(self, state)
+        for of_parameter in self.optimizer.state.values():
+            of_parameter["step"] = of_parameter["step"].clone()
+
+    @functools.wraps(fill)
+    def set_states(self: Any, parameter: Any, tensors: Any) -> None:
+        fill(self, parameter, {"step": None, **tensors})
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
 class _CpuInsteadOfCuda(TorchFunctionMode):

@@ -62,6 +62,10 @@ STORED_MASS = Tolerance(0.0, 1e-6)
 BF16 = Tolerance(2e-2, 2e-2)
 # Gradients of a bf16 output layer from a logits' gradient rounded to bf16, themselves rounded, and once for each rank.
 BF16_GRADIENT = Tolerance(2**-7, relative_to_max=True)
+# Losses of 20 steps with fp32 master weights and bf16 forward and backward, against the same by another implementation.
+BF16_LOSS = Tolerance(1e-2)
+# The same against fp32 throughout: weights of 0.3 that change by 1e-4 in a step move in bf16 some ten steps later.
+FP32_LOSS = Tolerance(2e-2)
 # Losses, gradients and weights under another TP, PP, DP or micro-batch size, fp32.
 LAYOUT = Tolerance(1e-5, relative_to_max=True)
 # fp32 logits of a converted model against transformers: other kernels, every layer.
@@ -78,5 +82,12 @@ SIGNAL_LAW = Tolerance(0.0, 1e-6)
 HISTOGRAM = Tolerance(1.2e-3)
 # Bytes of weights, gradients and optimizer against Megatron's own estimate, which leaves small tensors out.
 MEMORY_REPORT = Tolerance(1e-3)
+
+# Cosine of a parameter's gradient in bf16 with that of another implementation or in fp32: a direction, no entry.
+MIN_BF16_COSINE = 0.999
+# The same of a parameter with a twentieth of the gradient's norm or less.
+MIN_BF16_COSINE_SMALL = 0.997
+# Cosine of what ten steps of Adam changed with the same under other layouts: small gradients change their sign.
+MIN_BF16_COSINE_UPDATE = 0.95
 
 TOLERANCES: dict[str, Tolerance] = {name: value for name, value in vars().items() if isinstance(value, Tolerance)}

@@ -199,6 +199,7 @@ class TrainingRun(ABC):
         from megatron_erpd.training.metrics import JsonLinesWriter
 
         platform.pretrain_on_cpu(args)
+        platform.save_optimizer_without_padding()
         platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS))
         hooks = StepHooks()
 

@@ -1,0 +1,265 @@
+"""What the recipes for GPUs train with, at every layout: bf16, distributed optimizer, overlapped gradient reduction.
+
+The reference is written in plain PyTorch on transformers' model: bf16 weights forward and backward, gradients summed
+in fp32, AdamW on fp32 master weights. The same in fp32 throughout says what bf16 costs. Megatron's gradient of the
+first step is read from the checkpoint: Adam's first moment is (1 - beta_1) times it (clipped), in fp32 and under the
+parameter's name, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_erpd.checkpoint.torch_dist.iterations import iteration_folder, latest_iteration
+from megatron_erpd.data.rollouts import read_rollouts
+from tests.distributed.harness import run_ranks
+from tests.integration.stages import Stages, run_stages
+from tests.integration.test_resume_layouts import Part, metrics, train
+from tests.integration.tiny import VOCAB_SIZE, write_model, write_random_rollouts
+from tests.tolerances import (
+    BF16_LOSS,
+    FP32_LOSS,
+    LAYOUT,
+    MIN_BF16_COSINE,
+    MIN_BF16_COSINE_SMALL,
+    MIN_BF16_COSINE_UPDATE,
+)
+
+STEPS, ROLLOUTS = 20, 32
+RATE, BETA_1, BETA_2, CLIP = 1e-4, 0.9, 0.95, 1.0
+"""A step of 1e-4 is less than half of the distance of bf16 numbers near 0.3, which the weights are: without fp32 master
+weights most of them would never change."""
+
+SMALL = 0.05
+"""Of the gradient's norm: what a parameter with less is the sum of cancels, and bf16's noise shows in it."""
+GPU_RECIPE = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-bucket-size", "4000"]
+"""Small buckets, as a large model has several; their ends are padded."""
+LAYOUTS = {
+    "one": (1, ["--micro-batch-size", "16"]),
+    "dp2": (2, ["--data-parallel", "2", "--micro-batch-size", "8"]),
+    "tp2-sequence-parallel": (2, ["--tensor-parallel", "2", "--sequence-parallel", "--micro-batch-size", "16"]),
+    "pp2": (2, ["--pipeline-parallel", "2", "--micro-batch-size", "8"]),
+    "tp2-pp2": (
+        4,
+        ["--tensor-parallel", "2", "--sequence-parallel", "--pipeline-parallel", "2", "--micro-batch-size", "16"],
+    ),
+}
+LONG = [pytest.param(name, marks=pytest.mark.long) if name == "tp2-pp2" else name for name in LAYOUTS]
+
+
+class Reference(NamedTuple):
+    """A training in plain PyTorch: all rollouts in every step."""
+
+    losses: list[float]
+    gradient: dict[str, Tensor]
+    """Of the first step, before clipping, fp32, by Megatron's names."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16")
+    in_bf16(write_model(folder / "hf"))
+    write_random_rollouts(folder / "rollouts.parquet", ROLLOUTS // 4, reward=1.0, shortest=4)
+    run_ranks(run_stages, 1, [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"])])
+    return folder
+
+
+def in_bf16(folder: Path) -> None:
+    """Rounds a model's weights, as models are published: Megatron's master weights are those of the bf16 model."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def references(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folder = tmp_path_factory.mktemp("references")
+    return {name: reference(made, dtype, folder / name) for name, dtype in DTYPES.items()}
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def reference(made: Path, dtype: torch.dtype, folder: Path) -> Reference:
+    """Trains with forward and backward in this dtype, all else in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    master = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=dtype)
+    tokens, mask = sequences(made / "rollouts.parquet")
+    optimizer = torch.optim.AdamW(master.parameters(), RATE, (BETA_1, BETA_2), weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        model.load_state_dict(master.state_dict())
+        logits = model(tokens[:, :-1]).logits.float()
+        log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        loss = -(log_probs * mask[:, 1:]).sum() / mask[:, 1:].sum()
+        model.zero_grad()
+        loss.backward()
+        for parameter, computed in zip(master.parameters(), model.parameters(), strict=True):
+            assert computed.grad is not None
+            parameter.grad = computed.grad.float()
+        if step == 0:
+            gradient = by_megatron_names(master, made, folder)
+        clip_grad_norm_(master.parameters(), CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+    return Reference(losses, gradient)
+
+
+def sequences(path: Path) -> tuple[Tensor, Tensor]:
+    """Tokens and mask `[b, s]` of all rollouts; what follows a rollout is seen by none of its tokens."""
+    rollouts = read_rollouts(path)
+    rows = [
+        (torch.tensor(rollouts.prompt_tokens(i)).long(), torch.tensor(rollouts.response_tokens(i)).long())
+        for i in range(len(rollouts))
+    ]
+    tokens = pad_sequence([torch.cat(row) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.cat([torch.zeros(len(p)), torch.ones(len(r))]) for p, r in rows], batch_first=True)
+    return tokens, mask
+
+
+def by_megatron_names(model: torch.nn.Module, made: Path, folder: Path) -> dict[str, Tensor]:
+    """A model's gradients in Megatron's tensors: those of a model that has them as its weights."""
+    from transformers import AutoModelForCausalLM
+
+    gradients = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        for ours, theirs in zip(gradients.parameters(), model.parameters(), strict=True):
+            assert theirs.grad is not None
+            ours.copy_(theirs.grad)
+    gradients.save_pretrained(folder / "hf")
+    run_ranks(run_stages, 1, [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/megatron"])])
+    return weights(folder / "megatron")
+
+
+def tensors(artifact: Path) -> dict[str, Tensor]:
+    """All tensors of an artifact's latest checkpoint, whole, without the rows that pad the vocabulary."""
+    checkpoint = artifact / "megatron"
+    reader = FileSystemReader(iteration_folder(checkpoint, latest_iteration(checkpoint)))
+    found = {
+        name: torch.empty(value.size, dtype=value.properties.dtype)
+        for name, value in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(value, "size")
+    }
+    load(found, storage_reader=reader, no_dist=True)
+    return {name: value[:VOCAB_SIZE] if "word_embeddings" in name else value for name, value in found.items()}
+
+
+def weights(artifact: Path) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors(artifact).items() if not name.startswith("optimizer")}
+
+
+def states(artifact: Path, state: str) -> dict[str, Tensor]:
+    """`param` (the fp32 master weights), `exp_avg` or `exp_avg_sq` of all parameters, by their names."""
+    prefix = f"optimizer.state.{state}."
+    return {name.removeprefix(prefix): value for name, value in tensors(artifact).items() if name.startswith(prefix)}
+
+
+def norm_of(gradient: Mapping[str, Tensor]) -> float:
+    return torch.stack([value.norm() for value in gradient.values()]).norm().item()
+
+
+def cosines(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    assert ours.keys() == theirs.keys()
+    return {
+        name: torch.cosine_similarity(ours[name].flatten().double(), theirs[name].flatten().double(), dim=0).item()
+        for name in theirs
+    }
+
+
+def training(made: Path, layout: list[str], epochs: int, output: Path) -> list[str]:
+    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--output", str(output)]
+    settings = ["--loss", "sft", "--global-batch-size", f"{ROLLOUTS}", "--learning-rate", f"{RATE}"]
+    settings += ["--epochs", str(epochs), "--adam-beta1", f"{BETA_1}", "--adam-beta2", f"{BETA_2}"]
+    return [*data, *settings, "--clip-gradient", f"{CLIP}", "--precision", "bf16", *layout, "--", *GPU_RECIPE]
+
+
+@pytest.mark.parametrize("layout", LONG)
+def test_bf16_training_is_that_of_fp32_master_weights(
+    layout: str, made: Path, references: dict[str, Reference], tmp_path: Path
+) -> None:
+    ranks, flags = LAYOUTS[layout]
+    first, last = tmp_path / "first", tmp_path / "last"
+    stages: Stages = [("train", training(made, flags, 1, first)), ("train", training(made, flags, STEPS, last))]
+    stages.append(("export", ["--checkpoint", f"policy={last}", "--output", f"{tmp_path}/export"]))
+    stages.append(("import", ["--hf", f"{tmp_path}/export/policy", "--output", f"{tmp_path}/again"]))
+    run_ranks(run_stages, ranks, stages)
+
+    found = {name: value / (1 - BETA_1) for name, value in states(first, "exp_avg").items()}
+    base, updated = weights(made / "base"), states(first, "param")
+    for name, expected in references.items():
+        losses = [row["stage1/loss"] for row in metrics(last)]
+        (BF16_LOSS if name == "bf16" else FP32_LOSS).assert_close(losses, expected.losses, f"losses of {name}")
+        total = norm_of(expected.gradient)
+        for key, value in cosines(found, expected.gradient).items():
+            small = expected.gradient[key].norm() < SMALL * total
+            assert value > (MIN_BF16_COSINE_SMALL if small else MIN_BF16_COSINE), f"{key} against {name}"
+        norm = metrics(first)[0]["grad-norm"]
+        assert norm == pytest.approx(total, rel=BF16_LOSS.rtol)
+    for name, gradient in found.items():
+        # Adam's first step, from master weights that were those of the checkpoint in bf16.
+        step = -RATE * gradient / (gradient.abs() + 1e-8)
+        LAYOUT.assert_close(updated[name], base[name].float() + step, name)
+
+    kept = weights(last)
+    for name, value in states(last, "param").items():
+        assert torch.equal(kept[name], value.bfloat16()), name
+    assert all(value.dtype == torch.bfloat16 for value in kept.values())
+    exported = load_file(tmp_path / "export" / "policy" / "model.safetensors")
+    assert all(value.dtype == torch.bfloat16 for value in exported.values())
+    again = weights(tmp_path / "again")
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[name], value) for name, value in kept.items())
+
+
+def run_parts(made: Path, output: Path, parts: list[Part]) -> Path:
+    """Trains 10 steps in parts; returns the artifact."""
+    argv = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--loss", "sft", "--precision", "bf16"]
+    argv += ["--epochs", "5", "--global-batch-size", "16", "--learning-rate", f"{RATE}", "--save-interval", "2"]
+    for part in parts:
+        train("train", argv, output, part._replace(layout=[*part.layout, "--", *GPU_RECIPE]), output.parent)
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training under data parallelism, without an interruption."""
+    return run_parts(made, tmp_path_factory.mktemp("whole") / "artifact", [Part(*LAYOUTS["dp2"])])
+
+
+def test_bf16_training_resumes_bit_for_bit(made: Path, whole: Path, tmp_path: Path) -> None:
+    parts = [Part(*LAYOUTS["dp2"], "signal", 3, 3), Part(*LAYOUTS["dp2"], "signal", 6, 6), Part(*LAYOUTS["dp2"])]
+    resumed = run_parts(made, tmp_path / "artifact", parts)
+    for name in ("stage1/loss", "grad-norm"):
+        assert [row[name] for row in metrics(resumed)] == [row[name] for row in metrics(whole)], name
+    ours, theirs = tensors(resumed), tensors(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_bf16_training_resumes_under_another_layout(made: Path, whole: Path, tmp_path: Path) -> None:
+    parts = [
+        Part(*LAYOUTS["dp2"], "signal", 2, 2),
+        Part(*LAYOUTS["tp2-sequence-parallel"], "signal", 4, 4),
+        Part(*LAYOUTS["pp2"], "signal", 6, 6),
+        Part(*LAYOUTS["one"]),
+    ]
+    resumed = run_parts(made, tmp_path / "artifact", parts)
+    for name in ("stage1/loss", "grad-norm"):
+        BF16_LOSS.assert_close([row[name] for row in metrics(resumed)], [row[name] for row in metrics(whole)], name)
+    base = {name: value.float() for name, value in weights(made / "base").items()}
+    changes = [{name: value - base[name] for name, value in states(x, "param").items()} for x in (resumed, whole)]
+    for name, value in cosines(*changes).items():
+        assert value > MIN_BF16_COSINE_UPDATE, name
