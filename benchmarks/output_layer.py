@@ -6,7 +6,7 @@ Hidden states and weight are made-up and bf16; they are the same for all, float6
 
     bf16 logits       `rows @ weight.t()`, rounded to bf16
     float32 logits    the product of operands widened to float32 whole: what can be had from bf16 hidden states
-    ours              `vocab_parallel.products.logits_of`
+    ours              `vocab_parallel.passes.logits_of`
 
 Of each: the mean and largest |error| of log-prob, entropy and KL(policy || another) against float64, and the CPU
 seconds for the logits of both policies and these three numbers. Then the times of single products, for fewer columns
@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_erpd.vocab_parallel import LiveTarget, VocabShard, logits_of, token_terms
-from megatron_erpd.vocab_parallel.products import add_product, hidden_gradient
+from megatron_erpd.vocab_parallel.passes import add_product, hidden_gradient
 
 LOGITS_STD = 4.0
 """Then the largest of 152k logits is about 18, and the entropy a few nats."""

@@ -7,7 +7,7 @@ logits is its slice of the dense gradient (see `shard`).
 
 from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.vocab_parallel.divergences import divergence, gather_log_probs, gathered_divergence
-from megatron_erpd.vocab_parallel.products import logits_of
+from megatron_erpd.vocab_parallel.passes import logits_of
 from megatron_erpd.vocab_parallel.projection import (
     Projection,
     apply_eta,

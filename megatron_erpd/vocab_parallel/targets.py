@@ -17,8 +17,7 @@ from torch import Tensor
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.objectives.divergences import TopKTarget
 from megatron_erpd.objectives.types import DivergenceKind
-from megatron_erpd.vocab_parallel.passes import RowGradient
-from megatron_erpd.vocab_parallel.products import logits_of
+from megatron_erpd.vocab_parallel.passes import RowGradient, logits_of
 from megatron_erpd.vocab_parallel.shard import VocabShard, accumulation_dtype, combine, weighted_sum
 
 

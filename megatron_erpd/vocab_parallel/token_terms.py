@@ -14,7 +14,7 @@ Backward is closed-form: from the logits and a handful of numbers per token (`Sc
 the dense gradient (see `shard`).
 
 With the output layer, forward makes the logits of a chunk of tokens, takes their numbers and drops them. Backward makes
-them once more, turns them into their own gradient (in place; beside them for a 16-bit layer, see `products`), and
+them once more, turns them into their own gradient (in place; beside them for a 16-bit layer, see `passes`), and
 multiplies that into the gradients of the hidden states and the weight. That is one matrix product more than with logits
 kept (four instead of three), for memory that doesn't grow with the number of tokens. It has to be so where the loss
 isn't known yet (a sequence's ratio, a KL budget), and it lets the weight's gradient be added to Megatron's `main_grad`
@@ -41,8 +41,14 @@ from megatron_erpd.errors import LayoutError, RecipeError, TokenError
 from megatron_erpd.objectives.divergences import DIVERGENCES, TopKTarget
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import passes
-from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
-from megatron_erpd.vocab_parallel.products import add_product, hidden_gradient, logits_of
+from megatron_erpd.vocab_parallel.passes import (
+    DivergenceGradient,
+    RowGradient,
+    Softmax,
+    add_product,
+    hidden_gradient,
+    logits_of,
+)
 from megatron_erpd.vocab_parallel.shard import (
     VocabShard,
     accumulation_dtype,

@@ -20,8 +20,7 @@ from megatron_erpd.vocab_parallel import (
     token_terms,
     triton_passes,
 )
-from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax
-from megatron_erpd.vocab_parallel.products import add_product
+from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax, add_product
 from tests.tolerances import BF16, BF16_GRADIENT, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
 
 pytestmark = [

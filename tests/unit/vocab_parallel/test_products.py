@@ -14,7 +14,7 @@ from megatron_erpd.precompute.scores import Scores
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import HiddenTarget, OutputLayer, VocabShard, fused_token_terms, output_logits
 from megatron_erpd.vocab_parallel import shard as chunks
-from megatron_erpd.vocab_parallel.products import add_product, hidden_gradient, logits_of
+from megatron_erpd.vocab_parallel.passes import add_product, hidden_gradient, logits_of
 from tests.tolerances import BF16_GRADIENT, BF16_ROUNDING, FP32, VOCAB_PARALLEL
 from tests.unit.vocab_parallel.oracles import policy_probs, probs_divergence
 
