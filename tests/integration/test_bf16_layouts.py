@@ -26,7 +26,7 @@ from megatron_erpd.data.rollouts import read_rollouts
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
 from tests.integration.test_resume_layouts import Part, metrics, train
-from tests.integration.tiny import VOCAB_SIZE, write_model, write_random_rollouts
+from tests.integration.tiny import VOCAB_SIZE, write_mixture, write_model, write_random_rollouts
 from tests.tolerances import (
     BF16_LOSS,
     FP32_LOSS,
@@ -263,3 +263,18 @@ def test_bf16_training_resumes_under_another_layout(made: Path, whole: Path, tmp
     changes = [{name: value - base[name] for name, value in states(x, "param").items()} for x in (resumed, whole)]
     for name, value in cosines(*changes).items():
         assert value > MIN_BF16_COSINE_UPDATE, name
+
+
+def test_bf16_training_of_experts_over_ranks_resumes_bit_for_bit(tmp_path: Path) -> None:
+    in_bf16(write_mixture(tmp_path / "hf"))
+    write_random_rollouts(tmp_path / "rollouts.parquet", ROLLOUTS // 4, reward=1.0, shortest=4)
+    run_ranks(run_stages, 1, [("import", ["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"])])
+    layout = (2, [*LAYOUTS["tp2-sequence-parallel"][1], "--expert-parallel", "2"])
+    whole = run_parts(tmp_path, tmp_path / "whole", [Part(*layout)])
+    resumed = run_parts(tmp_path, tmp_path / "resumed", [Part(*layout, "signal", 3, 3), Part(*layout)])
+    ours, theirs = tensors(resumed), tensors(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    kept = weights(whole)
+    for name, value in states(whole, "param").items():
+        assert torch.equal(kept[name], value.bfloat16()), name
