@@ -12,9 +12,9 @@ GPU's memory.
 z below stands for logits * scale of the policy, y for those of the target, which is computed in the policy's type.
 
 Products: the operands have the type of the weight, float32 or 16 bits. Every product is summed in float32, and logits
-are returned in it: rounded to bf16 a logit of 20 is off by up to 0.06, as much as many a log-ratio or KL. Their gradient is
-computed in float32 and rounded once, to the weight's type, for the two products of the backward, as Megatron's own
-output layer has it.
+are returned in it: rounded to bf16 a logit of 20 is off by up to 0.06, as much as many a log-ratio or KL. Their
+gradient is computed in float32 and rounded once, to the weight's type, for the two products of the backward, as
+Megatron's own output layer has it.
 
 On CUDA the products of 16-bit operands are the GPU's own. On a CPU operands are widened to float32, which is exact, a
 block of weight rows at a time: where a CPU has no 16-bit arithmetic, PyTorch's substitute for it takes several times as
