@@ -290,7 +290,8 @@ def test_a_run_that_stopped_in_a_table_goes_on_to_the_same_bits(
     batches = run_ranks(_precompute_and_tell_batches, 1, argv)[0]
     lengths = read_rollouts(made / "rollouts.parquet").lengths
     whole = [group.tolist() for group in length_groups(lengths, 4 * (int(lengths.max()) - 1), 1)]
-    assert all(batch in whole for batch in batches) and len(batches) < 2 * len(whole)
+    # The first parts may all be of one table, so that each batch still lacks something.
+    assert all(batch in whole for batch in batches) and len(batches) <= 2 * len(whole) - (parts > 7)
     assert_equal_rows(tmp_path / "cache", made / name)
 
 
