@@ -20,7 +20,8 @@ from megatron_erpd.sampling.prompts import REASONING_GYM, PromptRecord, load_pro
 from megatron_erpd.sources.names import local_path
 
 _SCORERS = {"math-verify": "math_answers.py", "reasoning-gym": "verifier_worker.py"}
-"""Packages of the verifiers that come with the project, and the module that asks each."""
+"""Packages of the verifiers that come with the project, and the module that asks each. Its code is part of what
+identifies rewards: where it changes, rollouts that were scored with it are scored again."""
 Reading = Literal["content", "questions", "records", "rewards", "source", "verifier", "script", "tokenizer"]
 """How a stage reads an input.
 

@@ -138,9 +138,7 @@ def _python_function(spec: str) -> tuple[ScoreFunction, float, str | None]:
     place, _, name = spec.removeprefix(PYTHON).rpartition(":")
     if not place or not name:
         raise RecipeError(f"verifier {spec!r}: write {PYTHON}file.py:function or {PYTHON}package.module:function")
-    module = (
-        module_from_file(f"verifier {spec!r}", Path(place)) if place.endswith(".py") else _module_by_name(spec, place)
-    )
+    module = _module_from_file(spec, Path(place)) if place.endswith(".py") else _module_by_name(spec, place)
     function = getattr(module, name, None)
     if not callable(function):
         names = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
@@ -154,12 +152,11 @@ def _python_function(spec: str) -> tuple[ScoreFunction, float, str | None]:
     return function, float(seconds), trial
 
 
-def module_from_file(what: str, path: Path) -> ModuleType:
-    """Imports a program of the user's; `what` it is begins the message of a `RecipeError`."""
+def _module_from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise RecipeError(f"{what}: no such file {path.absolute()}; paths start from the working directory")
+        raise RecipeError(f"verifier {spec!r}: no such file {path.absolute()}; paths start from the working directory")
     # A name of its own: a file called like a library must not take the library's place.
-    name = f"erpd_user_{path.stem}"
+    name = f"erpd_verifier_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(module_spec)
@@ -168,7 +165,7 @@ def module_from_file(what: str, path: Path) -> ModuleType:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise RecipeError(f"{what}: {path} can't be imported: {type(error).__name__}: {error}") from error
+        raise RecipeError(f"verifier {spec!r}: {path} can't be imported: {type(error).__name__}: {error}") from error
     return module
 
 

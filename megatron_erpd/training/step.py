@@ -8,10 +8,13 @@ gone backward.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,7 +45,6 @@ from megatron_erpd.objectives.types import (
     Metrics,
     ReplayInputs,
 )
-from megatron_erpd.sampling.verifier_worker import module_from_file
 from megatron_erpd.settings import DistillSettings, ReplaySettings
 from megatron_erpd.teacher_cache.packing import unpack_ids, unpack_log_probs
 from megatron_erpd.training.early_stop import EarlyStop
@@ -292,7 +294,7 @@ def user_loss(spec: str, unlearn: bool = False) -> LossFunction:
             function returns anything but a `LossOutput` of scalars.
     """
     file, _, name = spec.removeprefix("python:").rpartition(":")
-    module = module_from_file(f"loss {spec!r}", Path(file))
+    module = _imported(spec, Path(file))
     function = getattr(module, name, None)
     if not callable(function):
         names = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
@@ -308,6 +310,21 @@ def user_loss(spec: str, unlearn: bool = False) -> LossFunction:
         return result
 
     return loss
+
+
+def _imported(spec: str, file: Path) -> ModuleType:
+    """The program of a `user_loss`. (The worker of verifiers has its own way, as its code identifies rewards.)"""
+    if not file.is_file():
+        raise RecipeError(f"loss {spec!r}: no such file {file.absolute()}; paths start from the working directory")
+    # A name of its own: a file called like a library must not take the library's place.
+    found = importlib.util.spec_from_file_location(f"erpd_loss_{file.stem}", file)
+    assert found is not None and found.loader is not None, "a .py file always has a loader"
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look it up there
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"loss {spec!r}: {file} can't be imported: {type(error).__name__}: {error}") from error
+    return module
 
 
 def replay_loss(settings: ReplaySettings) -> tuple[LossFunction, Aggregation]:
