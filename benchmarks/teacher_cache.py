@@ -226,7 +226,7 @@ def time_forward(root: Path) -> float:
 def time_precompute(root: Path, policies: Sequence[str], settings: dict[str, Any], output: Path) -> float:
     """Seconds for everything after the model's construction, until all rows are on disk."""
     from megatron_erpd.commands.precompute import _cache_meta
-    from megatron_erpd.precompute import passes as cache_passes
+    from megatron_erpd.precompute import passes
     from megatron_erpd.settings import PrecomputeSettings
 
     layout, rollouts = Layout(micro_batch_size=MICRO_BATCH), read_rollouts(root / "rollouts.parquet")
@@ -235,8 +235,8 @@ def time_precompute(root: Path, policies: Sequence[str], settings: dict[str, Any
     meta = _cache_meta(chosen, chosen.signal, layout, folders, rollouts)
 
     def run(model: Any) -> None:
-        with mock.patch.object(cache_passes, "_build_model", lambda: model):
-            cache_passes.CachePasses(chosen, layout, meta, folders, rollouts, output).run()
+        with mock.patch.object(passes, "_build_model", lambda: model):
+            passes.CachePasses(chosen, layout, meta, folders, rollouts, output).run()
 
     return in_stage(root, rollouts, layout, run)
 

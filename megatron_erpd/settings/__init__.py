@@ -1,6 +1,6 @@
 """What each stage can be told: one validated model per stage, the single source of recipe keys and flags.
 
-A recipe's sections are these models; the tools' command lines are generated from them (`settings_arguments`), so a
+A recipe's sections are these models; the tools' command lines are generated from them (`settings.arguments`), so a
 key, its default, its check and its help text have one home.
 `Layout` says how a stage runs, `Monitoring` what it tells whom; neither changes a result. Everything else is part of an
 artifact's identity.

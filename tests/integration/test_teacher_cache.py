@@ -106,7 +106,7 @@ def assert_close_rows(ours: Path, theirs: Path) -> None:
 
 def _precompute_with_free_disk(rank: int, world_size: int, argv: list[str], free: int) -> int:
     from megatron_erpd.model import model
-    from megatron_erpd.precompute import passes as cache_passes
+    from megatron_erpd.precompute import passes
 
     loads = []
     load, usage = model.load_weights, shutil.disk_usage
@@ -116,7 +116,7 @@ def _precompute_with_free_disk(rank: int, world_size: int, argv: list[str], free
         return load(*arguments)
 
     model.load_weights = counted  # type: ignore[assignment]
-    cache_passes.shutil.disk_usage = lambda path: usage(path)._replace(free=free)  # type: ignore[assignment]
+    passes.shutil.disk_usage = lambda path: usage(path)._replace(free=free)  # type: ignore[assignment]
     run_stages(rank, world_size, [("precompute", argv)])
     return len(loads)
 
@@ -296,23 +296,23 @@ def test_a_run_that_stopped_in_a_table_goes_on_to_the_same_bits(
 
 
 def _precompute_and_tell_batches(rank: int, world_size: int, argv: list[str]) -> list[list[int]]:
-    from megatron_erpd.precompute import passes as cache_passes
+    from megatron_erpd.precompute import passes
 
     told: list[list[int]] = []
-    forward = cache_passes.run_forward
+    forward = passes.run_forward
 
     def telling(model: Any, rollouts: Any, groups: Any, *others: Any) -> None:
         told.extend(group.tolist() for group in groups)
         forward(model, rollouts, groups, *others)
 
-    cache_passes.run_forward = telling
+    passes.run_forward = telling
     run_stages(rank, world_size, [("precompute", argv)])
     return told
 
 
 def _precompute_and_stop(rank: int, world_size: int, argv: list[str], parts: int) -> None:
     """With parts of a row or two, in an uneven number of which a batch of four ends."""
-    from megatron_erpd.precompute import passes as cache_passes
+    from megatron_erpd.precompute import passes
     from megatron_erpd.teacher_cache import writer
 
     publish, left = writer.CacheWriter._publish, parts
@@ -325,7 +325,7 @@ def _precompute_and_stop(rank: int, world_size: int, argv: list[str], parts: int
         publish(self, table)
 
     writer.CacheWriter._publish = counted  # type: ignore[method-assign]
-    cache_passes.CacheWriter = partial(writer.CacheWriter, part_bytes=150)  # type: ignore[misc, assignment]
+    passes.CacheWriter = partial(writer.CacheWriter, part_bytes=150)  # type: ignore[misc, assignment]
     run_stages(rank, world_size, [("precompute", argv)])
 
 

@@ -17,7 +17,7 @@ from megatron_erpd.commands import cli
 from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
 from megatron_erpd.manifest import CONTENT, write_manifest
-from megatron_erpd.plan import disk as disk_plan
+from megatron_erpd.plan import disk
 from megatron_erpd.plan.cache import Speed, cache_options
 from megatron_erpd.plan.gpu_fit import Gpus, parse_gpus
 from megatron_erpd.plan.memory import stage_memory
@@ -68,7 +68,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     """Plans a recipe of the 70B model on 64 devices, but for what a test changes; 10 TB are free."""
     monkeypatch.chdir(tmp_path)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(disk_plan.shutil, "disk_usage", lambda path: usage(20 * TB, 10 * TB, 10 * TB))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(20 * TB, 10 * TB, 10 * TB))
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps(LLAMA_70B))
     Path("prompts.jsonl").write_text('{"prompt": "1+1="}\n' * 1000)
@@ -230,7 +230,7 @@ def test_the_cache_and_its_alternatives(plan_of: Callable[..., Resources]) -> No
 def test_what_to_keep(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "would fit" in str(plan_of().recommendation)  # 1.1 TB beside 4.4 TB
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(disk_plan.shutil, "disk_usage", lambda path: usage(5 * TB))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(5 * TB))
     assert "would not fit" in str(plan_of().recommendation)
     gradient = {"form": "policy_gradient"}
     assert str(plan_of(student=gradient, cache={"kind": "token"}).recommendation).startswith("token: ")
@@ -249,7 +249,7 @@ def test_disk(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch
     assert found.disk.needed == sum(size or 0 for size in sizes.values()) < found.disk.free
     assert "WARNING" not in shown(found)
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(disk_plan.shutil, "disk_usage", lambda path: usage(TB))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(TB))
     assert "WARNING: the run does not fit" in shown(plan_of())
 
 
