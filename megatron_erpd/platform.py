@@ -1,8 +1,9 @@
 """What is replaced in Megatron and PyTorch: nothing elsewhere in the package, and nothing that is computed on a GPU.
 
-Three replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
-`wrap_tensorboard_writer` and `save_optimizer_without_padding`, which corrects what a checkpoint is made of. All others
-are for a machine without a CUDA device.
+Four replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
+`wrap_tensorboard_writer`, `save_optimizer_without_padding`, which corrects what a checkpoint is made of, and
+`save_beside_training`, which makes asynchronous saves end with their training. All others are for a machine without a
+CUDA device.
 
 Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
 pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
@@ -23,13 +24,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import itertools
+import multiprocessing
 import os
 import queue
+import signal
 import time
 import types
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -146,12 +151,141 @@ def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
     }
 
 
+def save_beside_training() -> None:
+    """Makes Megatron's asynchronous saves (`--async-save`) end with the training, and no earlier; to be called before
+    Megatron starts, and once for each training.
+
+    A process of each rank writes its checkpoints. In megatron-core 0.19.2 it is ended by the SIGTERM that asks all
+    processes of a stage to save; it outlives a training that is killed, and writes on into the checkpoint that the next
+    start makes anew; and its training waits without end for one that was killed, for lack of memory say. Here it
+    leaves SIGTERM and SIGINT to the training, is killed with it by the kernel (Linux), and its end is an error. For the
+    process through which it passes on what it has written the same holds.
+
+    It is a child of the training. On a GPU it is a new interpreter, which reads the tensors from the GPU while the
+    training waits; on a CPU a fork, made before the collective library has threads, and gets copies of the tensors.
+    """
+    global _results, _write_loop
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller as Caller
+
+    _results = SyncManager(ctx=multiprocessing.get_context("fork"))
+    _results.start(_live_with_parent)
+    filesystem_async._results_queue = _results.Queue()
+    if _write_loop is not None:
+        return
+    _write_loop = Caller.async_loop
+    start, schedule, is_done = Caller._get_process, Caller.schedule_async_call, Caller.is_current_async_call_done
+
+    def get_process(rank: int, mp_mode: str = "", cpu_priority: int = 10, io_priority: int | None = None) -> Any:
+        return start(rank, "fork" if is_cpu() else "spawn", cpu_priority, io_priority)
+
+    def schedule_copies(self: Any, request: Any) -> None:
+        if request.preload_fn is not None and is_cpu():
+            rank, buckets, results = request.async_fn_args
+            request = request._replace(async_fn_args=[rank, list(map(_copied, buckets)), results], preload_fn=None)
+        schedule(self, request)
+
+    def is_done_or_lives(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+        while self.process is not None and self.cur_item is None and self._persistent_comp_q.empty():
+            if not self.process.is_alive() and self._persistent_comp_q.empty():
+                raise RuntimeError(
+                    f"the process that writes checkpoints ended with exit code {self.process.exitcode}; the last whole "
+                    "checkpoint is kept"
+                )
+            if not blocking:
+                break
+            time.sleep(_POLL_SECONDS)
+        return is_done(self, blocking, no_dist)
+
+    Caller._get_process = get_process
+    Caller.async_loop = _write_checkpoints
+    Caller.schedule_async_call = schedule_copies
+    Caller.is_current_async_call_done = is_done_or_lives
+
+
+def end_saves_beside_training() -> None:
+    """Ends the processes of asynchronous saves; none is under way unless the training failed."""
+    global _results
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller as Caller
+    from megatron.training import async_utils
+
+    if (process := Caller._persistent_process) is not None:
+        process.kill()
+        process.join()
+        for sent in (Caller._persistent_queue, Caller._persistent_preload_q):
+            sent.cancel_join_thread()  # nobody reads any more what was to be sent
+        Caller._persistent_process = Caller._persistent_queue = None
+        Caller._persistent_preload_q = Caller._persistent_comp_q = None
+    if AsyncCallsQueue._persistent_caller is not None:
+        AsyncCallsQueue._persistent_caller.process = None
+        AsyncCallsQueue._persistent_caller = None
+    async_utils._async_calls_queue = None
+    filesystem_async._results_queue = None
+    if _results is not None:
+        _results.shutdown()
+        _results = None
+
+
+_results: SyncManager | None = None
+"""Where the processes of asynchronous saves say what they have written."""
+_write_loop: Callable[..., None] | None = None
+"""Megatron's loop of such a process, as far as it was replaced."""
+_POLL_SECONDS = 0.1
+_PARENT_DEATH_SIGNAL = 1
+"""`PR_SET_PDEATHSIG` of prctl(2)."""
+
+
+def _write_checkpoints(*args: Any) -> None:
+    """The life of a process that writes a rank's checkpoints."""
+    _live_with_parent()
+    enable_cpu()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    (_write_loop or PersistentAsyncCaller.async_loop)(*args)
+
+
+def _live_with_parent() -> None:
+    """Ties this process to its parent: it is killed with it, and a signal to all of a stage is the parent's."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # which died before
+
+
+def _copied(bucket: Any) -> Any:
+    """A file's worth of a checkpoint with tensors of its own, which another process gets by value."""
+    file, key, (data, tensors) = bucket
+    return file, key, (data, [(item, _ByValue(tensor.clone())) for item, tensor in tensors])
+
+
+class _ByValue:
+    """A tensor that is a tensor again when another process has unpickled it: by value, where torch would share its
+    memory, with a file descriptor for each."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = bytearray(self._tensor.reshape(-1).view(torch.uint8).numpy())
+        return _tensor_of, (values, self._tensor.dtype, self._tensor.shape)
+
+
+def _tensor_of(values: bytearray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    # There is no tensor of an empty buffer.
+    return torch.frombuffer(values, dtype=dtype).reshape(shape) if values else torch.empty(shape, dtype=dtype)
+
+
 def pretrain_on_cpu(args: argparse.Namespace) -> None:
     """Lets `megatron.training`'s `pretrain` run where there is no CUDA device; without effect where there is one.
 
     `pretrain` starts Megatron itself and would refuse the machine. Its synchronous saves of checkpoints pass their
     results through a helper process, which only asynchronous saves need: it starts with the first save and imports all
     of this anew, seconds for every rank, which is much of a small run on a CPU. They pass them on in this process.
+    Asynchronous ones get a queue of their own (`save_beside_training`).
     """
     if not is_cpu():
         return
@@ -159,7 +293,8 @@ def pretrain_on_cpu(args: argparse.Namespace) -> None:
     from megatron.training import initialize, training
 
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-    filesystem_async._results_queue = None if args.async_save else queue.SimpleQueue()
+    if not args.async_save:
+        filesystem_async._results_queue = queue.SimpleQueue()
     _load_into_torch_adam()
 
 

@@ -172,7 +172,8 @@ def _disk_problems(recipe: Recipe, stages: Sequence[Stage], model: Path | None) 
     done = {stage.name for stage in stages if (stage.output / MANIFEST).is_file()}
     found = disk_plan(recipe.folder, stages, done, shape, per_parameter, None)
     begun = [stage.output for stage in stages if stage.name not in done]
-    needed = found.needed - sum(p.stat().st_size for folder in begun for p in folder.rglob("*") if p.is_file())
+    written = (p for folder in begun for p in folder.rglob("*") if p.is_file() and ".damaged" not in p.parts)
+    needed = found.needed - sum(path.stat().st_size for path in written)
     if needed > found.free:
         yield (
             f"output: {recipe.folder}: the run's checkpoints and exports still take {needed / 1e9:.3g} GB, and "

@@ -79,10 +79,12 @@ def disk_plan(
             case Import():
                 size, what = count_parameters(shape) * hf_dtype if shape else None, "weights"
             case TrainingRequest(settings=settings) as request:
-                # A save is complete before the one that it replaces is removed.
-                saved = settings.checkpoints + (settings.save_interval is not None)
+                # A save is complete before the one that it replaces is removed; at a time limit there is one more.
+                replaces = settings.save_interval is not None or stage.slurm.time is not None
+                # One that is written while the training goes on may not be complete when the next one begins.
+                saved = settings.checkpoints + replaces + request.layout.async_save
                 what = f"{saved} checkpoint{'s' * (saved > 1)}"
-                size = saved * _checkpoint(request, shape) if shape else None
+                size = saved * checkpoint_bytes(request, shape) if shape else None
                 if isinstance(request, TrainOnPolicy) and size is not None and shape:
                     what += ", sampler"
                     size += count_parameters(shape) * WEIGHT_BYTES[request.layout.precision]
@@ -92,7 +94,7 @@ def disk_plan(
     return DiskPlan(str(folder), items, shutil.disk_usage(_existing(folder)).free)
 
 
-def _checkpoint(request: TrainingRequest, shape: ModelShape) -> int:
+def checkpoint_bytes(request: TrainingRequest, shape: ModelShape) -> int:
     """Bytes of one checkpoint of a training: weights, and what the optimizer needs to resume."""
     precision = request.layout.precision
     # The distributed optimizer saves fp32 weights once more, as its own.

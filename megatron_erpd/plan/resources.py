@@ -28,6 +28,7 @@ from megatron_erpd.plan.cache import (
 from megatron_erpd.plan.disk import DiskPlan, disk_plan
 from megatron_erpd.plan.gpu_fit import GpuFit, Gpus, gpu_fit
 from megatron_erpd.plan.memory import StageMemory, frozen_policies, reads_hidden, stage_memory, uncounted_flags
+from megatron_erpd.plan.saves import SaveTime, save_times
 from megatron_erpd.plan.times import RolloutSize, StageTime, measured_speed, stage_times
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
@@ -113,6 +114,8 @@ class Resources:
     cache: list[CacheOption]
     recommendation: str | None
     disk: DiskPlan
+    saves: list[SaveTime]
+    """Of trainings that jobs of a cluster run."""
     learning_rates: dict[str, str]
     """Of each training: the rate, and whether it is given or why it is chosen."""
     notes: list[str]
@@ -125,6 +128,8 @@ class Resources:
             row["total"] = memory.total
         if self.gpus:
             found["gpus"] = self.gpus.to_json()
+        for row, save in zip(found["saves"], self.saves, strict=True):
+            row |= {"seconds": save.seconds, "allowed": save.allowed}
         return found | {"disk": found["disk"] | {"needed": self.disk.needed, "fits": self.disk.fits}}
 
 
@@ -182,6 +187,7 @@ def estimate(
         cache=cache,
         recommendation=advice,
         disk=disk,
+        saves=save_times(stages, shape) if shape else [],
         learning_rates=_learning_rates(stages, shape),
         notes=notes,
     )

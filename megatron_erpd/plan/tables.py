@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megatron_erpd.plan.gpu_fit import GpuFit
 from megatron_erpd.plan.resources import Resources, StageRow
+from megatron_erpd.plan.saves import warnings_of
 from megatron_erpd.units import counted, duration, size
 
 _MANY = 4
@@ -22,7 +23,7 @@ _MANY = 4
 def tables(found: Resources) -> RenderableType:
     """All of a plan, one table under the other."""
     sections = [_stages(found), *_learning_rates(found), *_data(found), *_memory(found), *_gpus(found), *_times(found)]
-    sections += [*_cache(found), *_disk(found)]
+    sections += [*_cache(found), *_disk(found), *_saves(found)]
     sections += [Text(f"not known or assumed: {note}", "yellow") for note in found.notes]
     return Group(*(piece for section in sections for piece in (section, Text())))
 
@@ -210,6 +211,11 @@ def _disk(found: Resources) -> list[RenderableType]:
             )
         )
     return lines
+
+
+def _saves(found: Resources) -> list[RenderableType]:
+    """What there is to say of saves before a job's time limit."""
+    return [Text(f"WARNING: {line}", "bold red") for line in warnings_of(found.saves)]
 
 
 def _table(title: str, *headings: str) -> Table:

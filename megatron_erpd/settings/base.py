@@ -39,6 +39,12 @@ class Layout(Settings):
         default="auto", description="passes over the logits: auto is Triton on GPUs and PyTorch on CPUs"
     )
 
+    async_save: bool = Field(
+        default=False,
+        description="trainings go on while a process beside each of theirs writes their checkpoints, from a copy in "
+        "the host's memory",
+    )
+
     @property
     def num_processes(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel

@@ -48,6 +48,12 @@ class SlurmSettings(Settings):
     signal_seconds: int = Field(
         default=300, ge=10, le=65535, description="before the time limit, a stage saves and its job is queued again"
     )
+    write_gb_per_second: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB that all processes of a training write to the run's disk in a second, for a plan of its saves; "
+        "default: what trainings of the run have measured",
+    )
     requeues: int = Field(default=10, ge=0, description="times that a job is queued again before it fails")
     hang_minutes: float = Field(
         default=60, gt=0, description="a stage whose log and files stand still for so long is ended"
@@ -73,6 +79,11 @@ class SlurmSettings(Settings):
         if self.container_mounts and self.container_image is None:
             raise ValueError("container_mounts: has no effect without container_image; give an image")
         return self
+
+
+def slurm_patience(signal_seconds: float) -> float:
+    """Seconds that a stage has for saving, of those between the signal and the time limit."""
+    return signal_seconds - max(5.0, 0.1 * signal_seconds)
 
 
 def _seconds(time: str) -> int:

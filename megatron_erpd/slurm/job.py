@@ -30,9 +30,9 @@ from megatron_erpd.launch.watch import Watch, read_from
 from megatron_erpd.locks import NodeLock
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.stages import Stage
+from megatron_erpd.settings.slurm import slurm_patience
 from megatron_erpd.slurm.jobs import JobRecord, slurm_folder
 from megatron_erpd.slurm.queue import slurm, state_of, steps_of
-from megatron_erpd.slurm.script import slurm_patience
 from megatron_erpd.slurm.submit import record_file, shared_with_jobs
 
 _POLL_SECONDS = 0.1

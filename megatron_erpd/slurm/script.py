@@ -11,6 +11,7 @@ from megatron_erpd.launch.processes import GRACE_SECONDS
 from megatron_erpd.launcher import FROM_A_LAUNCHER, LAUNCHER_PREFIXES
 from megatron_erpd.recipe.requests import ModelRequest, Prepare
 from megatron_erpd.recipe.stages import PACKAGE_ROOT
+from megatron_erpd.settings.slurm import slurm_patience
 from megatron_erpd.slurm.jobs import Job
 from megatron_erpd.units import counted
 
@@ -204,11 +205,6 @@ def _lines(flags: list[str]) -> list[str]:
             lines.append([])
         lines[-1].append(word)
     return [shlex.join(line) for line in lines if line]
-
-
-def slurm_patience(signal_seconds: int) -> float:
-    """Seconds that a stage has for saving, of those between the signal and the time limit."""
-    return signal_seconds - max(5.0, 0.1 * signal_seconds)
 
 
 def _indented(lines: list[str]) -> str:

@@ -34,9 +34,17 @@ def scripts(recipe: Recipe) -> dict[str, str]:
     return {job.name: render(job, recipe.name, recipe.folder) for job in jobs_of(plan(recipe))}
 
 
-def check(recipe: Recipe) -> None:
-    """Raises `RecipeError` where `submit` would refuse the recipe."""
-    check_recipe(recipe, plan(recipe), None)
+def check(recipe: Recipe, say: Say = print) -> None:
+    """Raises `RecipeError` where `submit` would refuse the recipe; `say` gets its warnings."""
+    _check(recipe, plan(recipe), say)
+
+
+def _check(recipe: Recipe, stages: Sequence[Stage], say: Say) -> None:
+    from megatron_erpd.plan.saves import save_warnings
+
+    check_recipe(recipe, stages, None)
+    for line in save_warnings(stages):
+        say(f"warning: {line}")
 
 
 def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[str, str]:
@@ -52,7 +60,7 @@ def submit(recipe: Recipe, *, checksums: bool = True, say: Say = print) -> dict[
             refuses a job (those before it are in the queue then, and are left alone by the next try).
     """
     stages, root = [stage.changed(verify_inputs=checksums) for stage in plan(recipe)], recipe.folder
-    check_recipe(recipe, stages, None)
+    _check(recipe, stages, say)
     return submit_stages(recipe.name, root, stages, recipe.of_run(), checksums=checksums, say=say)
 
 

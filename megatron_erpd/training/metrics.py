@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_erpd.files import json_line
 from megatron_erpd.progress import keep_before
 
+SAVE_TIME = "save-checkpoint-time"
+"""Seconds that a training has waited for the save after a step, in that step's line."""
 _LOGGED = ("learning-rate", "grad-norm", "iteration-time", "world-size")
 
 
@@ -19,11 +22,18 @@ class JsonLinesWriter:
     iterations that a resumed run does again are dropped when it does them again. A step's line is in the file with each
     of its scalars: when its checkpoint is saved, it is there, and a kill afterwards leaves no gap. A scalar that is NaN
     or infinite is null there.
+
+    Args:
+        path: of the lines.
+        inner: Megatron's writer.
+        save_seconds: what all saves of this process have taken so far.
     """
 
-    def __init__(self, path: Path, inner: Any) -> None:
+    def __init__(self, path: Path, inner: Any, save_seconds: Callable[[], float] = lambda: 0.0) -> None:
         self._path = path
         self._inner = inner
+        self._save_seconds = save_seconds
+        self._saved = 0.0
         self._row: dict[str, float] = {}
         self._file: BinaryIO | None = None
         self._start = 0
@@ -37,7 +47,7 @@ class JsonLinesWriter:
         if "/" not in name and name not in _LOGGED or " vs " in name:
             return
         if self._row and self._row["iteration"] != step:
-            self.flush()
+            self.end_step()
         self._row.setdefault("iteration", int(step))
         self._row[name] = float(value)
         self._write()
@@ -56,16 +66,27 @@ class JsonLinesWriter:
         self._file.truncate()
 
     def flush(self) -> None:
-        """Ends the step's line."""
+        """Leaves nothing unwritten."""
         self._inner.flush()
+        if self._file is not None:
+            self._file.flush()
+
+    def end_step(self) -> None:
+        """Ends the step's line, with the time of the save after it."""
+        seconds = self._save_seconds()
+        if self._row and seconds > self._saved:
+            self._row[SAVE_TIME] = round(seconds - self._saved, 3)
+            self._write()
+        self._saved = seconds
+        self._row = {}
+        self.flush()
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._row = {}
 
     def close(self) -> None:
         """Ends the step's line, and TensorBoard's thread."""
         try:
-            self.flush()
+            self.end_step()
         finally:
             self._inner.close()

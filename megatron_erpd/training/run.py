@@ -183,6 +183,7 @@ class TrainingRun(ABC):
         if self._early_stop() is None:
             return self._pretrain(args, store)
         # Killed after its early stop, before its manifest.
+        args.async_save = False
         from megatron.training.initialize import initialize_megatron
 
         initialize_megatron(allow_no_cuda=platform.is_cpu(), store=store)
@@ -191,7 +192,7 @@ class TrainingRun(ABC):
     def _pretrain(self, args: argparse.Namespace, store: Any) -> bool:
         """Runs Megatron's training loop; returns whether it exited early (on a signal, say)."""
         from megatron.core.enums import ModelType
-        from megatron.training import training
+        from megatron.training import get_tensorboard_writer, get_timers, training
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from torch.distributed.checkpoint.api import CheckpointException
 
@@ -199,8 +200,14 @@ class TrainingRun(ABC):
         from megatron_erpd.training.metrics import JsonLinesWriter
 
         platform.pretrain_on_cpu(args)
+        if args.async_save:
+            platform.save_beside_training()
         platform.save_optimizer_without_padding()
-        platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS))
+        # What a plan takes for the disk's speed; beside the training nobody waits for a save.
+        waited = (
+            (lambda: 0.0) if args.async_save else (lambda: get_timers()("save-checkpoint", log_level=0).active_time())
+        )
+        platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS, save_seconds=waited))
         hooks = StepHooks()
 
         def datasets(num_samples: object, vp_stage: int | None = None) -> tuple[Iterator[Batch], None, None]:
@@ -213,6 +220,7 @@ class TrainingRun(ABC):
         model = model_config(args)
         model.transformer.finalize_model_grads_func = hooks.finalize
         config = pretrain_cfg_container_from_args(args, model)
+        exited = False
         try:
             training.pretrain(
                 config,
@@ -224,7 +232,7 @@ class TrainingRun(ABC):
                 store=store,
             )
         except SystemExit:
-            return True
+            exited = True
         except CheckpointException as error:  # which is no `Exception`, and keeps no errno
             if not has_no_room(self.output):
                 raise
@@ -237,11 +245,18 @@ class TrainingRun(ABC):
             if type(error) is not RuntimeError or has_finite_gradients(hooks.models.values()):
                 raise
             raise self._diverged("the gradient is NaN or infinite, though the loss is finite", args) from error
-        return False
+        finally:
+            if args.async_save:
+                platform.end_saves_beside_training()
+        if writer := get_tensorboard_writer():
+            writer.end_step()
+        return exited
 
     def _no_room(self, args: argparse.Namespace) -> NoRoom:
+        # Beside the training, the save began some steps ago.
+        step = saved_iterations(self.output / "megatron")[-1] if args.async_save else args.curr_iteration + 1
         return NoRoom(
-            f"{self.output / 'megatron'}: no room for the checkpoint of step {args.curr_iteration + 1} "
+            f"{self.output / 'megatron'}: no room for the checkpoint of step {step} "
             f"({os.strerror(errno.ENOSPC)}); make room and run the same command again, it goes on from the last one"
         )
 
@@ -278,6 +293,7 @@ class TrainingRun(ABC):
             "save_interval": self.save_intervals.save,
             "save_retain_interval": self.save_intervals.retain,
             "dist_ckpt_optim_fully_reshardable": True,
+            **self._async_flags(),
             "exit_signal_handler": True,
             "eval_interval": total + 1,
             "eval_iters": 0,
@@ -289,6 +305,12 @@ class TrainingRun(ABC):
             "log_world_size_to_tensorboard": True,
             **self._wandb_flags(),
         }
+
+    def _async_flags(self) -> dict[str, object]:
+        """Of Megatron's two ways to save beside the training, its own: the other needs nvidia-resiliency-ext."""
+        if not self.layout.async_save:
+            return {}
+        return {"async_save": True, "use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
 
     def _wandb_flags(self) -> dict[str, object]:
         """Megatron logs to Weights & Biases itself, what TensorBoard gets under the same names, in a run for each

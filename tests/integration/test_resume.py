@@ -13,9 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.torch_dist.iterations import saved_iterations
+from megatron_erpd.checkpoint.torch_dist.recovery import damage
 from megatron_erpd.launcher import without_launcher
 from megatron_erpd.manifest import verify_manifest
 from tests import forked
@@ -129,6 +134,88 @@ def test_a_training_killed_while_it_saves_goes_on(where: str, made: Path, replay
     resumed = run_to_the_end(command("replay", made, output))
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert_same(output, replay, tmp_path)
+
+
+BESIDE = """
+import functools, os, signal, sys, time
+from pathlib import Path
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron_erpd import platform
+from megatron_erpd.launch.program import run_command
+from megatron_erpd.commands.train import train_teacher
+
+end, training, written = sys.argv.pop(1), os.getpid(), []
+
+@functools.wraps(filesystem_async._write_item)
+def write(transform, stream, *given, write_item=filesystem_async._write_item, **options):
+    assert os.getpid() != training  # which goes on meanwhile
+    written.append(stream.name)
+    if "iter_0000020" in stream.name and written.count(stream.name) == 20:
+        Path(sys.argv[-1] + "-writer").write_text(str(os.getpid()))
+        if end == "training":
+            os.kill(training, signal.SIGKILL)
+        elif end == "writer":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif end == "stage":  # as SLURM signals a step
+            os.killpg(0, signal.SIGTERM)
+        time.sleep(1)
+    return write_item(transform, stream, *given, **options)
+
+filesystem_async._write_item = write
+run_command(train_teacher)
+"""
+"""A training whose writer is stopped in the midst of the save of step 20, which the training has left behind."""
+
+ENDS = {
+    "nothing": (0, ""),
+    "training": (-signal.SIGKILL, ""),
+    "stage": (75, "run the same command again to continue"),
+    "writer": (1, "the process that writes checkpoints ended with exit code -9"),
+}
+"""What is ended in the midst of a save: the training's exit code, and what it says."""
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_saves_beside_the_training(end: str, made: Path, replay: Path, tmp_path: Path) -> None:
+    output = tmp_path / "beside"
+    python, _, *flags = [*command("replay", made, output)[:-2], "--async-save", "--output", str(output)]
+    stopped = forked.run([python, "-c", BESIDE, end, *flags], timeout=180, env=environment(), start_new_session=True)
+    code, says = ENDS[end]
+    assert stopped.returncode == code and says in stopped.stderr, stopped.stderr[-3000:]
+    writer = int((tmp_path / "beside-writer").read_text())
+    deadline = time.monotonic() + 10
+    while runs(writer) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not runs(writer)
+    if end != "nothing":
+        whole = damage(output / "megatron" / "iter_0000020") is None
+        assert whole == (end == "stage")
+        resumed = run_to_the_end([*command("replay", made, output)[:-2], "--async-save", "--output", str(output)])
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert_same(output, replay, tmp_path)
+    for iteration in saved_iterations(replay / "megatron"):
+        ours, theirs = (tensors_of(run / "megatron" / f"iter_{iteration:07d}") for run in (output, replay))
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def runs(process: int) -> bool:
+    """Whether there is such a process; one that ended, and that nobody has asked how, is none."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an iteration, the optimizer's among them."""
+    reader = FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 @pytest.mark.skipif(not platform.is_cpu(), reason="Megatron is not changed on a GPU")

@@ -239,6 +239,10 @@ def test_a_disk_that_is_too_small(problems, monkeypatch):
     with Path("runs/mine/round-01/teacher/shard").open("wb") as file:
         file.truncate(10**8)
     assert problems() == ""
+    damaged = Path("runs/mine/round-01/teacher/.damaged/iter_0000002")  # no part of what is to be written
+    damaged.mkdir(parents=True)
+    Path("runs/mine/round-01/teacher/shard").rename(damaged / "shard")
+    assert "keep fewer checkpoints" in problems()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings import PrecomputeSettings
+from megatron_erpd.slurm import submit
+from megatron_erpd.training.metrics import SAVE_TIME
 
 ROOT = Path(__file__).parents[3]
 LLAMA_70B = {
@@ -251,6 +253,51 @@ def test_disk(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(TB))
     assert "WARNING: the run does not fit" in shown(plan_of())
+
+
+def test_saves_that_are_there_at_once(plan_of: Callable[..., Resources]) -> None:
+    """The signal before a time limit saves once more; a save beside the training overlaps the one before."""
+    layout = {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16", "async_save": True}
+    for sections, saves in (({"slurm": {"time": "04:00:00"}}, (3, 2)), ({"layout": layout}, (3, 3))):
+        sizes = {item.stage: item.bytes for item in plan_of(**sections).disk.items}
+        assert [sizes[name] for name in ("teacher", "student")] == [count * 14 * PARAMETERS for count in saves]
+
+
+def test_time_of_a_save(plan_of: Callable[..., Resources]) -> None:
+    size = 14 * PARAMETERS  # 988 GB
+    assert plan_of().saves == []  # nothing ends them
+    save = next(save for save in plan_of(slurm={"partition": "h100"}).saves if save.stage == "teacher")
+    assert (save.bytes, save.allowed, save.seconds) == (size, 270.0, None)
+    text = shown(plan_of(slurm={"partition": "h100"}), width=400)
+    assert "WARNING: teacher, student: a save is 987.8 GB, and slurm.signal_seconds 300 leaves it 4 min 30 s" in text
+    assert "the disk must take 3.66 GB/s; give what it takes as slurm.write_gb_per_second" in text
+    slow = {"partition": "h100", "write_gb_per_second": 2.0}
+    text = shown(plan_of(slurm=slow), width=400)
+    assert "but at 2 GB/s (given) it takes 8 min 14 s" in text and "set slurm.signal_seconds to 549" in text
+    found = plan_of(slurm={**slow, "signal_seconds": 549})
+    assert [save.warning for save in found.saves] == [None, None] and "signal_seconds" not in shown(found)
+    assert json.loads(json.dumps(found.to_json()))["saves"][0]["seconds"] == pytest.approx(size / 2e9)
+
+    # What another training of the run took: 20 GB in 10 s.
+    folder = {stage.name: stage.output for stage in plan(recipe_of())}["teacher"]
+    (folder / "megatron/iter_0000004").mkdir(parents=True)
+    with (folder / "megatron/iter_0000004/__0_0.distcp").open("wb") as file:
+        file.truncate(20 * 10**9)
+    rows = [{"iteration": 2, SAVE_TIME: 3.0}, {"iteration": 3}, {"iteration": 4, SAVE_TIME: 10.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = shown(plan_of(slurm={"partition": "h100"}), width=400)
+    assert "but at 2 GB/s (measured by teacher) it takes 8 min 14 s" in text
+    assert "at 4 GB/s" not in text and plan_of(slurm={**slow, "write_gb_per_second": 4.0}).saves[0].warning is None
+
+
+def test_submit_says_it(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "check_recipe", lambda *given: None)
+    said: list[str] = []
+    submit.check(recipe_of(slurm={"write_gb_per_second": 2.0}), said.append)
+    (line,) = said
+    assert line.startswith("warning: teacher, student: a save is 987.8 GB, and slurm.signal_seconds 300 leaves")
+    submit.check(recipe_of(slurm={"write_gb_per_second": 4.0}), said.append)
+    assert len(said) == 1
 
 
 def test_kept_checkpoints_are_exported(plan_of: Callable[..., Resources]) -> None:

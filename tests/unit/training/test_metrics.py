@@ -10,7 +10,7 @@ import pytest
 from megatron_erpd.files import write_json
 from megatron_erpd.launch.processes import last_step
 from megatron_erpd.progress import StepLines
-from megatron_erpd.training.metrics import JsonLinesWriter
+from megatron_erpd.training.metrics import SAVE_TIME, JsonLinesWriter
 
 
 class Board:
@@ -42,6 +42,23 @@ def test_a_step_is_in_the_file_before_the_next_one_begins(tmp_path: Path) -> Non
     again.add_scalar("stage1/loss", 0.125, 3)
     again.flush()
     assert rows(path) == [*expected, {"iteration": 3, "stage1/loss": 0.125}]
+
+
+def test_the_time_of_a_save_is_in_the_line_of_its_step(tmp_path: Path) -> None:
+    path, taken = tmp_path / "metrics.jsonl", 0.0
+    writer = JsonLinesWriter(path, Board(), save_seconds=lambda: taken)
+    for step in (1, 2, 3):
+        writer.add_scalar("stage1/loss", 0.5, step)
+        if step > 1:
+            taken += 2.0 * step
+        writer.flush()  # as Megatron does before its last save
+    taken += 1.0
+    writer.end_step()
+    assert rows(path) == [
+        {"iteration": 1, "stage1/loss": 0.5},
+        {"iteration": 2, "stage1/loss": 0.5, SAVE_TIME: 4.0},
+        {"iteration": 3, "stage1/loss": 0.5, SAVE_TIME: 7.0},
+    ]
 
 
 def test_steps_that_are_done_again_replace_what_was_written_of_them(tmp_path: Path) -> None:
