@@ -1,9 +1,9 @@
 """What is replaced in Megatron and PyTorch: nothing elsewhere in the package, and nothing that is computed on a GPU.
 
-Four replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
-`wrap_tensorboard_writer`, `save_optimizer_without_padding`, which corrects what a checkpoint is made of, and
-`save_beside_training`, which makes asynchronous saves end with their training. All others are for a machine without a
-CUDA device.
+Six replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
+`wrap_tensorboard_writer`, `fuse_gradient_accumulation_without_apex`, `save_optimizer_without_padding` and
+`load_into_torch_adam`, which correct what a checkpoint is made of and how it is loaded, and `save_beside_training`,
+which makes asynchronous saves end with their training. All others are for a machine without a CUDA device.
 
 Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
 pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
@@ -100,6 +100,19 @@ def skip_compiling_helpers() -> None:
     from megatron.core.datasets import utils
 
     utils.compile_helpers = lambda: None
+
+
+def fuse_gradient_accumulation_without_apex() -> None:
+    """Lets a model of Transformer Engine's layers have gradient accumulation fusion where Apex isn't installed.
+
+    Those layers add the gradients of their weights to `main_grad` with kernels of their own. The output layer is
+    Megatron's, which asks for Apex's kernel as soon as it is made (megatron-core 0.19.2); it isn't called, and the head
+    that takes its place adds to `main_grad` itself (`vocab_parallel.passes.add_product`).
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.tensor_parallel import layers
+
+    layers._grad_accum_fusion_available |= HAVE_TE
 
 
 def wrap_tensorboard_writer(wrap: Callable[[Any], Any]) -> None:
@@ -295,12 +308,11 @@ def pretrain_on_cpu(args: argparse.Namespace) -> None:
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     if not args.async_save:
         filesystem_async._results_queue = queue.SimpleQueue()
-    _load_into_torch_adam()
 
 
-def _load_into_torch_adam() -> None:
+def load_into_torch_adam() -> None:
     """Lets the distributed optimizer load a checkpoint into PyTorch's AdamW, which is Adam where there is neither
-    Transformer Engine nor Apex; idempotent.
+    Transformer Engine nor Apex, on a CPU and on a GPU; idempotent.
 
     PyTorch's Adam counts its steps in a tensor of each parameter, the fused ones in one number. Before a checkpoint is
     loaded there are no such tensors, and Megatron (megatron-core 0.19.2) asserts that there are; it looks for them in

@@ -13,7 +13,7 @@ Nothing here imports Megatron until a model is handed in, so that `platform.enab
 from megatron_erpd.checkpoint.compare import compare_weights
 from megatron_erpd.checkpoint.hugging_face.sidecar import copy_sidecar
 from megatron_erpd.checkpoint.mapping.config import ModelShape, flags_to_argv, model_flags, read_model_shape
-from megatron_erpd.checkpoint.model_export import export_hf_weights
+from megatron_erpd.checkpoint.model_export import export_hf_weights, parameter_group
 from megatron_erpd.checkpoint.stream_export import export_checkpoint
 from megatron_erpd.checkpoint.stream_import import write_checkpoint
 
@@ -25,6 +25,7 @@ __all__ = [
     "export_hf_weights",
     "flags_to_argv",
     "model_flags",
+    "parameter_group",
     "read_model_shape",
     "write_checkpoint",
 ]

@@ -42,6 +42,15 @@ class _LocalShard:
     """Whether this is the main replica (over DP, TP and tied embeddings), the one that is exported."""
 
 
+def parameter_group() -> dist.ProcessGroup | None:
+    """A group of gloo of all ranks, for `export_hf_weights`; None where that is what the ranks have. Collective.
+
+    Over NCCL every pair of ranks would take device memory for a communicator of its own.
+    """
+    needs_gloo = dist.is_initialized() and dist.get_backend() != "gloo"
+    return dist.new_group(backend="gloo") if needs_gloo else None
+
+
 @torch.no_grad()
 def export_hf_weights(
     model_chunks: Sequence[Any],
@@ -49,6 +58,7 @@ def export_hf_weights(
     output_folder: Path | str,
     dtype: torch.dtype | str | None = None,
     *,
+    group: dist.ProcessGroup | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Writes the model as a Hugging Face folder that loads like the one it came from.
@@ -66,6 +76,8 @@ def export_hf_weights(
             what `copy_sidecar` made of it.
         output_folder: folder to make; must not exist.
         dtype: element type of all tensors; None for the source's, tensor by tensor.
+        group: of gloo (`parameter_group`); None for the ranks' own. One serves all exports of a process: gloo keeps
+            the threads of a group that is given back.
         max_shard_bytes: size at which another file is begun.
 
     Raises:
@@ -82,7 +94,7 @@ def export_hf_weights(
     dtypes, problems = element_types(source, shape, as_dtype(dtype))
     raise_together(source, problems)
 
-    gather = _Gather(shards)
+    gather = _Gather(shards, group)
     problems = []
     if gather.rank != 0:
         gather.send_all(units(shape), dtypes)
@@ -92,7 +104,6 @@ def export_hf_weights(
         except (OSError, CheckpointError) as error:
             problems = [str(error)]
     raise_together(output, problems)
-    gather.close()
 
 
 def _local_shards(model_chunks: Sequence[Any], shape: ModelShape) -> tuple[list[_LocalShard], list[str]]:
@@ -189,12 +200,10 @@ class _Piece:
 class _Gather:
     """Moves shards to the first rank, unit by unit, in an order that all ranks know."""
 
-    def __init__(self, shards: Sequence[_LocalShard]) -> None:
+    def __init__(self, shards: Sequence[_LocalShard], group: dist.ProcessGroup | None) -> None:
         self._shards = shards
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        # Over NCCL every pair of ranks would take device memory for a communicator of its own.
-        needs_gloo = dist.is_initialized() and dist.get_backend() != "gloo"
-        self._group: Any = dist.new_group(backend="gloo") if needs_gloo else None
+        self._group = group
         here = [
             ((shard.unit.key, shard.unit.at), _Piece(self.rank, i, shard.row, shard.column, tuple(shard.data.shape)))
             for i, shard in enumerate(shards)
@@ -222,11 +231,6 @@ class _Gather:
             received = torch.empty(piece.size, dtype=dtype)
             dist.recv(_as_bytes(received), src=piece.rank, group=self._group)
             yield piece, received
-
-    def close(self) -> None:
-        """Gives back the process group, if one was made. All ranks call it."""
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
 
     def _local(self, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
         return self._shards[piece.index].data.to(device="cpu", dtype=dtype).contiguous()

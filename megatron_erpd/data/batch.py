@@ -64,6 +64,10 @@ class Batch:
         row_indices: int64 `[b]`, which rollouts these are.
         token_rows: values per response token, `[b, s]` or `[b, s, ...]`, 0 outside the response.
         seq_rows: values per rollout, `[b]`.
+        response_positions: int64 `[n]`, ascending: where the labels are response tokens, as places in `[s, b]`, the
+            order of Megatron's hidden states, laid flat. Under context parallelism `s` is that of this rank's slice
+            (`model.forward.SequenceShard`), also in a batch that holds whole sequences. Found on the host: a device
+            would have to be waited for to know how many there are. Of a batch made by hand: those of its `loss_mask`.
         packed_seq_params: None; packed (THD) batches will carry theirs here.
     """
 
@@ -75,6 +79,11 @@ class Batch:
     token_rows: dict[str, Tensor] = field(default_factory=dict)
     seq_rows: dict[str, Tensor] = field(default_factory=dict)
     packed_seq_params: Any = None
+    response_positions: Tensor = None  # type: ignore[assignment]  # always there after __post_init__
+
+    def __post_init__(self) -> None:
+        if self.response_positions is None:
+            self.response_positions = flat_positions(self.loss_mask)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -95,6 +104,21 @@ class Batch:
         return replace(self, **moved)
 
 
+def rank_positions(length: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
+    """The positions `[length / size]` of a sequence that a context-parallel rank holds, ascending.
+
+    Args:
+        length: a multiple of 2 * size.
+    """
+    pieces = torch.arange(length, device=device).view(2 * size, -1)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+
+
+def flat_positions(loss_mask: Tensor) -> Tensor:
+    """`Batch.response_positions` of a `loss_mask` `[b, s]`."""
+    return (loss_mask.transpose(0, 1) > 0).flatten().nonzero().squeeze(-1)
+
+
 def collate(
     rollouts: TokenSource,
     indices: np.ndarray | Sequence[int],
@@ -103,6 +127,8 @@ def collate(
     pad_multiple: int = 1,
     token_rows: Mapping[str, Sequence[np.ndarray]] | None = None,
     seq_rows: Mapping[str, np.ndarray | Sequence[float]] | None = None,
+    trained: np.ndarray | None = None,
+    context_parallel: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Shifts, aligns and pads these rollouts.
 
@@ -117,6 +143,8 @@ def collate(
             float16, int16 and uint8 stay (what is packed is unpacked on the device); other floating types become
             float32, other integer types int64.
         seq_rows: name -> `[b]` values, by the same types.
+        trained: bool `[b]`, rows whose responses the `loss_mask` holds; None for all.
+        context_parallel: this process's rank and their number, of whose slice `response_positions` are.
 
     Returns:
         CPU tensors; `s` is max(P + R) - 1 rounded up.
@@ -139,6 +167,8 @@ def collate(
     positions = np.arange(length)
     inside = positions < input_lengths[:, None]
     loss_mask = inside & (positions >= prompt_lengths[:, None] - 1)
+    if trained is not None:
+        loss_mask &= trained[:, None]
     # A shorter row's last token is a label only: it is no input of the model, even where there is room for it.
     tokens = np.where(inside, padded[:, :-1], pad_token_id)
 
@@ -147,14 +177,17 @@ def collate(
     for name, values in (token_rows or {}).items():
         _check_rows(rollouts, rows, name, values, response_lengths)
         grids[name] = scatter_response_rows(values, starts, length)
+    mask = torch.from_numpy(loss_mask.astype(np.float32))
+    cp_rank, cp_size = context_parallel
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(padded[:, 1:].copy()),
         position_ids=torch.arange(length).expand(rows.size, length).contiguous(),
-        loss_mask=torch.from_numpy(loss_mask.astype(np.float32)),
+        loss_mask=mask,
         row_indices=torch.from_numpy(rows.copy()),
         token_rows=grids,
         seq_rows={name: _seq_tensor(name, values, rows.size) for name, values in (seq_rows or {}).items()},
+        response_positions=flat_positions(mask if cp_size == 1 else mask[:, rank_positions(length, cp_rank, cp_size)]),
     )
 
 
@@ -290,14 +323,21 @@ class BatchSource:
     token_rows: Mapping[str, TokenRow]
     sequence_rows: Mapping[str, np.ndarray]
     """Per-rollout values `[N]`, such as rewards and advantages."""
+    trained: np.ndarray | None = None
+    """bool `[N]`, the rollouts whose responses count; None for all."""
+    context_parallel: tuple[int, int] = (0, 1)
+    """This process's rank and their number."""
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The micro-batch of these rows of the rollouts, on the device."""
         return _to_device(self._collate(indices))
 
-    def _collate(self, indices: np.ndarray) -> Batch:
+    def _collate(self, indices: np.ndarray, is_filler: bool = False) -> Batch:
         # Rollout by rollout, since several values of one may come from the same row of a cache.
         rows = [{name: row(int(i)) for name, row in self.token_rows.items()} for i in indices]
+        trained = None if self.trained is None else self.trained[indices]
+        if is_filler:
+            trained = np.zeros(len(indices), dtype=bool)
         batch = collate(
             self.rollouts,
             indices,
@@ -305,6 +345,8 @@ class BatchSource:
             pad_multiple=self.pad_multiple,
             token_rows={name: [row[name] for row in rows] for name in self.token_rows},
             seq_rows={name: values[indices] for name, values in self.sequence_rows.items()},
+            trained=trained,
+            context_parallel=self.context_parallel,
         )
         return batch if platform.is_cpu() else batch.pinned()
 
@@ -326,12 +368,10 @@ class BatchSource:
         Args:
             groups: such as `length_groups` makes.
         """
-        own = [min(at, len(groups) - 1) for at in range(rank, -(-len(groups) // size) * size, size)]
-        with Prefetch(self._collate(groups[at]) for at in own) as ahead:
-            for number, batch in enumerate(ahead):
-                if rank + number * size >= len(groups):
-                    batch.loss_mask.zero_()
-                yield _to_device(batch)
+        last = len(groups) - 1
+        own = range(rank, -(-len(groups) // size) * size, size)
+        with Prefetch(self._collate(groups[min(at, last)], is_filler=at > last) for at in own) as ahead:
+            yield from map(_to_device, ahead)
 
 
 def length_groups(lengths: np.ndarray, max_tokens: int, pad_multiple: int) -> list[np.ndarray]:

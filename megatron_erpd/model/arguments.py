@@ -84,6 +84,7 @@ def parse_megatron_arguments(
     from megatron.training.arguments import parse_and_validate_args
 
     platform.skip_compiling_helpers()
+    platform.fuse_gradient_accumulation_without_apex()
     saved, sys.argv = sys.argv, [sys.argv[0], *megatron_argv(fixed, pass_through)]
     try:
         args = parse_and_validate_args(args_defaults=MEGATRON_DEFAULTS)
@@ -170,11 +171,12 @@ def _platform_flags() -> dict[str, object]:
     if platform.is_cpu():
         return dict(platform.CPU_MEGATRON_FLAGS)
     flags: dict[str, object] = {"distributed_backend": "nccl"}
-    if not _installed("fused_weight_gradient_mlp_cuda"):  # built with Apex; Megatron's output layer asks for it
-        flags["no_gradient_accumulation_fusion"] = True
-    if _installed("transformer_engine"):
+    if _installed("transformer_engine"):  # whose layers add their weights' gradients to the buffer themselves
         return {**flags, "transformer_impl": "transformer_engine"}
-    local = {name: value for name, value in platform.CPU_MEGATRON_FLAGS.items() if name != "use_cpu_initialization"}
+    needless = {"use_cpu_initialization"}
+    if _installed("fused_weight_gradient_mlp_cuda"):  # built with Apex; the local layers' own way to the same
+        needless.add("no_gradient_accumulation_fusion")
+    local = {name: value for name, value in platform.CPU_MEGATRON_FLAGS.items() if name not in needless}
     return {**local, **flags}
 
 

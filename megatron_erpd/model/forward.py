@@ -18,16 +18,16 @@ that causal attention costs all ranks the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_erpd.data.batch import Batch
+from megatron_erpd.data.batch import Batch, rank_positions
 from megatron_erpd.errors import LayoutError, StageError, TokenError
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import (
@@ -114,17 +114,12 @@ class Hidden:
 
 
 TargetOf = Callable[[Batch, Tensor, Sequence[HiddenStates], VocabShard], Target]
-"""Given a batch, the response tokens' `positions` in it (`response_positions`), the frozen policies' hidden states and
-the vocabulary shard: a distribution for each of these tokens."""
-
-
-def response_positions(batch: Batch) -> Tensor:
-    """int64 `[n]`, where the labels are response tokens, in the order `[s, b]` of Megatron's hidden states, flat."""
-    return (batch.loss_mask.transpose(0, 1) > 0).flatten().nonzero().squeeze(-1)
+"""Given a batch, its `response_positions`, the frozen policies' hidden states and the vocabulary shard: a distribution
+for each of these tokens."""
 
 
 def at_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """`[b, s, ...]` of a batch at `positions`, `[n, ...]`."""
+    """`[b, s, ...]` of a batch at its `response_positions`, `[n, ...]`."""
     return values.transpose(0, 1).flatten(0, 1)[positions]
 
 
@@ -153,7 +148,8 @@ class PolicyHead:
 
     Called by Megatron with hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism). Returns fp32
     `[n, b, s]` with n = 2 or 3 rows: `log_probs`, `entropy` (without gradient), the divergence; 0 outside of the
-    responses. Every tensor-parallel rank returns the same values. Collectives: see `fused_token_terms`.
+    responses. Every tensor-parallel rank returns the same values. Collectives: see `fused_token_terms`. Its context is
+    a `HeadContext`.
 
     Args:
         kind, target: of the divergence; both or neither.
@@ -178,12 +174,13 @@ class PolicyHead:
         hidden_states: Tensor,
         output_layer: Any,
         output_weight: Any,
-        context: dict[str, Any],
+        context: HeadContext,
         config: Any = None,
         **unused: Any,
     ) -> Tensor:
-        batch: Batch = context["batch"]
-        positions = response_positions(batch)
+        batch, checks = context["batch"], context["checks"]
+        positions = batch.response_positions
+        later = partial(checks.add_tokens, batch)
         labels = at_positions(batch.labels, positions)
         layer, weight = _output_layer(output_layer, output_weight, config)
         target = None
@@ -194,14 +191,20 @@ class PolicyHead:
             assert self.kind is not None
             logits = output_logits(hidden_states, weight, positions, layer)
             whole = LiveTarget(target.rows(slice(0, len(positions))), target.temperature)
-            with naming_rollouts(batch, positions):
-                log_probs, entropy, _ = token_terms(logits, self.shard, labels)
+            log_probs, entropy, _ = token_terms(logits, self.shard, labels, later=later)
             rows = [log_probs, entropy.detach(), gathered_divergence(self.kind, logits, whole, self.shard)]
         else:
-            with naming_rollouts(batch, positions):
-                log_probs, entropy, divergence = fused_token_terms(
-                    hidden_states, weight, self.shard, labels, self.kind, target, positions=positions, layer=layer
-                )
+            log_probs, entropy, divergence = fused_token_terms(
+                hidden_states,
+                weight,
+                self.shard,
+                labels,
+                self.kind,
+                target,
+                positions=positions,
+                layer=layer,
+                later=later,
+            )
             rows = [log_probs, entropy.detach(), *([divergence] if target is not None else [])]
         return torch.stack([to_grid(row.float(), positions, batch) for row in rows])
 
@@ -232,16 +235,6 @@ def _output_layer(layer: Any, tied_weight: Tensor | None, config: Any) -> tuple[
 # Context parallelism
 
 
-def rank_positions(length: int, rank: int, size: int) -> Tensor:
-    """The positions `[length / size]` of a sequence that a context-parallel rank holds, ascending.
-
-    Args:
-        length: a multiple of 2 * size.
-    """
-    pieces = torch.arange(length).view(2 * size, -1)
-    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
-
-
 class SequenceShard(NamedTuple):
     """A context-parallel rank's part of every sequence: `rank_positions`. By default the whole sequence."""
 
@@ -259,18 +252,18 @@ class SequenceShard(NamedTuple):
         return cls(mpu.get_context_parallel_rank(), size, group)
 
     def slice(self, batch: Batch) -> Batch:
-        """This rank's positions of a batch, `[b, s / size]`; the batch itself where `size` is 1."""
+        """This rank's positions of a batch, `[b, s / size]`; the batch itself where `size` is 1. Its
+        `response_positions` are this slice's already."""
         if self.size == 1:
             return batch
-        positions = rank_positions(batch.tokens.shape[1], self.rank, self.size).to(batch.tokens.device)
+        own: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in _SEQUENCE_FIELDS}
+        return replace(batch, **own, token_rows={name: self.take(rows) for name, rows in batch.token_rows.items()})
 
-        def take(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: take(item) for name, item in value.items()}
-            return value.index_select(1, positions)
-
-        names = [item.name for item in fields(batch) if item.name in _SEQUENCE_FIELDS]
-        return replace(batch, **{name: take(getattr(batch, name)) for name in names})
+    def take(self, values: Tensor) -> Tensor:
+        """This rank's positions of `[b, s, ...]`, `[b, s / size, ...]`."""
+        if self.size == 1:
+            return values
+        return values.index_select(1, rank_positions(values.shape[1], self.rank, self.size, values.device))
 
     def gather(self, values: Tensor) -> Tensor:
         """Per-token values of the whole sequence, the same on every rank.
@@ -285,19 +278,19 @@ class SequenceShard(NamedTuple):
         return values if self.size == 1 else _Gather.apply(values, self)
 
 
-_SEQUENCE_FIELDS = ("tokens", "labels", "position_ids", "loss_mask", "token_rows")
+_SEQUENCE_FIELDS = ("tokens", "labels", "position_ids", "loss_mask")
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, shard: SequenceShard) -> Tensor:
         length = values.shape[-1] * shard.size
-        ctx.positions = rank_positions(length, shard.rank, shard.size).to(values.device)
+        ctx.positions = rank_positions(length, shard.rank, shard.size, values.device)
         parts = [torch.empty_like(values) for _ in range(shard.size)]
         torch.distributed.all_gather(parts, values.contiguous(), group=shard.group)
         whole = values.new_empty((*values.shape[:-1], length))
         for other, part in enumerate(parts):
-            whole[..., rank_positions(length, other, shard.size).to(values.device)] = part
+            whole[..., rank_positions(length, other, shard.size, values.device)] = part
         return whole
 
     @staticmethod
@@ -327,31 +320,78 @@ class NonFiniteLoss(StageError):
         self.what, self.rows = what, list(dict.fromkeys(rows))
 
 
+class StepChecks:
+    """Whether all of a step's micro-batches is finite: flags that stay on the device until the step's last backward.
+
+    Read for each micro-batch, they would have the host wait for the device, and then the device for the host's next
+    kernels. What is kept for an error's text is a few numbers per token.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Callable[[], NonFiniteLoss]]] = []
+
+    def add_tokens(self, batch: Batch, is_bad: Tensor, error: Callable[[], TokenError]) -> None:
+        """Keeps whether something of a micro-batch's response tokens is NaN or infinite (`later` of `token_terms`)."""
+        rows, positions = batch.row_indices, batch.response_positions
+        self._kept.append((is_bad, partial(_error_of_tokens, error, rows, positions)))
+
+    def add_loss(self, batch: Batch, loss: Tensor, output: Tensor) -> None:
+        """Keeps whether a micro-batch's loss is NaN or infinite, and whose values make it so."""
+        is_bad = ~torch.isfinite(loss)
+        self._kept.append((is_bad, partial(_error_of_loss, loss, output, batch.loss_mask, batch.row_indices)))
+
+    def first(self) -> NonFiniteLoss | None:
+        """The first error that was found since the last call, which names the rollouts. One device-to-host copy."""
+        kept, self._kept = self._kept, []
+        flags = torch.stack([is_bad for is_bad, _ in kept]).tolist() if kept else []
+        return next((error() for is_bad, (_, error) in zip(flags, kept, strict=True) if is_bad), None)
+
+
+def _error_of_tokens(error: Callable[[], TokenError], row_indices: Tensor, positions: Tensor) -> NonFiniteLoss:
+    found = error()
+    columns = positions[torch.tensor(found.tokens, device=positions.device)] % len(row_indices)
+    return NonFiniteLoss(str(found), row_indices[columns].tolist())
+
+
+def _error_of_loss(loss: Tensor, output: Tensor, loss_mask: Tensor, row_indices: Tensor) -> NonFiniteLoss:
+    wrong = (~torch.isfinite(output) & (loss_mask > 0)).flatten(2).any(dim=2).any(dim=0)
+    rows = row_indices[wrong] if wrong.any() else row_indices
+    return NonFiniteLoss(f"the loss is {float(loss)}", rows.tolist())
+
+
+class HeadContext(TypedDict):
+    """What a `PolicyHead` gets with a micro-batch.
+
+    Attributes:
+        batch: this context-parallel rank's slice.
+        checks: get what the head finds.
+        outputs: of the frozen policies; put there by `forward_stage`.
+    """
+
+    batch: Batch
+    checks: StepChecks
+    outputs: NotRequired[Sequence[HiddenStates]]
+
+
 def loss_of(
-    loss: LossAndMetrics, batch: Batch, output: Tensor, shard: SequenceShard | None = None
+    loss: LossAndMetrics, batch: Batch, checks: StepChecks, output: Tensor, shard: SequenceShard | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What Megatron gets for a micro-batch, from this rank's `[n, b, s / cp]` of the head's values.
 
     Megatron sums gradients, counts and reports over DP x CP. Each rank's gradient holds its own positions' part only,
     so the gradients' sum is right as it is; counts and reports would come out CP times too large, and are those of the
-    first context-parallel rank alone. Reads one number back from the device.
+    first context-parallel rank alone.
 
     Args:
         loss: computed on whole sequences.
         batch: the whole micro-batch.
+        checks: keep whether the sum of the loss is finite.
         shard: by default this process's.
-
-    Raises:
-        NonFiniteLoss: the sum of the loss is NaN or infinite.
     """
     shard = SequenceShard.here() if shard is None else shard
     output = shard.gather(output)
     total, count, report = loss(batch, output)
-    value = float(total.detach())
-    if not math.isfinite(value):
-        wrong = (~torch.isfinite(output.detach()) & (batch.loss_mask > 0)).flatten(2).any(dim=2).any(dim=0)
-        rows = batch.row_indices[wrong] if wrong.any() else batch.row_indices
-        raise NonFiniteLoss(f"the loss is {value}", rows.tolist())
+    checks.add_loss(batch, total.detach(), output.detach())
     if shard.rank > 0:
         count = torch.zeros_like(count)
         report = {name: torch.zeros_like(value) for name, value in report.items()}
@@ -367,23 +407,6 @@ def has_finite_gradients(models: Iterable[Any]) -> bool:
     """
     groups = [group for model in models for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups)]
     return all(math.isfinite(bucket.grad_data.norm(p=2)) for group in groups for bucket in group.buckets)
-
-
-@contextmanager
-def naming_rollouts(batch: Batch, positions: Tensor) -> Iterator[None]:
-    """Turns the error of response tokens into one that names their rollouts.
-
-    Args:
-        positions: int64 `[n]`, the response tokens in the flat order `[s, b]`.
-
-    Raises:
-        NonFiniteLoss: something of these tokens is NaN or infinite.
-    """
-    try:
-        yield
-    except TokenError as error:
-        columns = positions[torch.tensor(error.tokens, device=positions.device)] % batch.loss_mask.shape[0]
-        raise NonFiniteLoss(str(error), batch.row_indices[columns].tolist()) from error
 
 
 # Megatron's model

@@ -9,6 +9,7 @@ A sequence lies whole in one row: under context parallelism sequence-level sums 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import assert_never
 
 import torch
@@ -95,6 +96,12 @@ def aggregate(per_token: Tensor, loss_mask: Tensor, aggregation: Aggregation) ->
     if aggregation == "seq_mean_token_sum":
         return sum_rows(sequence_sum(per_token, loss_mask), loss_mask)
     assert_never(aggregation)
+
+
+def cpu_sees(values: Tensor, condition: Callable[[], Tensor]) -> bool:
+    """Whether `condition()` (a bool `[]` of `values`) is found to hold: looked at on a CPU, where that costs less than
+    the work that it may save; False on other devices, for which the host would have to wait."""
+    return values.device.type == "cpu" and bool(condition())
 
 
 # Importance ratios

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.objectives.per_token import cpu_sees
 
 ONE_SIDED_SIGNAL = 100.0
 """Nats that stand for an infinite log-ratio, where just one of two policies gives an entry the probability 0.
@@ -140,12 +141,11 @@ def combine(terms: Iterable[SignalTerm], log_probs: Mapping[str, Tensor]) -> Ten
 def _log_ratio(term: SignalTerm, log_probs: Mapping[str, Tensor]) -> Tensor:
     teacher, reference = log_probs[term.teacher], log_probs[term.reference]
     difference = teacher - reference
-    if bool(difference.sum().isfinite()):  # looking at the sum costs less than masking every entry
-        return difference.mul_(term.weight)
-    neither = torch.isneginf(teacher) & torch.isneginf(reference)
-    difference = torch.where(neither, 0.0, teacher) - torch.where(neither, 0.0, reference)
-    limit = ONE_SIDED_SIGNAL
-    return term.weight * torch.nan_to_num(difference, nan=torch.nan, posinf=limit, neginf=-limit)
+    if not cpu_sees(difference, lambda: difference.sum().isfinite()):
+        neither = torch.isneginf(teacher) & torch.isneginf(reference)
+        difference.nan_to_num_(nan=torch.nan, posinf=ONE_SIDED_SIGNAL, neginf=-ONE_SIDED_SIGNAL)
+        difference.masked_fill_(neither, 0.0)
+    return difference.mul_(term.weight)
 
 
 def token_advantages(

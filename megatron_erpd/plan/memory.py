@@ -56,7 +56,8 @@ class StageMemory:
         frozen: their weights; on policy the sampler's whole model; for targets from cached hidden states the output
             layers of their policies. Precompute has one policy at a time, and the output layers of the others.
         output_layer: a chunk of logits; in training also the fp32 sum of the layer's gradient, which there is unless
-            Apex adds it to the buffer of gradients.
+            it is added to the buffer of gradients (gradient accumulation fusion, which wants Transformer Engine or
+            Apex).
         activations: of the longest micro-batch; None where the length of the rollouts isn't known.
     """
 

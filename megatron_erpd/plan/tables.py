@@ -100,9 +100,9 @@ def _memory(found: Resources) -> list[RenderableType]:
         "Gradients: Megatron's fp32 buffer. Optimizer: Adam's moments and, with bf16, fp32 weights (sharded over the "
         "data-parallel ranks with --use-distributed-optimizer). Frozen: policies that only run forward; on policy also "
         "the model of the sampler. Output layer: a chunk of logits (head_chunk_mib), in training also the fp32 "
-        "gradient of its weight, unless Apex adds it to the buffer. Activations: of micro-batches of the longest "
-        "rollouts, in Transformer Engine's fused layers (in bf16 without attention scores). The largest process is of "
-        "the first pipeline stage or of the last."
+        "gradient of its weight, unless it is added to the buffer (with Transformer Engine or Apex). Activations: of "
+        "micro-batches of the longest rollouts, in Transformer Engine's fused layers (in bf16 without attention "
+        "scores). The largest process is of the first pipeline stage or of the last."
     )
     return [table, Text(legend, "dim")]
 

@@ -59,7 +59,7 @@ def run_forward(
 
     sequence = SequenceShard.here()
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    source = BatchSource(rollouts, pad_multiple(layout), {}, {})
+    source = BatchSource(rollouts, pad_multiple(layout), {}, {}, context_parallel=sequence[:2])
     progress = Progress(what, sum(len(group) for group in groups[index::size]), lines)
 
     def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
@@ -105,7 +105,7 @@ def run_stored(
 
     if not mpu.is_pipeline_last_stage():
         return
-    source = BatchSource(rollouts, pad_multiple(layout), {}, {})
+    source = BatchSource(rollouts, pad_multiple(layout), {}, {}, context_parallel=SequenceShard.here()[:2])
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     progress = Progress(what, sum(len(group) for group in groups[index::size]))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.model.arguments import rank
-from megatron_erpd.model.forward import HiddenStates, SequenceShard, response_positions, unwrap, vocab_shard
+from megatron_erpd.model.forward import HiddenStates, SequenceShard, unwrap, vocab_shard
 from megatron_erpd.objectives.global_eta import eta_grid, kl_curve, solve_global_eta
 from megatron_erpd.precompute.forward import (
     Stored,
@@ -299,8 +299,7 @@ class CachePasses:
 
         def consume(batch: Batch, policies: Sequence[HiddenStates]) -> None:
             assert scores is not None
-            local = scores.sequence.slice(batch)
-            for _, logits in scores.chunks(response_positions(local), policies):
+            for _, logits in scores.chunks(batch.response_positions, policies):
                 law = signal_law(*scores.base_and_signal(logits), scores.shard, settings.eta_max)
                 sums[:3].add_(kl_curve(*law, etas))
                 sums[3].add_(len(law.log_masses))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.batch import Batch, gather_response_rows
-from megatron_erpd.model.forward import HiddenStates, SequenceShard, at_positions, response_positions, to_grid
+from megatron_erpd.model.forward import HiddenStates, SequenceShard, at_positions, to_grid
 from megatron_erpd.model.projected_target import TrustRegion
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import (
@@ -55,7 +55,7 @@ class Scores:
     def log_probs(self, batch: Batch, hidden: HiddenStates) -> list[np.ndarray]:
         """Each rollout's log-probs of its response tokens, `[R]`."""
         local = self.sequence.slice(batch)
-        positions = response_positions(local)
+        positions = local.response_positions
         labels = at_positions(local.labels, positions)
         parts = [
             token_terms(logits[0], self.shard, labels[part], with_entropy=False).log_probs
@@ -74,7 +74,7 @@ class Scores:
             with_log_probs: `policy_log_probs` too, what `log_probs` gives of the last policy, from the same logits.
         """
         local = self.sequence.slice(batch)
-        positions = response_positions(local)
+        positions = local.response_positions
         labels = at_positions(local.labels, positions)
         parts = []
         for part, logits in self.chunks(positions, policies):
@@ -134,8 +134,7 @@ def hidden_states(
     grid = weight.new_zeros((*mask.shape, weight.shape[1]))
     for b, row in enumerate(rows):
         grid[b, mask[b]] = row.to(weight.device, weight.dtype)
-    local = sequence.slice(Batch(grid, grid, grid, grid, batch.row_indices)).tokens
-    return HiddenStates(local.transpose(0, 1).flatten(0, 1), weight)
+    return HiddenStates(sequence.take(grid).transpose(0, 1).flatten(0, 1), weight)
 
 
 def output_layer_digest(weight: Tensor, shard: VocabShard) -> str:

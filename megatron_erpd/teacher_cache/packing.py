@@ -67,8 +67,9 @@ def unpack_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
     ids = low.long() & 0xFFFF
     if high is None:
         return ids
-    powers = torch.tensor(high_powers(vocab_size), device=high.device)
-    digits = (high.long().unsqueeze(-1) // powers % high_base(vocab_size)).flatten(-2)[..., : low.shape[-1]]
+    base, packed = high_base(vocab_size), high.long()
+    digits = torch.stack([packed // power % base for power in high_powers(vocab_size)], dim=-1).flatten(-2)
+    digits = digits[..., : low.shape[-1]]
     return ids | (digits << LOW_BITS)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_erpd import platform
-from megatron_erpd.checkpoint import export_hf_weights
+from megatron_erpd.checkpoint import export_hf_weights, parameter_group
 from megatron_erpd.data.batch import Batch, BatchSource
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.errors import StageError
@@ -121,6 +121,7 @@ class Sampler:
         self.dtype = dtype
         self._order = BatchOrder([len(ids) for ids in token_ids], settings.prompts_per_update, settings.seed)
         self._engine: TransformersEngine | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def draw(self, model: Sequence[Any], step: int) -> FreshRollouts:
         """The rollouts of update `step` (from 0) by this model. Collective over all ranks.
@@ -164,7 +165,9 @@ class Sampler:
         if dist.get_rank() == 0:
             self.close()
         dist.barrier()  # the folder is gone before any rank looks for it
-        export_hf_weights(model, self.hf_folder, self.scratch, self.dtype)
+        if self._engine is None:
+            self._group = parameter_group()
+        export_hf_weights(model, self.hf_folder, self.scratch, self.dtype, group=self._group)
         if self._engine is None:
             self._engine = TransformersEngine(load_policy(self.scratch, platform.device(), self.dtype))
         else:
@@ -188,7 +191,7 @@ class FreshBatches:
     Args:
         rollouts: of the first update.
         settings: how rewards become advantages, and the seed.
-        pad_multiple, micro_batch_size, dp_rank, dp_size: as in `BatchSource`.
+        pad_multiple, micro_batch_size, dp_rank, dp_size, context_parallel: as in `BatchSource`.
     """
 
     def __init__(
@@ -199,11 +202,13 @@ class FreshBatches:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        context_parallel: tuple[int, int] = (0, 1),
     ) -> None:
         self.rollouts = rollouts
         self.settings = settings
         self.pad_multiple = pad_multiple
         self.place = (micro_batch_size, dp_rank, dp_size)
+        self.context_parallel = context_parallel
         self.num_micro_batches = settings.global_batch_size // (micro_batch_size * dp_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -221,12 +226,9 @@ class FreshBatches:
             "rewards": rewards,
             "advantages": np.where(verified, advantages, 0).astype(np.float32),
             "truncated": np.array([response.truncated for response in rollouts.responses], dtype=np.float32),
-            "verified": verified.astype(np.float32),
         }
-        source = BatchSource(rollouts, self.pad_multiple, {}, rows)
+        # Without a verdict there is nothing to learn from a rollout; the batches stay of one size.
+        source = BatchSource(rollouts, self.pad_multiple, {}, rows, verified, self.context_parallel)
         order = BatchOrder(rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
         for indices in itertools.islice(order.micro_batches(0, *self.place), self.num_micro_batches):
-            batch = source.batch(indices)
-            # Without a verdict there is nothing to learn from a rollout; the batches stay of one size.
-            batch.loss_mask.mul_(batch.seq_rows["verified"].unsqueeze(-1))
-            yield batch
+            yield source.batch(indices)

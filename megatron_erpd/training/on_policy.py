@@ -18,6 +18,7 @@ from megatron_erpd.evaluation.held_out import too_few
 from megatron_erpd.model.arguments import (
     rank,
 )
+from megatron_erpd.model.forward import SequenceShard
 from megatron_erpd.objectives.per_token import aggregate
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
 from megatron_erpd.settings import OnPolicySettings
@@ -85,6 +86,7 @@ class OnPolicyRun(TrainingRun):
             self.layout.micro_batch_size,
             mpu.get_data_parallel_rank(),
             mpu.get_data_parallel_world_size(),
+            SequenceShard.here()[:2],
         )
         # With no evaluation steps, an evaluation after every step is `after_step` and nothing else.
         args.do_valid = True

@@ -35,7 +35,7 @@ from megatron_erpd.errors import NoRoom, StageError, StageInterrupted, has_no_ro
 from megatron_erpd.manifest import METRICS
 from megatron_erpd.meeting import finish_together, first
 from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
-from megatron_erpd.model.forward import NonFiniteLoss, has_finite_gradients
+from megatron_erpd.model.forward import NonFiniteLoss, SequenceShard, has_finite_gradients
 from megatron_erpd.model.runtime import (
     common_flags,
     configure_head,
@@ -203,6 +203,7 @@ class TrainingRun(ABC):
         if args.async_save:
             platform.save_beside_training()
         platform.save_optimizer_without_padding()
+        platform.load_into_torch_adam()
         # What a plan takes for the disk's speed; beside the training nobody waits for a save.
         waited = (
             (lambda: 0.0) if args.async_save else (lambda: get_timers()("save-checkpoint", log_level=0).active_time())
@@ -238,19 +239,25 @@ class TrainingRun(ABC):
                 raise
             raise self._no_room(args) from error
         except NonFiniteLoss as error:
-            names = ", ".join(self.name_of(row) for row in error.rows[:_NAMES_SHOWN])
-            names += f" and {len(error.rows) - _NAMES_SHOWN} more" if len(error.rows) > _NAMES_SHOWN else ""
-            raise self._diverged(f"{error.what}; from {names}", args) from None
+            raise self._diverged(self._named(error), args) from None
         except RuntimeError as error:  # Megatron's check of the gradients has no type of its own
             if type(error) is not RuntimeError or has_finite_gradients(hooks.models.values()):
                 raise
-            raise self._diverged("the gradient is NaN or infinite, though the loss is finite", args) from error
+            # With an overlapped reduction gradients are checked in backward, before the losses that they are of.
+            cause = hooks.step.checks.first()
+            what = "the gradient is NaN or infinite, though the loss is finite" if cause is None else self._named(cause)
+            raise self._diverged(what, args) from error
         finally:
             if args.async_save:
                 platform.end_saves_beside_training()
         if writer := get_tensorboard_writer():
             writer.end_step()
         return exited
+
+    def _named(self, error: NonFiniteLoss) -> str:
+        names = ", ".join(self.name_of(row) for row in error.rows[:_NAMES_SHOWN])
+        names += f" and {len(error.rows) - _NAMES_SHOWN} more" if len(error.rows) > _NAMES_SHOWN else ""
+        return f"{error.what}; from {names}"
 
     def _no_room(self, args: argparse.Namespace) -> NoRoom:
         # Beside the training, the save began some steps ago.
@@ -405,7 +412,13 @@ class ReplayRun(TrainingRun):
         sequence_rows = {"rewards": self.rollouts.rewards, "advantages": self.advantages.values}
         # Losses are computed on the last stage: no other reads the cached rows.
         token_rows = self.token_rows if mpu.is_pipeline_last_stage() else {}
-        source = BatchSource(self.rollouts, pad_multiple(self.layout), token_rows, sequence_rows)
+        source = BatchSource(
+            self.rollouts,
+            pad_multiple(self.layout),
+            token_rows,
+            sequence_rows,
+            context_parallel=SequenceShard.here()[:2],
+        )
         return source.replay(
             self._order(),
             args.consumed_train_samples,

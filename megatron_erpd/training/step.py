@@ -23,10 +23,12 @@ from torch import Tensor
 from megatron_erpd.data.batch import Batch
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.model.forward import (
+    HeadContext,
     Hidden,
     HiddenStates,
     PolicyHead,
     SequenceShard,
+    StepChecks,
     TargetOf,
     at_positions,
     forward_stage,
@@ -79,6 +81,7 @@ class ForwardStep:
     def __post_init__(self) -> None:
         self._head: PolicyHead | None = None
         self._measured: list[Tensor] = []
+        self.checks = StepChecks()
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
@@ -86,8 +89,9 @@ class ForwardStep:
             self._head = policy_head(model, self.vocab_size, self.kind, self.target, self.gather)
         processors = [self._head, *(Hidden() for _ in self.frozen)]
         local = SequenceShard.here().slice(batch)
-        outputs = forward_stage([model, *self.frozen], local, processors, {"batch": local})
-        return join(outputs, model), partial(loss_of, self.loss_and_metrics, batch)
+        context = HeadContext(batch=local, checks=self.checks)
+        outputs = forward_stage([model, *self.frozen], local, processors, context)
+        return join(outputs, model), partial(loss_of, self.loss_and_metrics, batch, self.checks)
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss contract: (sum, count, {name: [sum, count]}), from the head's `[n, b, s]`."""
@@ -134,9 +138,15 @@ class StepHooks:
         return self.step(data_iterator, model)
 
     def finalize(self, *args: Any, **kwargs: Any) -> None:
-        """Megatron's `finalize_model_grads_func`, called once per step after the last backward, on all ranks."""
+        """Megatron's `finalize_model_grads_func`, called once per step after the last backward, on all ranks.
+
+        Raises:
+            NonFiniteLoss: a micro-batch's loss or logits were NaN or infinite. (Megatron looks at the gradients next.)
+        """
         from megatron.core.distributed import finalize_model_grads
 
+        if error := self.step.checks.first():
+            raise error
         finalize_model_grads(*args, **kwargs)
         self.step.after_step()
 

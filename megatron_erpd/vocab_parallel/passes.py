@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_erpd.objectives.per_token import cpu_sees
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel.shard import accumulation_dtype, local_blocks
 
@@ -214,7 +215,7 @@ def gradient(
         owned = (tokens[rows] >= 0) & (tokens[rows] < logits.shape[-1])
         column = torch.where(owned, tokens[rows], 0).unsqueeze(-1)
         block.scatter_add_(-1, column, torch.where(owned, on_token[rows], 0.0).unsqueeze(-1))
-        if block.device.type != "cpu" or not used.all():
+        if not cpu_sees(block, used.all):
             block.masked_fill_(~used.unsqueeze(-1), 0.0)
         if block.data_ptr() != out[rows].data_ptr():
             out[rows] = block
@@ -254,15 +255,15 @@ def _weighted_(values: Tensor, weights: Tensor, excludes: bool) -> Tensor:
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Sum over columns of `values * weights`, 0 where the weight is 0 whatever the value; `values` is overwritten."""
     total = values.mul_(weights).sum(dim=-1)
-    # A column that one side excludes makes a NaN; on a CPU looking at the sums costs less than masking every column.
-    if values.device.type != "cpu" or bool(total.isnan().any()):
+    # A column that one side excludes makes a NaN.
+    if not cpu_sees(total, lambda: ~total.isnan().any()):
         total = values.masked_fill_(weights == 0, 0.0).sum(dim=-1)
     return total
 
 
 def _excludes(values: Tensor) -> bool:
-    """Whether there may be a -inf: on a CPU looking for one costs less than masking what it would make of zeros."""
-    return values.device.type != "cpu" or not bool(values.amin() > -torch.inf)  # also true where there is a NaN
+    """Whether there may be a -inf, which would make something of zeros that must be masked."""
+    return not cpu_sees(values, lambda: values.amin() > -torch.inf)  # also true where there is a NaN
 
 
 def _log_ratios_to_mixture(difference: Tensor) -> tuple[Tensor, Tensor]:

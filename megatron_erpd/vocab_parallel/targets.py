@@ -246,8 +246,15 @@ class EntryGradient:
 
     def write(self, out: Tensor, scale: float) -> None:
         """Overwrites the entries of `out [c, v]`."""
-        rows, entries = (self.columns >= 0).nonzero(as_tuple=True)
-        out[rows, self.columns[rows, entries]] = (self.values[rows, entries] * scale).to(out.dtype)
+        if not out.shape[-1]:
+            return
+        owned = self.columns >= 0
+        values = (self.values * scale).to(out.dtype)
+        # How many are this rank's only the device knows. Those of other ranks write column 0, what it holds in the end.
+        is_first = self.columns == 0
+        own_first = torch.where(is_first, values, 0.0).sum(dim=-1)
+        first = torch.where(is_first.any(dim=-1), own_first, out[:, 0]).unsqueeze(-1)
+        out.scatter_(-1, torch.where(owned, self.columns, 0), torch.where(owned, values, first))
 
 
 def bucket_gradient(

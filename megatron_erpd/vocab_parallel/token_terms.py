@@ -77,6 +77,9 @@ IGNORED_TOKEN = -100
 RowsOf = Callable[[slice], Tensor]
 """A chunk's logits `[c, v/tp]`, given the slice of its tokens."""
 
+Later = Callable[[Tensor, Callable[[], TokenError]], None]
+"""Gets a bool `[]` that is still on the device, whether something is wrong with a token, and what makes the error."""
+
 
 # Of logits that exist
 
@@ -104,6 +107,7 @@ def token_terms(
     temperature: float = 1.0,
     with_entropy: bool = True,
     overwrite_logits: bool = False,
+    later: Later | None = None,
 ) -> TokenTerms:
     """Log-probs of `tokens`, entropy and a divergence of softmax(logits / temperature), in one pass.
 
@@ -115,6 +119,8 @@ def token_terms(
         with_entropy: leave it out where it isn't needed.
         overwrite_logits: backward writes the gradient over the logits instead of into a tensor of its own: for logits
             that nothing else reads afterwards. A second backward is refused then, by autograd.
+        later: gets what is wrong with the values of tokens in place of an error here, for which the host would wait
+            until the device knows.
 
     Collectives forward: one all-gather of 16 bytes per token and, with a target, one SUM of 16 bytes; none backward.
 
@@ -129,7 +135,7 @@ def token_terms(
             f"logits of shape {tuple(logits.shape)} have {logits.shape[-1]} columns, the vocabulary range "
             f"[{shard.start}, {shard.end}) has {shard.width}"
         )
-    request = make_request(shard, num_tokens, tokens, logits.device, kind, target, temperature, with_entropy)
+    request = make_request(shard, num_tokens, tokens, logits.device, kind, target, temperature, with_entropy, later)
     terms = _TokenTerms.apply(logits, request, overwrite_logits)
     return TokenTerms(*(x.reshape(logits.shape[:-1]) for x in terms))
 
@@ -143,6 +149,7 @@ def make_request(
     target: Target | None,
     temperature: float,
     with_entropy: bool,
+    later: Later | None = None,
 ) -> TermsRequest:
     """What `token_terms` asks, checked and flat.
 
@@ -163,7 +170,7 @@ def make_request(
         target = flatten_topk(target)
     if target is not None:
         check_target(target, num_tokens, shard)
-    return TermsRequest(shard, tokens.reshape(-1).long(), temperature, kind, target, with_entropy)
+    return TermsRequest(shard, tokens.reshape(-1).long(), temperature, kind, target, with_entropy, later)
 
 
 def target_chunks(request: TermsRequest, bytes_per_token: int = 0) -> Iterator[slice]:
@@ -266,6 +273,7 @@ def fused_token_terms(
     with_entropy: bool = True,
     positions: Tensor | None = None,
     layer: OutputLayer | None = None,
+    later: Later | None = None,
 ) -> TokenTerms:
     """`token_terms` of the logits `hidden @ weight^T`, which are made a chunk of tokens at a time, in float32 whatever
     the type of hidden states and weight (float64 for float64).
@@ -275,7 +283,7 @@ def fused_token_terms(
         weight: [v/tp, h], this rank's shard; with tied weights the embedding's.
         positions: int64 [n], which rows of the flattened hidden states are wanted; None for all. The others cost
             nothing and get the gradient 0.
-        tokens, kind, target, temperature, with_entropy: as `token_terms`, for the n rows in their order.
+        tokens, kind, target, temperature, with_entropy, later: as `token_terms`, for the n rows in their order.
         layer: the ranks and the weight's gradient; by default `shard.group`, no sequence parallelism, no `main_grad`.
 
     Returns:
@@ -295,7 +303,7 @@ def fused_token_terms(
         )
     rows = hidden.shape[:-1].numel() * (layer.size if layer.sequence_parallel else 1)
     num_tokens = rows if positions is None else len(positions)
-    request = make_request(shard, num_tokens, tokens, hidden.device, kind, target, temperature, with_entropy)
+    request = make_request(shard, num_tokens, tokens, hidden.device, kind, target, temperature, with_entropy, later)
     check_memory(hidden.device, num_tokens, _bytes_per_token(weight))
     return TokenTerms(*_FusedTerms.apply(hidden, weight, request, positions, layer))
 
@@ -442,6 +450,7 @@ class TermsRequest:
         temperature: divides the policy's logits.
         kind, target: the divergence; both or neither.
         with_entropy: whether the entropy is asked for; 0 otherwise.
+        later: gets what is wrong; None for an error at once.
     """
 
     shard: VocabShard
@@ -450,6 +459,7 @@ class TermsRequest:
     kind: DivergenceKind | None = None
     target: FullTarget | TopKTarget | None = None
     with_entropy: bool = True
+    later: Later | None = None
 
     @property
     def scale(self) -> float:
@@ -658,7 +668,8 @@ def _finish(
 
 
 def _check(request: TermsRequest, scalars: Scalars, logits_of: RowsOf, groups: list[list[slice]]) -> None:
-    """Raises `TokenError` that names the tensor and the token. All ranks hold the same numbers and raise together."""
+    """Raises `TokenError` that names the tensor and the token, or leaves it for later. All ranks hold the same numbers
+    and raise together."""
     tokens, size = request.tokens, request.shard.vocab_size
     problems = {
         "the policy's logits": ~(scalars.remainder.isfinite() & scalars.maximum.isfinite()),
@@ -668,29 +679,47 @@ def _check(request: TermsRequest, scalars: Scalars, logits_of: RowsOf, groups: l
         problems["the target"] = unnormalized_tokens(request.topk_target)
     else:
         problems["the target's logits"] = ~(scalars.other_remainder.isfinite() & scalars.other_maximum.isfinite())
-    if not torch.stack(list(problems.values())).any():  # one look from the host for all of them
-        return
-    name = next(name for name, bad in problems.items() if bad.any())
-    positions: list[int] = problems[name].nonzero().flatten().tolist()
+    names, wrong = list(problems), torch.stack(list(problems.values()))
+    if request.later is not None:
+        # Nothing larger than a flag per token may be kept for it.
+        request.later(wrong.any(), lambda: _token_error(*_first_wrong(names, wrong), size))
+    elif wrong.any():  # one look from the host for all of them
+        name, positions = _first_wrong(names, wrong)
+        raise _token_error(name, positions, size, _found(request, name, positions[0], logits_of, groups))
+
+
+def _first_wrong(names: list[str], wrong: Tensor) -> tuple[str, list[int]]:
+    """The first tensor with wrong tokens, and these; `wrong` is bool `[tensors, n]`."""
+    return next((name, bad.nonzero().flatten().tolist()) for name, bad in zip(names, wrong, strict=True) if bad.any())
+
+
+def _token_error(name: str, positions: list[int], vocab_size: int, found: str = "") -> TokenError:
     position = positions[0]
     if name == "tokens":
-        raise TokenError(
-            f"tokens[{position}] is {int(tokens[position])}; the vocabulary has ids 0 to {size - 1}", positions
+        said = f"tokens[{position}] is {found or 'no id'}; the vocabulary has ids 0 to {vocab_size - 1}"
+    elif name == "the target":
+        said = f"the target of token {position} {found or 'is no distribution over the vocabulary'}"
+    else:
+        said = (
+            f"{name} of token {position} hold NaN or +inf, or nothing above -inf{found}; the weights or the "
+            "activations before them have overflowed"
         )
+    return TokenError(said, positions)
+
+
+def _found(request: TermsRequest, name: str, position: int, logits_of: RowsOf, groups: list[list[slice]]) -> str:
+    """What is wrong with a token, from the tensor itself."""
+    if name == "tokens":
+        return str(int(request.tokens[position]))
     if name == "the target":
         assert request.topk_target is not None
-        why = why_unnormalized(request.topk_target, position)
-        raise TokenError(f"the target of token {position} {why}", positions)
+        return why_unnormalized(request.topk_target, position)
     part = next(part for group in groups for part in group if part.start <= position < part.stop)
     rows_of = logits_of if name == "the policy's logits" or request.full_target is None else request.full_target.rows
     row = rows_of(part)[position - part.start, : request.shard.valid_columns]
     wrong = (row.isnan() | (row == torch.inf)).nonzero().flatten()
     found = f"{float(row[wrong[0]])} at id {int(wrong[0]) + request.shard.start}" if len(wrong) else "none of these"
-    raise TokenError(
-        f"{name} of token {position} hold NaN or +inf, or nothing above -inf (this rank's columns: {found}); the "
-        "weights or the activations before them have overflowed",
-        positions,
-    )
+    return f" (this rank's columns: {found})"
 
 
 # Which implementation of the passes

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.batch import Batch
-from megatron_erpd.model.forward import SequenceShard, loss_of, rank_positions
+from megatron_erpd.data.batch import Batch, rank_positions
+from megatron_erpd.model.forward import SequenceShard, StepChecks, loss_of
 from megatron_erpd.objectives.replay import ce_loss, sapo_loss
 from megatron_erpd.objectives.types import LossOutput, ReplayInputs
 from tests.distributed.harness import run_ranks
@@ -42,7 +42,8 @@ def split(rank: int, world_size: int, name: str) -> tuple[Tensor, Tensor, Tensor
     positions = rank_positions(S, rank, world_size)
     local = make()[0].index_select(-1, positions).requires_grad_()
     group = torch.distributed.group.WORLD
-    total, count, report = loss_of(partial(whole_loss, name), grid(), local, SequenceShard(rank, world_size, group))
+    shard = SequenceShard(rank, world_size, group)
+    total, count, report = loss_of(partial(whole_loss, name), grid(), StepChecks(), local, shard)
     total.backward()
     torch.distributed.all_reduce(count)
     torch.distributed.all_reduce(report["loss"])

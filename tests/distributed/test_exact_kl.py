@@ -88,11 +88,11 @@ def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Ten
             tp_group=shard.group, sequence_parallel=False, gradient_accumulation_fusion=False, _forward_pre_hooks={}
         ),
         output_weight=own,
-        context={"batch": batch, "outputs": []},
+        context={"batch": batch, "checks": step.checks, "outputs": []},
     )
     total, _, report = step.loss_and_metrics(batch, output)
     total.backward()
-    assert own.grad is not None
+    assert own.grad is not None and step.checks.first() is None
     measured = report["stage1/policy_base_kl_exact"]
     return total.detach(), own.grad, float(measured[0] / measured[1])
 

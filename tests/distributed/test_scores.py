@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_erpd.data.batch import Batch
-from megatron_erpd.model.forward import HiddenStates, SequenceShard, rank_positions, response_positions
+from megatron_erpd.data.batch import Batch, flat_positions, rank_positions
+from megatron_erpd.model.forward import HiddenStates, SequenceShard
 from megatron_erpd.precompute.scores import Scores, hidden_states, output_layer_digest, response_states
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import VocabShard
@@ -36,15 +36,13 @@ def rows_of_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     whole = [torch.randn(B, S, H, generator=generator) for _ in range(2)]
     own = [grid[:, rank_positions(S, rank, world_size)] for grid in whole]
     batch = make_batch()
+    batch.response_positions = flat_positions(sequence.take(batch.loss_mask))
     states = [HiddenStates(grid.transpose(0, 1).flatten(0, 1), weight) for grid in own]
     scores = Scores(PrecomputeSettings(k=4, delta=0.1), ["base", "teacher"], VocabShard.dense(VOCAB, VOCAB), sequence)
     found = scores.target(batch, states) | {"teacher": scores.log_probs(batch, states[1])}
     kept = response_states(batch, states[1], sequence)
     again = hidden_states(batch, kept, weight, sequence)
-    local = torch.zeros(B, S)[:, rank_positions(S, rank, world_size)]
-    positions = response_positions(
-        Batch(local, local, local, batch.loss_mask[:, rank_positions(S, rank, world_size)], batch.row_indices)
-    )
+    positions = batch.response_positions
     assert torch.equal(again.rows[positions], states[1].rows[positions])
     parallel_state.destroy_model_parallel()
     return found | {"hidden": [row.numpy() for row in kept]}

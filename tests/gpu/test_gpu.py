@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import HeadContext, PolicyHead, SequenceShard, loss_of
 from megatron_erpd.objectives.types import DivergenceKind
+from megatron_erpd.training.step import DistillStep, cached_target
 from megatron_erpd.vocab_parallel import (
     HiddenTarget,
     LiveTarget,
@@ -130,6 +134,41 @@ def test_triton_passes_beyond_2_to_the_31_entries() -> None:
     triton_passes.gradient(logits, Softmax(logits, 1.0, (m, s.log())), rows)
     BF16_ROUNDING.assert_close(logits[-1:], last)
     assert not logits[:-1].any()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_our_part_of_a_step_waits_for_nothing(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hidden states to their gradient, towards a cached target; CUDA raises at a copy to the host."""
+    monkeypatch.setenv("ERPD_KERNELS", kernels)
+    torch.manual_seed(0)
+    hidden = torch.randn(16, 4, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(VOCAB, 256, device="cuda") / 4).bfloat16().requires_grad_()
+    labels, mask = torch.randint(VOCAB, (4, 16)), torch.ones(4, 16)
+    mask[:, :3] = 0
+    top = torch.randn(4, 16, VOCAB).log_softmax(-1).topk(8)
+    rows = {
+        "topk_scores": top.values,
+        "topk_ids_low": top.indices.short(),
+        "log_normalizer": torch.zeros(4, 16),
+        "tail_log_prob": torch.log1p(-top.values.exp().sum(-1)),
+        "old_log_probs": torch.zeros(4, 16),
+    }
+    batch = Batch(labels, labels, labels, mask, torch.arange(4), rows).to("cuda")
+    step = DistillStep(kind="reverse_kl", target=cached_target, vocab_size=VOCAB)
+    head = PolicyHead(VocabShard.dense(VOCAB), step.kind, step.target)
+    layer = SimpleNamespace(
+        tp_group=None, sequence_parallel=False, gradient_accumulation_fusion=False, _forward_pre_hooks={}
+    )
+    for mode in ("default", "error"):  # the first compiles the kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            context = HeadContext(batch=batch, checks=step.checks, outputs=[])
+            output = head(hidden_states=hidden, output_layer=layer, output_weight=weight, context=context)
+            loss, _, _ = loss_of(step.loss_and_metrics, batch, step.checks, output, SequenceShard())
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert step.checks.first() is None
 
 
 def test_a_round_on_nccl(tmp_path: Path) -> None:

@@ -45,8 +45,35 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("on-policy", command(folder, "whole", "--updates", str(UPDATES), "--checkpoints", "2")),
         ("on-policy", command(folder, "penalised", "--updates", "3", "--kl-coefficient", "0.5")),
     ]
-    run_ranks(run_stages, 1, stages, timeout=400)
+    (made,) = run_ranks(run_as_over_nccl, 1, stages, timeout=400)
+    assert made == ["gloo"] * 2, "a training makes one group for its weights, however many updates it has"
     return folder
+
+
+class OverNccl:
+    """`torch.distributed` as it is where the ranks' group is NCCL's; keeps what groups are made."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    def get_backend(self) -> str:
+        return "nccl"
+
+    def new_group(self, backend: str) -> Any:
+        self.made.append(backend)
+        return torch.distributed.new_group(backend=backend)
+
+
+def run_as_over_nccl(rank: int, world_size: int, stages: Stages) -> list[str]:
+    """Runs stages; returns the backends of the groups that were made to export weights."""
+    from megatron_erpd.checkpoint import model_export
+
+    model_export.dist = seen = OverNccl()  # type: ignore[attr-defined,assignment]
+    run_stages(rank, world_size, stages)
+    return seen.made
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from megatron_erpd.data.batch import collate, gather_response_rows, scatter_response_rows
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.errors import RolloutError
+from megatron_erpd.model.forward import SequenceShard, at_positions
 
 PAD = 9
 
@@ -37,6 +38,7 @@ def test_grid_by_hand(two: Rollouts) -> None:
     assert batch.seq_rows["rewards"].tolist() == [1, 0] and batch.seq_rows["rewards"].dtype == torch.float32
     assert batch.seq_rows["group"].tolist() == [3, 4] and batch.seq_rows["group"].dtype == torch.int64
     assert batch.row_indices.tolist() == [0, 1]
+    assert batch.response_positions.tolist() == [1, 3, 4, 6]  # by position, then by row
     assert batch.packed_seq_params is None
     assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32
@@ -123,3 +125,21 @@ def test_to_moves_every_tensor(two: Rollouts) -> None:
     tensors = [meta.tokens, meta.labels, meta.position_ids, meta.loss_mask, meta.row_indices]
     assert {t.device.type for t in [*tensors, meta.token_rows["x"], meta.seq_rows["r"]]} == {"meta"}
     assert batch.tokens.device.type == "cpu"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_positions_are_those_of_the_slice_that_the_model_sees(rollouts: Rollouts, size: int) -> None:
+    trained, seen = np.arange(6) != 4, []
+    for rank in range(size):
+        batch = collate(
+            rollouts, range(6), pad_token_id=PAD, pad_multiple=2 * size, trained=trained, context_parallel=(rank, size)
+        )
+        local = SequenceShard(rank, size).slice(batch)
+        positions = local.response_positions
+        assert bool((positions.diff() > 0).all())
+        places = torch.arange(batch.tokens.numel()).view_as(batch.tokens)
+        whole = at_positions(SequenceShard(rank, size).take(places), positions)
+        assert torch.equal(at_positions(local.labels, positions), batch.labels.flatten()[whole])
+        seen.append(whole)
+    assert torch.equal(torch.cat(seen).sort().values, batch.loss_mask.flatten().nonzero().squeeze(-1))
+    assert not batch.loss_mask[4].any() and batch.loss_mask[5].any()

@@ -137,11 +137,13 @@ def test_the_ratio_is_constant_beyond_its_guard() -> None:
 
 
 @pytest.mark.parametrize("reward", [1.5, -0.1, math.nan, math.inf])
-def test_ce_refuses_rewards_outside_of_zero_to_one(reward: float) -> None:
-    rewards = make().rewards.clone()
-    rewards[3] = reward
-    with pytest.raises(ErpdError, match=r"row 3 .* rewards in \[0, 1\]"):
-        run("ce", replace(make(), rewards=rewards))
+def test_ce_is_nan_for_rewards_outside_of_zero_to_one(reward: float) -> None:
+    inputs = make()
+    inputs.loss_mask[0] = 0
+    for row in (3, 0):  # the second has no trained token
+        rewards = inputs.rewards.clone()
+        rewards[row] = reward
+        assert bool(run("ce", replace(inputs, rewards=rewards)).loss_sum.isnan()) == (row == 3)
 
 
 @pytest.mark.parametrize(

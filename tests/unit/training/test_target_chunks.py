@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.batch import Batch
-from megatron_erpd.model.forward import HiddenStates, response_positions
+from megatron_erpd.model.forward import HiddenStates
 from megatron_erpd.model.projected_target import TrustRegion, live_target
 from megatron_erpd.objectives.projection import project_per_token
 from megatron_erpd.objectives.signals import combine, parse_signal
@@ -54,7 +54,7 @@ TRAINED = MASK > 0
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_live_target(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, batch = make_logits(), make_batch(MASK)
-    positions = response_positions(batch)
+    positions = batch.response_positions
     expected = dense(logits, clip).log_probs.flatten(0, 1)[positions]
     for budget in BUDGETS:
         monkeypatch.setattr(chunks, "CHUNK_BYTES", budget)
@@ -121,5 +121,5 @@ def test_hidden_states_on_the_grid_and_off_it() -> None:
     expected = [whole[b][MASK[b] > 0] for b in range(B)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     again = hidden_states(batch, found, weight)
-    assert torch.equal(again.rows[response_positions(batch)], whole.transpose(0, 1)[MASK.T > 0])
+    assert torch.equal(again.rows[batch.response_positions], whole.transpose(0, 1)[MASK.T > 0])
     assert not again.rows[MASK.T.flatten() == 0].any()
