@@ -124,18 +124,23 @@ def wrap_tensorboard_writer(wrap: Callable[[Any], Any]) -> None:
         global_vars._GLOBAL_TENSORBOARD_WRITER = wrap(writer)
 
 
-def save_optimizer_without_padding() -> None:
-    """Lets a checkpoint of the distributed optimizer hold every parameter's own state; idempotent.
+WITHOUT_PADDING = "saved_optimizer_without_padding"
+"""The argument by which a checkpoint tells that `save_optimizer_without_padding` was in force when it was saved."""
+
+
+def save_optimizer_without_padding(args: argparse.Namespace) -> None:
+    """Lets a checkpoint of the distributed optimizer hold every parameter's own state, and say so; idempotent.
 
     Megatron pads the end of each bucket of its buffers, to a multiple of the data-parallel size and of 128 entries. For
     a checkpoint of type `fully_reshardable` it gathers the state without this padding, but then takes each parameter
     from its place with it (megatron-core 0.19.2): after the first padded bucket the master weights and moments of a
     parameter are its neighbour's, at the end zeros, and a training that resumes goes on from these. There are several
     buckets with `--overlap-grad-reduce`, and on the last pipeline stage of a model with tied embeddings. While it looks
-    it is given the places without padding.
+    it is given the places without padding. Checkpoints hold the arguments, and so `WITHOUT_PADDING`.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    setattr(args, WITHOUT_PADDING, True)
     original = DistributedOptimizer.sharded_param_state_fully_reshardable
     if hasattr(original, "__wrapped__"):
         return

@@ -12,12 +12,17 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
 from megatron_erpd.errors import CheckpointError, LayoutError
 from megatron_erpd.model.forward import unwrap
 from megatron_erpd.model.layer_spec import local_block_spec
+
+_MASTER = "optimizer.state.param."
+"""What the distributed optimizer's master weights are called in a checkpoint, before the weight's name."""
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
@@ -82,17 +87,47 @@ def check_optimizer_fits(checkpoint: Path, expert_parallel: int) -> None:
 
     Raises:
         LayoutError: the checkpoint was saved with experts spread over ranks and these aren't, or the reverse.
+        CheckpointError: it holds other parameters' optimizer state (`platform.save_optimizer_without_padding`).
     """
     if not (checkpoint / TRACKER).is_file():
         return
     folder = iteration_folder(checkpoint, latest_iteration(checkpoint))
-    saved = dist_checkpointing.load_common_state_dict(str(folder))["args"].expert_model_parallel_size
+    args = dist_checkpointing.load_common_state_dict(str(folder))["args"]
+    saved = args.expert_model_parallel_size
     if (saved > 1) != (expert_parallel > 1):
         raise LayoutError(
             f"{folder}: was saved with expert parallel size {saved}, and Megatron can't give its optimizer's state to "
             f"one with {expert_parallel}; go on with expert_parallel {'above 1' if saved > 1 else '1'}, or delete the "
             "training's folder to begin anew"
         )
+    marked = getattr(args, platform.WITHOUT_PADDING, False)
+    if args.use_distributed_optimizer and not marked and (spoiled := _spoiled_by_padding(folder)):
+        raise CheckpointError(
+            f"{folder}: an earlier version saved other parameters' optimizer state in the place of that of "
+            f"{spoiled[0]} and {len(spoiled) - 1} more, from which a training would go on wrongly; delete the "
+            "training's folder to begin anew"
+        )
+
+
+def _spoiled_by_padding(folder: Path) -> list[str]:
+    """Weights that aren't their fp32 master weights, rounded, in a checkpoint of the distributed optimizer.
+
+    The first padded bucket spoils all parameters that come after it on its rank, the embedding last and the first
+    layer's norms shortly before: these are compared, all norms and the embedding, and no larger weights.
+    """
+    reader = FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    names = [name for name in stored if "norm" in name or "word_embeddings" in name]
+    spoiled = []
+    for name in sorted(name for name in names if f"{_MASTER}{name}" in stored):
+        pair = {
+            key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in (name, _MASTER + name)
+        }
+        load(pair, storage_reader=reader, no_dist=True)
+        weight, master = (value.float() for value in pair.values())
+        if not torch.allclose(weight, master, rtol=2**-7, atol=0):  # bf16 rounds by half of that
+            spoiled.append(name)
+    return spoiled
 
 
 def synchronize() -> None:

@@ -202,7 +202,7 @@ class TrainingRun(ABC):
         platform.pretrain_on_cpu(args)
         if args.async_save:
             platform.save_beside_training()
-        platform.save_optimizer_without_padding()
+        platform.save_optimizer_without_padding(args)
         platform.load_into_torch_adam()
         # What a plan takes for the disk's speed; beside the training nobody waits for a save.
         waited = (

@@ -154,7 +154,10 @@ def tensors(artifact: Path) -> dict[str, Tensor]:
         if hasattr(value, "size")
     }
     load(found, storage_reader=reader, no_dist=True)
-    return {name: value[:VOCAB_SIZE] if "word_embeddings" in name else value for name, value in found.items()}
+    return {
+        name: value[:VOCAB_SIZE] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else value
+        for name, value in found.items()
+    }
 
 
 def weights(artifact: Path) -> dict[str, Tensor]:
