@@ -217,7 +217,7 @@ def time_forward(root: Path) -> float:
         hidden.rows @ hidden.weight.t()
 
     def run(model: Any) -> None:
-        load_weights(model, root / "base")
+        load_weights([model], root / "base")
         run_forward(model, rollouts, batch_groups(layout, rollouts), layout, logits, "forward")
 
     return in_stage(root, rollouts, layout, run)
@@ -251,7 +251,7 @@ def in_stage(root: Path, rollouts: Rollouts, layout: Layout, run: Callable[[Any]
     flags: dict[str, object] = {"no_load_optim": True, "train_iters": 0}
     with stage_process() as store:
         initialize(root / "base" / "hf", layout, flags, [], int(rollouts.lengths.max()), store)
-        model = build_frozen_model(model_config(get_args()))
+        (model,) = build_frozen_model(model_config(get_args()))
         start = clock()
         run(model)
         return clock() - start

@@ -307,6 +307,30 @@ def close_all() -> None:
         items.close()
 
 
+def repeated[T](items: Iterator[T], times: int) -> list[Iterator[T]]:
+    """The same items for several readers, each at its own pace. An item is kept until all have taken it.
+
+    (`itertools.tee` keeps up to 57 that all have taken.)
+    """
+    if times == 1:
+        return [items]
+    waiting: list[deque[T]] = [deque() for _ in range(times)]
+
+    def read(own: deque[T]) -> Iterator[T]:
+        while True:
+            if not own:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+                for other in waiting:
+                    other.append(item)
+                del item
+            yield own.popleft()
+
+    return [read(own) for own in waiting]
+
+
 TokenRow = Callable[[int], np.ndarray]
 """Given a row of the rollouts, its response-aligned array: `[R]`, or `[R, K]` for top-k targets."""
 

@@ -137,7 +137,8 @@ def _model_problems(model: Path | None) -> Iterator[str]:
 def _layout_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[tuple[Stage, str]]:
     """Whether the model can be converted, and divides over every layout."""
     from megatron_erpd.checkpoint.mapping.config import model_flags, read_model_shape
-    from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
+    from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, check_schedule, read_schedule
+    from megatron_erpd.plan.memory import micro_batches
 
     if model is None or not (model / "config.json").is_file():
         return
@@ -146,9 +147,13 @@ def _layout_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[tu
             continue
         layout, trains = stage.layout, isinstance(stage.request, TrainingRequest)
         try:
-            model_flags(model, layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
+            shape, stages_of = read_model_shape(model), layout.pipeline_parallel
+            schedule = read_schedule(stage.megatron, shape.num_layers, stages_of)
+            chunks = schedule.virtual_stages
+            model_flags(model, layout.tensor_parallel, stages_of, layout.expert_parallel, virtual_stages=chunks)
             if isinstance(stage.request, ModelRequest):
-                check_expert_groups(read_model_shape(model), layout, trains)
+                check_expert_groups(shape, layout, trains)
+                check_schedule(schedule, stages_of, micro_batches(stage))
         except ErpdError as error:
             yield stage, str(error)
 

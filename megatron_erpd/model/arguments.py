@@ -13,7 +13,7 @@ import torch
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.mapping.config import flags_to_argv, model_flags, read_model_shape
-from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups
+from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, check_schedule, read_schedule
 from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.launcher import check_meeting, launch, work_alone
 from megatron_erpd.meeting import meeting_store
@@ -107,13 +107,19 @@ def own_flags(
         CheckpointError: from `model_flags`.
         LayoutError: from `model_flags`, or there is no context parallelism here.
     """
-    check_expert_groups(read_model_shape(hf_folder), layout, trains=bool(run_flags.get("train_iters")))
+    shape, batch = read_model_shape(hf_folder), run_flags.get("global_batch_size")
+    check_expert_groups(shape, layout, trains=bool(run_flags.get("train_iters")))
+    schedule = read_schedule(pass_through, shape.num_layers, layout.pipeline_parallel)
+    if isinstance(batch, int):
+        together = layout.micro_batch_size * layout.data_parallel
+        check_schedule(schedule, layout.pipeline_parallel, batch // together)
     fixed = {
         **model_flags(
             hf_folder,
             layout.tensor_parallel,
             layout.pipeline_parallel,
             layout.expert_parallel,
+            virtual_stages=schedule.virtual_stages,
             max_length=max_length,
             # Matrix units want a multiple of 128 columns; on a CPU padding only costs time.
             make_vocab_size_divisible_by=1 if platform.is_cpu() else 128,

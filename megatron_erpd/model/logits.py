@@ -106,10 +106,10 @@ def compare_on_prompts(pair: Pair, prompts: list[list[int]]) -> list[LogitCompar
         args = initialize(pair.config_folder or pair.hf_folder, Layout(), flags, [], length, store)
         from megatron_erpd.model.model import build_frozen_model, load_iteration, model_config
 
-        model = build_frozen_model(model_config(args))
-        load_iteration(model, pair.iteration)
+        chunks = build_frozen_model(model_config(args))
+        load_iteration(chunks, pair.iteration)
         for prompt, reference in zip(prompts, references, strict=True):
-            logits = megatron_logits([model], torch.tensor([prompt], device=device))
+            logits = megatron_logits(chunks, torch.tensor([prompt], device=device))
             assert logits is not None  # there is one pipeline stage
             found.append(compare_logits(logits.cpu(), reference))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,22 @@ def _local_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     return local_block_spec(config.transformer, vp_stage)
 
 
-def build_frozen_model(config: GPTModelConfig) -> torch.nn.Module:
-    """This rank's part of a model that is only run forward: no DDP, no gradients, evaluation mode."""
+def build_frozen_model(config: GPTModelConfig) -> list[torch.nn.Module]:
+    """This rank's part of a model that is only run forward: no DDP, no gradients, evaluation mode.
+
+    Returns:
+        Its chunks: one for each virtual pipeline stage, one where there are none.
+    """
     builder = GPTModelBuilder(config)
-    model = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False)[0]
-    model.requires_grad_(False)
-    return model.eval()
+    chunks = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False)
+    return [chunk.requires_grad_(False).eval() for chunk in chunks]
 
 
-def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> int:
+def load_weights(chunks: Sequence[Any], artifact: Path, iteration: int | None = None) -> int:
     """Loads the weights of an artifact's Megatron checkpoint into a model of any layout; returns the iteration.
+
+    Args:
+        chunks: all of the model's on this rank.
 
     Raises:
         CheckpointError: the checkpoint or the iteration is missing.
@@ -58,23 +65,31 @@ def load_weights(model: Any, artifact: Path, iteration: int | None = None) -> in
     folder = iteration_folder(checkpoint, iteration)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such iteration; {checkpoint} holds {saved_iterations(checkpoint)}")
-    load_iteration(model, folder)
+    load_iteration(chunks, folder)
     return iteration
 
 
-def load_iteration(model: Any, folder: Path) -> None:
+def load_iteration(chunks: Sequence[Any], folder: Path) -> None:
     """Loads an `iter_...` folder's weights into a model of any layout, under the local or Transformer Engine's layers.
+
+    Args:
+        chunks: all of the model's on this rank. Together, as Megatron checks that the ranks load every tensor whole.
 
     Raises:
         CheckpointError: the model has a parameter that the checkpoint lacks.
     """
-    core = unwrap(model)
+    cores = {f"chunk{number}": unwrap(chunk) for number, chunk in enumerate(chunks)}
     # Each kind of layers has FP8 states (empty, where there is no FP8) of modules that the other has not.
     loaded, _, absent = dist_checkpointing.load(
-        {"model": core.sharded_state_dict()}, str(folder), strict=StrictHandling.RETURN_UNEXPECTED
+        {name: core.sharded_state_dict() for name, core in cores.items()},
+        str(folder),
+        strict=StrictHandling.RETURN_UNEXPECTED,
     )
-    kept = core.load_state_dict(loaded["model"], strict=False)
-    lacking = sorted({key for key in (*absent, *kept.missing_keys, *kept.unexpected_keys) if "_extra_state" not in key})
+    found = set(absent)
+    for name, core in cores.items():
+        kept = core.load_state_dict(loaded[name], strict=False)
+        found.update(kept.missing_keys, kept.unexpected_keys)
+    lacking = sorted(key for key in found if "_extra_state" not in key)
     if lacking:
         raise CheckpointError(f"{folder}: is of another model: {lacking[0]} and {len(lacking) - 1} more don't fit")
 

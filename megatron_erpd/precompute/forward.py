@@ -181,18 +181,23 @@ def output_weight(model: Any) -> Tensor:
     return core.shared_embedding_or_output_weight() if shared else core.output_layer.weight
 
 
-def load_output_layer(model: Any, artifact: Path) -> None:
-    """Loads of a policy's weights the output layer alone into a model of the last pipeline stage; collective."""
+def load_output_layer(chunks: Sequence[Any], artifact: Path) -> None:
+    """Loads of a policy's weights the output layer alone into all chunks of a model on this rank; collective."""
     from megatron.core import dist_checkpointing
 
     from megatron_erpd.checkpoint.torch_dist.iterations import iteration_folder, latest_iteration
 
-    core, checkpoint = unwrap(model), artifact / "megatron"
-    names = ("output_layer.", "embedding.word_embeddings.")
-    wanted = {name: value for name, value in core.sharded_state_dict().items() if name.startswith(names)}
+    cores = {f"chunk{number}": unwrap(chunk) for number, chunk in enumerate(chunks)}
+    checkpoint, names = artifact / "megatron", ("output_layer.", "embedding.word_embeddings.")
+    wanted = {
+        chunk: {name: value for name, value in core.sharded_state_dict().items() if name.startswith(names)}
+        for chunk, core in cores.items()
+    }
     folder = iteration_folder(checkpoint, latest_iteration(checkpoint))
-    loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
-    core.load_state_dict({name: value for name, value in loaded.items() if value is not None}, strict=False)
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for chunk, core in cores.items():
+        found = loaded.get(chunk, {})  # a chunk without either isn't there
+        core.load_state_dict({name: value for name, value in found.items() if value is not None}, strict=False)
 
 
 def output_layers(args: argparse.Namespace, policies: Mapping[str, Path], cache: CacheReader) -> list[Tensor]:
@@ -205,12 +210,12 @@ def output_layers(args: argparse.Namespace, policies: Mapping[str, Path], cache:
 
     from megatron_erpd.model.model import build_frozen_model, model_config
 
-    model, layers = build_frozen_model(model_config(args)), []
+    chunks, layers = build_frozen_model(model_config(args)), []
     for name, folder in policies.items():
-        load_output_layer(model, folder)
+        load_output_layer(chunks, folder)
         if mpu.is_pipeline_last_stage():
-            layers.append(output_weight(model).detach().clone())
-            check_output_layer(cache, name, output_layer_digest(layers[-1], vocab_shard(model, args.vocab_size)))
+            layers.append(output_weight(chunks[-1]).detach().clone())
+            check_output_layer(cache, name, output_layer_digest(layers[-1], vocab_shard(chunks[-1], args.vocab_size)))
     return layers
 
 

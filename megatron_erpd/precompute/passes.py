@@ -220,7 +220,7 @@ class CachePasses:
         made = self._missing.policy_pass(name, groups)
         if not made.loads_weights:
             return
-        load_weights(self._model, self.policies[name])
+        load_weights([self._model], self.policies[name])
         self._note_layer(name, self.settings.keep_hidden or made.stores_hidden)
         if made.batches:
             stored = store() if made.makes_target and len(self.names) > 1 else None
@@ -266,7 +266,7 @@ class CachePasses:
         """q from stored hidden states of all policies."""
         for name in self.names:
             if name not in self._digests:  # the same on all ranks: loading is collective
-                load_output_layer(self._model, self.policies[name])
+                load_output_layer([self._model], self.policies[name])
                 self._note_layer(name, True)
             if self._given is not None and self._is_last:
                 check_output_layer(self._given, name, self._digests[name])
@@ -334,7 +334,8 @@ def _build_model() -> Any:
 
     from megatron_erpd.model.model import build_frozen_model, model_config
 
-    return build_frozen_model(model_config(get_args()))
+    (model,) = build_frozen_model(model_config(get_args()))  # virtual pipeline stages are for trainings alone
+    return model
 
 
 def _rounded(rows: Tensor, dtype: str) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_erpd.errors import RecipeError
-from megatron_erpd.recipe.requests import Repeated, Request, SlicedRequest
+from megatron_erpd.recipe.requests import ModelRequest, Repeated, Request, SlicedRequest
 from megatron_erpd.settings import Settings, error_lines
 from megatron_erpd.settings.arguments import (
     add_settings_arguments,
@@ -97,7 +97,7 @@ def read_request[R: Request](kind: type[R], argv: Sequence[str]) -> R:
 
 def request_from[R: Request](kind: type[R], given: argparse.Namespace, megatron: Sequence[str] = ()) -> R:
     """The request of parsed flags (of `request_parser`), and of Megatron's."""
-    values: dict[str, Any] = {"megatron": tuple(megatron)} if "megatron" in kind.model_fields else {}
+    values: dict[str, Any] = {"megatron": kind.taken_flags(megatron)} if issubclass(kind, ModelRequest) else {}
     for name, field in kind.model_fields.items():
         type_, repeated = plain_type(field.annotation), _repeated(field)
         value = getattr(given, repeated.flag if repeated else name, None)

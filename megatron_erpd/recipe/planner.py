@@ -334,7 +334,7 @@ class _Planner:
         if isinstance(request, ModelRequest):
             given = override.layout.model_dump(include=override.layout.model_fields_set)
             more["layout"] = self.recipe.layout.model_copy(update=given)
-            more["megatron"] = flags_of({**self.recipe.megatron, **override.megatron})
+            more["megatron"] = request.taken_flags(flags_of({**self.recipe.megatron, **override.megatron}))
         elif override.megatron:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")
         if isinstance(request, TrainingRequest):

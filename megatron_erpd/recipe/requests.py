@@ -33,6 +33,7 @@ from megatron_erpd.settings import (
     Settings,
     TrainingSettings,
 )
+from megatron_erpd.settings.megatron_flags import without_virtual_stages
 from megatron_erpd.slices import Slice
 
 SOURCE_HELP = (
@@ -187,9 +188,16 @@ class ModelRequest(Request):
     layout: Layout = Field(default=Layout(), title="layout")
     megatron: tuple[str, ...] = Field(default=(), description="Megatron's own flags, after `--`")
 
+    @classmethod
+    def taken_flags(cls, megatron: Sequence[str]) -> tuple[str, ...]:
+        """What the command takes of a recipe's or command line's Megatron flags: virtual pipeline stages are for
+        trainings alone."""
+        return tuple(megatron) if issubclass(cls, TrainingRequest) else without_virtual_stages(megatron)
+
     def _identity(self, **more: Any) -> dict[str, Any]:
-        """With the one part of a layout that changes the result."""
-        return settings_identity(self.settings, self.megatron, precision=self.layout.precision, **more)
+        """With the one part of a layout that changes the result; virtual pipeline stages are another part."""
+        flags = without_virtual_stages(self.megatron)
+        return settings_identity(self.settings, flags, precision=self.layout.precision, **more)
 
 
 class TrainingRequest(ModelRequest):

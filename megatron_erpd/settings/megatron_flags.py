@@ -6,7 +6,7 @@ recipes, plans, submissions and commands read it, and docs/megatron-flags.md sho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -21,17 +21,21 @@ class Refusal(NamedTuple):
 
 REFUSED = (
     Refusal(
-        "virtual pipeline stages",
-        (
-            "--num-layers-per-virtual-pipeline-stage",
-            "--num-virtual-stages-per-pipeline-rank",
-            "--microbatch-group-size-per-virtual-pipeline-stage",
-            "--pipeline-model-parallel-layout",
-            "--overlap-p2p-communication-warmup-flush",
-            "--overlap-param-gather-with-optimizer-step",
-        ),
-        "with virtual pipeline stages a process has several pieces of the model, and the policies that run beside the "
-        "trained one, their hidden states and precompute take one; use pipeline_parallel without them",
+        "layers placed by hand",
+        ("--pipeline-model-parallel-layout",),
+        "which layers a process has follows from pipeline_parallel and the number of virtual stages, and plan and the "
+        "conversion count on it; use num-virtual-stages-per-pipeline-rank",
+    ),
+    Refusal(
+        "early receives of pipeline stages",
+        ("--overlap-p2p-communication-warmup-flush",),
+        "micro-batches differ in length, so that a stage asks for the shape first, and would wait for the next "
+        "micro-batch's before it computes this one; remove it",
+    ),
+    Refusal(
+        "gathers of parameters within the optimizer's step",
+        ("--overlap-param-gather-with-optimizer-step",),
+        "Megatron refuses it with distributed checkpoints, which artifacts hold; use overlap-param-gather",
     ),
     Refusal(
         "overlapped communication of experts",
@@ -162,8 +166,18 @@ WORKS = {
         "--recompute-num-layers",
         "--recompute-modules",
     ),
+    "tests/integration/test_virtual_stages.py": (
+        "--num-virtual-stages-per-pipeline-rank",
+        "--num-layers-per-virtual-pipeline-stage",
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+    ),
 }
 """A test to the flags that it trains with."""
+
+LAYERS_PER_VIRTUAL_STAGE = "--num-layers-per-virtual-pipeline-stage"
+VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
+MICRO_BATCH_GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
+"""The flags of Megatron's interleaved schedule, which only a training has."""
 
 _REASONS = {flag: refusal.reason for refusal in REFUSED for flag in refusal.flags}
 
@@ -176,10 +190,29 @@ def refused_flags(words: Iterable[str]) -> dict[str, str]:
 
 def without_refused(words: Sequence[str]) -> list[str]:
     """A command line's words without the flags that are refused and their values."""
+    return _without(words, _REASONS)
+
+
+def without_virtual_stages(words: Sequence[str]) -> tuple[str, ...]:
+    """A command line's words without virtual pipeline stages: what a stage that doesn't train takes of them."""
+    return tuple(_without(words, (LAYERS_PER_VIRTUAL_STAGE, VIRTUAL_STAGES, MICRO_BATCH_GROUP)))
+
+
+def value_of(words: Sequence[str], flag: str) -> str | None:
+    """What a flag was given, as two words or as one with `=`; None where it isn't there."""
+    for word, following in zip(words, (*words, "")[1:], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(flag + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _without(words: Sequence[str], flags: Collection[str]) -> list[str]:
     kept, drops = [], False
     for word in words:
         if word.startswith("--"):
-            drops = word.partition("=")[0] in _REASONS
+            drops = word.partition("=")[0] in flags
         if not drops:
             kept.append(word)
     return kept

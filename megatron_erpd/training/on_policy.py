@@ -74,13 +74,13 @@ class OnPolicyRun(TrainingRun):
         from megatron_erpd.model.model import build_frozen_model, load_weights, model_config
 
         # The first rollouts are the checkpoint's, as those after a step are the model's that was just updated.
-        model = build_frozen_model(model_config(args))
+        chunks = build_frozen_model(model_config(args))
         if args.iteration:
-            load_weights(model, self.output, args.iteration)
+            load_weights(chunks, self.output, args.iteration)
         else:
-            load_weights(model, self.base)
+            load_weights(chunks, self.base)
         self._fresh = FreshBatches(
-            self.sampler.draw([model], args.iteration),
+            self.sampler.draw(chunks, args.iteration),
             self.settings,
             pad_multiple(self.layout),
             self.layout.micro_batch_size,

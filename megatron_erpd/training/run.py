@@ -27,7 +27,7 @@ from megatron_erpd.checkpoint.torch_dist.iterations import (
     saved_iterations,
 )
 from megatron_erpd.checkpoint.torch_dist.recovery import recover
-from megatron_erpd.data.batch import Batch, BatchSource, TokenRow, pad_multiple
+from megatron_erpd.data.batch import Batch, BatchSource, TokenRow, pad_multiple, repeated
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
@@ -210,11 +210,15 @@ class TrainingRun(ABC):
         )
         platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS, save_seconds=waited))
         hooks = StepHooks()
+        of_chunks: list[Iterator[Batch]] = []
 
         def datasets(num_samples: object, vp_stage: int | None = None) -> tuple[Iterator[Batch], None, None]:
-            # Called on every rank when models and process groups exist: the place for collective set-up.
-            hooks.step = self.make_step(self, args)
-            return self.batches(args), None, None
+            # Called on every rank when models and process groups exist: the place for collective set-up. With virtual
+            # pipeline stages it is called for each, and all read the same micro-batches.
+            if not of_chunks:
+                hooks.step = self.make_step(self, args)
+                of_chunks.extend(repeated(self.batches(args), args.virtual_pipeline_model_parallel_size or 1))
+            return of_chunks[vp_stage or 0], None, None
 
         datasets.is_distributed = True  # type: ignore[attr-defined]
 

@@ -35,6 +35,7 @@ from megatron_erpd.model.forward import (
     join,
     loss_of,
     policy_head,
+    unwrap,
 )
 from megatron_erpd.objectives.per_token import aggregate, importance_correction, kl_penalty
 from megatron_erpd.objectives.replay import REPLAY_LOSSES
@@ -66,7 +67,8 @@ class ForwardStep:
     Args:
         vocab_size: true size of the vocabulary, without padding.
         kind, target: a divergence that the policy's head computes per response token; both or neither.
-        frozen: policies that run beside, whose hidden states `target` gets; empty where it reads the batch.
+        frozen: policies that run beside, whose hidden states `target` gets, each as this rank's chunks of it; empty
+            where it reads the batch.
         gather: compute the divergence on vocabularies gathered over the tensor-parallel shards.
         watchers: get the means of `WATCHED` after every step.
     """
@@ -74,7 +76,7 @@ class ForwardStep:
     vocab_size: int
     kind: DivergenceKind | None = None
     target: TargetOf | None = None
-    frozen: Sequence[Any] = ()
+    frozen: Sequence[Sequence[Any]] = ()
     gather: bool = False
     watchers: Sequence[KlBudget | EarlyStop] = ()
 
@@ -85,12 +87,14 @@ class ForwardStep:
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
-        if self._head is None:
+        if self._head is None:  # until the model's last chunk comes; the others have no use for it
             self._head = policy_head(model, self.vocab_size, self.kind, self.target, self.gather)
+        number = unwrap(model).vp_stage or 0
+        models = [model, *(chunks[number] for chunks in self.frozen)]
         processors = [self._head, *(Hidden() for _ in self.frozen)]
         local = SequenceShard.here().slice(batch)
         context = HeadContext(batch=local, checks=self.checks)
-        outputs = forward_stage([model, *self.frozen], local, processors, context)
+        outputs = forward_stage(models, local, processors, context)
         return join(outputs, model), partial(loss_of, self.loss_and_metrics, batch, self.checks)
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -70,20 +70,28 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout", "tied"),
+    ("world_size", "layout", "model", "schedule"),
     [
-        pytest.param(2, ["--data-parallel", "2"], False, id="dp2"),
+        pytest.param(2, ["--data-parallel", "2"], {"tied": False}, [], id="dp2"),
         # The last stage has a copy of the embedding's weight, and no embedding that waits for it.
-        pytest.param(4, ["--data-parallel", "2", "--pipeline-parallel", "2"], True, id="dp2-pp2-tied"),
+        pytest.param(4, ["--data-parallel", "2", "--pipeline-parallel", "2"], {}, [], id="dp2-pp2-tied"),
+        # The schedule starts the gathers of all chunks but the first two ahead of them.
+        pytest.param(
+            *(4, ["--data-parallel", "2", "--pipeline-parallel", "2"], {"num_layers": 6}),
+            ["--num-virtual-stages-per-pipeline-rank", "3"],
+            id="dp2-pp2-virtual",
+        ),
     ],
 )
-def test_late_weights_are_waited_for(world_size: int, layout: list[str], tied: bool, tmp_path: Path) -> None:
-    write_model(tmp_path / "hf", tied=tied)
+def test_late_weights_are_waited_for(
+    world_size: int, layout: list[str], model: dict[str, Any], schedule: list[str], tmp_path: Path
+) -> None:
+    write_model(tmp_path / "hf", **model)
     write_random_rollouts(tmp_path / "rollouts.parquet")
     stages = [
         ("import", ["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"]),
-        trained(tmp_path, "expected", layout, OPTIMIZER),
-        trained(tmp_path, "overlapped", layout, OVERLAPPED),
+        trained(tmp_path, "expected", layout, [*OPTIMIZER, *schedule]),
+        trained(tmp_path, "overlapped", layout, [*OVERLAPPED, *schedule]),
     ]
     late = run_ranks(run_with_late_gathers, world_size, stages, timeout=240)
     assert min(late) > 4  # several buckets in each step

@@ -14,8 +14,8 @@ VOCAB_SIZE = 37
 """Odd on purpose: tensor parallelism has to pad it."""
 
 
-def write_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
-    """A two-layer Qwen3 with random weights, whose logits are far from uniform."""
+def write_model(folder: Path, seed: int = 0, tied: bool = True, num_layers: int = 2) -> Path:
+    """A Qwen3 (of two layers) with random weights, whose logits are far from uniform."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -23,7 +23,7 @@ def write_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

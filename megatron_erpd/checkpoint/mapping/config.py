@@ -34,6 +34,7 @@ def model_flags(
     pipeline_parallel: int = 1,
     expert_parallel: int = 1,
     *,
+    virtual_stages: int = 1,
     max_length: int | None = None,
     make_vocab_size_divisible_by: int = 128,
 ) -> dict[str, object]:
@@ -42,6 +43,7 @@ def model_flags(
     Args:
         hf_folder: folder with a `config.json`; weights are not looked at.
         tensor_parallel, pipeline_parallel, expert_parallel: sizes that the layout must be checked against.
+        virtual_stages: chunks of layers in each pipeline stage.
         max_length: longest sequence that will run through the model, in tokens; checked where given.
         make_vocab_size_divisible_by: Megatron pads the vocabulary to a multiple of this times `tensor_parallel`.
 
@@ -58,11 +60,11 @@ def model_flags(
     path = Path(hf_folder) / "config.json"
     family, config = _read_config(Path(hf_folder))
     shape = family.read_shape(path, family, config)
-    check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel)
+    check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel, virtual_stages)
     return {
         **family.flags(path, shape, config, max_length),
         "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
-        **pipeline_flags(shape.num_layers, pipeline_parallel),
+        **pipeline_flags(shape.num_layers, pipeline_parallel, virtual_stages),
     }
 
 

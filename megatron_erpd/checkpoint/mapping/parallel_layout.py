@@ -6,9 +6,27 @@ ranks from tensor, context and data parallelism together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.settings import Layout
+from megatron_erpd.settings.megatron_flags import (
+    LAYERS_PER_VIRTUAL_STAGE,
+    MICRO_BATCH_GROUP,
+    VIRTUAL_STAGES,
+    value_of,
+)
+
+
+class Schedule(NamedTuple):
+    """How micro-batches go through the pipeline stages: one forward, one backward; interleaved with virtual stages."""
+
+    virtual_stages: int = 1
+    """Chunks of layers in each pipeline stage."""
+    group: int = 1
+    """Micro-batches that run through a chunk before the next chunk; of the interleaved schedule alone."""
 
 
 def check_layout(
@@ -99,6 +117,75 @@ def stage_layers(num_layers: int, pipeline_parallel: int, virtual_stages: int = 
         f"{words} does not divide the model's {num_layers} layers, nor with one layer less on the last stage or on the "
         f"first and last; use {_either(good) if good else 'fewer chunks'}"
     )
+
+
+def read_schedule(megatron: Sequence[str], num_layers: int, pipeline_parallel: int) -> Schedule:
+    """The schedule that Megatron's flags ask for.
+
+    Raises:
+        LayoutError: they don't go together, or not with this many layers and stages; names the flag.
+    """
+    chunks, layers, group = (
+        _size(megatron, flag) for flag in (VIRTUAL_STAGES, LAYERS_PER_VIRTUAL_STAGE, MICRO_BATCH_GROUP)
+    )
+    if chunks is not None and layers is not None:
+        raise LayoutError(f"{LAYERS_PER_VIRTUAL_STAGE}: {VIRTUAL_STAGES} is given too; remove one of them")
+    if chunks is None and layers is None:
+        if group is not None:
+            raise LayoutError(f"{MICRO_BATCH_GROUP}: there are no virtual stages; add {VIRTUAL_STAGES}, or remove it")
+        return Schedule()
+    given = LAYERS_PER_VIRTUAL_STAGE if chunks is None else VIRTUAL_STAGES
+    if pipeline_parallel == 1:
+        raise LayoutError(f"{given}: needs pipeline parallelism; raise pipeline_parallel, or remove it")
+    if chunks is None:
+        assert layers is not None
+        fitting = [n for n in range(1, num_layers + 1) if _layers_per_chunk(num_layers, pipeline_parallel, n) == layers]
+        if not fitting:
+            raise LayoutError(
+                f"{given} {layers}: the model's {num_layers} layers can't be split into chunks of {layers} on "
+                f"{pipeline_parallel} pipeline stages; change it, or give {VIRTUAL_STAGES}"
+            )
+        (chunks,) = fitting
+    try:
+        stage_layers(num_layers, pipeline_parallel, chunks)
+    except LayoutError as error:
+        raise LayoutError(f"{given}: {error}") from None
+    return Schedule(chunks, group or pipeline_parallel)
+
+
+def check_schedule(schedule: Schedule, pipeline_parallel: int, num_micro_batches: int) -> None:
+    """Refuses numbers of micro-batches with which Megatron's interleaved schedule doesn't run.
+
+    Raises:
+        LayoutError: there are fewer than stages or than in a group, or the last group has fewer than stages.
+    """
+    group, last = schedule.group, num_micro_batches % schedule.group
+    if schedule.virtual_stages == 1:
+        return
+    if group < pipeline_parallel:
+        raise LayoutError(
+            f"{MICRO_BATCH_GROUP} {group}: is less than pipeline_parallel {pipeline_parallel}; raise it, or remove it"
+        )
+    if num_micro_batches < group or 0 < last < pipeline_parallel:
+        raise LayoutError(
+            f"virtual pipeline stages: {num_micro_batches} micro-batches of an optimizer step can't go through in "
+            f"groups of {group} ({MICRO_BATCH_GROUP}, by default pipeline_parallel), of which the last may have no "
+            f"fewer than pipeline_parallel {pipeline_parallel}; take a micro_batch_size or data_parallel that makes "
+            f"them a multiple of {group}"
+        )
+
+
+def _size(megatron: Sequence[str], flag: str) -> int | None:
+    value = value_of(megatron, flag)
+    if value is not None and (not value.isdigit() or int(value) < 1):
+        raise LayoutError(f"{flag} {value}: give a number of at least 1")
+    return None if value is None else int(value)
+
+
+def _layers_per_chunk(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int | None:
+    """With those that the embedding and the output layer stand for; None where they can't be split so."""
+    spare = _spare(num_layers, pipeline_parallel, virtual_stages)
+    return None if spare is None else (num_layers + spare) // (pipeline_parallel * virtual_stages)
 
 
 def pipeline_flags(num_layers: int, pipeline_parallel: int, virtual_stages: int = 1) -> dict[str, object]:

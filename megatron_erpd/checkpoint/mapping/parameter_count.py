@@ -52,19 +52,23 @@ def active_parameters(shape: ModelShape) -> int:
 
 @cache
 def parameters_per_stage(
-    shape: ModelShape, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1
+    shape: ModelShape,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    virtual_stages: int = 1,
 ) -> tuple[ProcessParameters, ...]:
     """Parameters of a process of every pipeline stage. Padding rows of the vocabulary are counted.
 
     Raises:
         LayoutError: a size doesn't divide what it splits.
     """
-    check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel)
+    check_layout(shape, tensor_parallel, pipeline_parallel, expert_parallel, virtual_stages)
     layer, outside = _one_layer_and_the_rest(shape)
     dense = _split_sizes((unit for unit in layer if unit.expert is None), tensor_parallel)
     experts = _split_sizes((unit for unit in layer if unit.expert is not None), 1) // expert_parallel
     stages = []
-    for stage, chunks in enumerate(stage_layers(shape.num_layers, pipeline_parallel)):
+    for stage, chunks in enumerate(stage_layers(shape.num_layers, pipeline_parallel, virtual_stages)):
         here = [unit for unit in outside if _on_stage(unit, shape, stage, pipeline_parallel)]
         layers = sum(map(len, chunks))
         stages.append(ProcessParameters(layers * dense + _split_sizes(here, tensor_parallel), layers * experts))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from megatron_erpd.data.batch import Prefetch, close_all
+from megatron_erpd.data.batch import Prefetch, close_all, repeated
 
 
 def threads() -> list[threading.Thread]:
@@ -124,3 +126,27 @@ def test_programs_that_end_while_their_thread_is_in_torch() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["0", "7", "75", "0", "0"]
+
+
+def test_readers_at_their_own_pace_get_the_same_items_made_once() -> None:
+    made: list[weakref.ref[Item]] = []
+
+    def items() -> Iterator[Item]:
+        for i in range(5):
+            item = Item(i)
+            made.append(weakref.ref(item))
+            yield item
+            del item
+
+    first, second = repeated(items(), 2)
+    assert [next(first).number for _ in range(3)] == [0, 1, 2] and len(made) == 3
+    assert [next(second).number for _ in range(2)] == [0, 1]
+    gc.collect()
+    assert [ref() is None for ref in made] == [True, True, False]
+    assert [item.number for item in second] == [2, 3, 4] and [item.number for item in first] == [3, 4]
+    assert len(made) == 5
+
+
+class Item:
+    def __init__(self, number: int) -> None:
+        self.number = number

@@ -165,6 +165,17 @@ def test_a_layout_that_does_not_divide_the_model(problems):
     assert "teacher:" in text and "base-log-probs:" not in text
 
 
+def test_virtual_pipeline_stages(problems):
+    Path("model/config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 4}))
+    given = {"layout": {"pipeline_parallel": 2}, "jobs": True}
+    flags = {"num_virtual_stages_per_pipeline_rank": 2}
+    assert problems(**given, megatron=flags) == ""
+    text = problems(**given, megatron={"num_layers_per_virtual_pipeline_stage": 3})
+    assert text.splitlines()[1].startswith("  teacher, student: --num-layers-per-virtual-pipeline-stage 3: ")
+    text = problems(layout={**given["layout"], "micro_batch_size": 256}, jobs=True, megatron=flags)
+    assert text.splitlines()[1].startswith("  teacher, student: virtual pipeline stages: 1 micro-batches of an")
+
+
 def test_an_architecture_that_is_not_supported(problems):
     Path("model/config.json").write_text(json.dumps({**CONFIG, "architectures": ["BloomForCausalLM"]}))
     assert "BloomForCausalLM" in problems()

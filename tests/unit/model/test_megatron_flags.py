@@ -134,7 +134,7 @@ def test_other_flags_are_judged_beside_them(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flag_check, "subprocess", forked)
-    given = {"num_virtual_stages_per_pipeline_rank": 2, "log_intreval": 5}
+    given = {"use_mup": True, "log_intreval": 5}
     found = lines_of(recipe, capsys, "run", "--dry-run", megatron=given)
-    assert [line.partition(" ")[0] for line in found] == ["megatron.num_virtual_stages_per_pipeline_rank:", "megatron:"]
+    assert [line.partition(" ")[0] for line in found] == ["megatron.use_mup:", "megatron:"]
     assert "did you mean --log-interval?" in found[1]

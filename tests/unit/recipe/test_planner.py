@@ -11,8 +11,10 @@ import pytest
 
 from megatron_erpd.commands import held_out, rollouts
 from megatron_erpd.errors import ErpdError, RecipeError
+from megatron_erpd.recipe.command_line import read_request
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
+from megatron_erpd.recipe.requests import Precompute
 from megatron_erpd.recipe.stages import TOOLS, Stage, dependencies, flags_of
 
 TRAIN_ON_POLICY = "tools/train_on_policy.py"
@@ -304,6 +306,16 @@ def test_an_exact_kl_gets_the_bases_rows():
     assert "--signal none --k 16" in stages_of(controls={"x": {"kind": "replay", **exact}})["base-log-probs"].shown()
     with pytest.raises(RecipeError, match=r"teacher.kl_topk: 16, unlearned.kl_topk: 8: the base's rows"):
         stages_of(teacher=exact, unlearned={**exact, "kl_topk": 8})
+
+
+def test_virtual_pipeline_stages_are_for_trainings():
+    given = {"num-virtual-stages-per-pipeline-rank": 2, "microbatch-group-size-per-virtual-pipeline-stage": 4}
+    virtual, plain = stages_of(megatron={**given, "adam-eps": 1e-7}), stages_of(megatron={"adam-eps": 1e-7})
+    assert virtual["student"].megatron == (*flags_of(given), "--adam-eps", "1e-07")
+    assert all(virtual[name].identity == plain[name].identity for name in ("cache", "student"))
+    assert virtual["cache"].megatron == plain["cache"].megatron == ("--adam-eps", "1e-07")
+    words = [*virtual["cache"].flags()[: -len(plain["cache"].megatron)], *virtual["student"].megatron]
+    assert read_request(Precompute, words) == virtual["cache"].request
 
 
 def test_megatron_flags():

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from megatron_erpd.checkpoint.mapping.families import FAMILIES
-from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, pipeline_flags, stage_layers
+from megatron_erpd.checkpoint.mapping.parallel_layout import (
+    Schedule,
+    check_expert_groups,
+    check_schedule,
+    pipeline_flags,
+    read_schedule,
+    stage_layers,
+)
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError
 from megatron_erpd.settings import Layout
@@ -20,6 +27,7 @@ SIZES = {
     "vocab_size": 11,
 }
 DENSE = ModelShape(FAMILIES["LlamaForCausalLM"], **SIZES, tied_embeddings=False)
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 MIXTURE = ModelShape(FAMILIES["MixtralForCausalLM"], **SIZES, tied_embeddings=False, num_experts=8)
 
 
@@ -43,6 +51,47 @@ def test_every_layer_is_on_one_stage(layers: int, pipeline: int, virtual: int) -
     spare = max(sizes) * chunks - layers
     assert min(sizes) >= 1 and len(pipeline_flags(layers, pipeline, virtual)) == spare
     assert set(sizes[1:-1]) <= {max(sizes)} and (spare < 2 or sizes[0] == sizes[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "layers", "stages", "expected"),
+    [
+        ("", 8, 4, Schedule()),
+        ("--num-virtual-stages-per-pipeline-rank 2", 8, 4, Schedule(2, 4)),
+        (f"--num-virtual-stages-per-pipeline-rank=2 {GROUP} 6", 8, 4, Schedule(2, 6)),
+        ("--num-layers-per-virtual-pipeline-stage 2", 80, 8, Schedule(5, 8)),
+        # 94 layers and the embedding and the output layer: six chunks of 4 on each of four stages.
+        ("--num-layers-per-virtual-pipeline-stage 4", 94, 4, Schedule(6, 4)),
+        ("--num-layers-per-virtual-pipeline-stage 2", 4, 2, Schedule(1, 2)),
+        ("--num-layers-per-virtual-pipeline-stage 3", 8, 2, "can't be split into chunks of 3 on 2 pipeline stages"),
+        ("--num-layers-per-virtual-pipeline-stage 2", 8, 1, "needs pipeline parallelism; raise pipeline_parallel"),
+        ("--num-virtual-stages-per-pipeline-rank 3", 8, 2, "with 3 chunks each does not divide the model's 8 layers"),
+        ("--num-virtual-stages-per-pipeline-rank two", 8, 2, "give a number of at least 1"),
+        ("--num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 2", 8, 2, "remove one"),
+        (f"{GROUP} 4", 8, 2, "there are no virtual stages"),
+    ],
+)  # fmt: skip
+def test_schedule_of_megatrons_flags(words: str, layers: int, stages: int, expected: Schedule | str) -> None:
+    if isinstance(expected, Schedule):
+        assert read_schedule(words.split(), layers, stages) == expected
+        return
+    with pytest.raises(LayoutError, match=expected) as caught:
+        read_schedule(words.split(), layers, stages)
+    assert str(caught.value).startswith("--")
+
+
+@pytest.mark.parametrize("num_micro_batches", range(1, 14))
+@pytest.mark.parametrize("group", range(1, 8))
+def test_micro_batches_of_an_interleaved_schedule(num_micro_batches: int, group: int) -> None:
+    """Megatron's own conditions, in words of a recipe."""
+    last = num_micro_batches % group
+    runs = 4 <= group <= num_micro_batches and (last == 0 or last >= 4)
+    if runs:
+        check_schedule(Schedule(2, group), 4, num_micro_batches)
+    else:
+        with pytest.raises(LayoutError, match="raise it|take a micro_batch_size or data_parallel"):
+            check_schedule(Schedule(2, group), 4, num_micro_batches)
+    check_schedule(Schedule(), 4, num_micro_batches)
 
 
 def test_qwen3_235b_on_four_stages() -> None:

@@ -1,0 +1,138 @@
+"""With virtual pipeline stages a process has several chunks of layers, which micro-batches reach in turns: the same
+training, and the same artifact. The reference is one process with one micro-batch per step.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_erpd.manifest import read_manifest
+from tests.distributed.harness import run_ranks
+from tests.integration.stages import Stages, run_stages
+from tests.integration.test_bf16_layouts import GPU_RECIPE, in_bf16, states, tensors
+from tests.integration.test_layouts import assert_same_training
+from tests.integration.test_on_policy import VERIFIER, command, write_tokenizer
+from tests.integration.test_resume_layouts import Part, metrics, train
+from tests.integration.tiny import write_model, write_random_rollouts
+from tests.tolerances import BF16_LOSS, LAYOUT
+
+CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
+SCHEDULES = {
+    "train:sapo": CHUNKS,
+    "distill:cached": ["--num-layers-per-virtual-pipeline-stage", "1"],
+    "distill:live": [*CHUNKS, "--microbatch-group-size-per-virtual-pipeline-stage", "4"],
+    "distill:hidden": CHUNKS,
+    "distill:gradient": CHUNKS,
+    "on-policy:grpo": CHUNKS,
+}
+SECOND_STEP = replace(LAYOUT, rtol=10 * LAYOUT.rtol)
+"""What comes after an update, as `assert_same_training` has it."""
+ONE, TWO = ["--micro-batch-size", "16"], ["--pipeline-parallel", "2", "--micro-batch-size", "4"]
+
+
+def trainings(made: Path) -> dict[str, list[str]]:
+    """Of two steps: name to arguments, without output and layout."""
+    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--epochs", "0.8"]
+    data += ["--base-log-probs", f"{made}/base-log-probs", "--global-batch-size", "16", "--learning-rate", "1e-3"]
+    cached, live = ["--cache", f"{made}/cache"], ["--policy", f"teacher={made}/sapo", "--delta", "0.05"]
+    return {
+        "train:sapo": [*data, "--loss", "sapo", "--kl-coefficient", "0.1"],
+        "distill:cached": [*data, *cached],
+        "distill:live": [*data, *live, "--teacher", "live"],
+        "distill:hidden": [*data, *cached, *live, "--teacher", "hidden"],
+        "distill:gradient": [*data, *cached, "--form", "policy_gradient", "--kl-budget", "0.001"],
+        "on-policy:grpo": command(made, "grpo", "--updates", "2", "--kl-coefficient", "0.5"),
+    }
+
+
+def caching(made: Path, teacher: Path) -> list[str]:
+    data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--policy", f"teacher={teacher}"]
+    return [*data, "--k", "8", "--delta", "0.002", "--topk-dtype", "float32", "--keep-hidden"]
+
+
+def to_folders(folder: Path, layout: list[str], names: dict[str, list[str]], more: dict[str, list[str]]) -> Stages:
+    """Trainings with a layout, and with Megatron's flags for each of them."""
+    stages: Stages = []
+    for name, argv in names.items():
+        command, _, output = name.partition(":")
+        stages.append((command, [*argv, "--output", f"{folder}/{output}", *layout, "--", *more[name]]))
+    return stages
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All artifacts, made by one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_model(folder / "hf", num_layers=4)
+    write_random_rollouts(folder / "rollouts.parquet")
+    write_tokenizer(folder / "hf")
+    (folder / "prompts.jsonl").write_text('{"prompt": "w5 w7"}\n{"prompt": "w6 w9 w9"}\n')
+    (folder / "verifier.py").write_text(VERIFIER)
+    data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet", *ONE]
+    first, *others = to_folders(folder, ONE, trainings(folder), {name: [] for name in SCHEDULES})
+    stages: Stages = [
+        ("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"]),
+        ("precompute", [*data, "--kind", "token", "--output", f"{folder}/base-log-probs"]),
+        first,
+        ("precompute", [*caching(folder, folder / "sapo"), "--output", f"{folder}/cache", *ONE]),
+        *others,
+    ]
+    run_ranks(run_stages, 1, stages, timeout=240)
+    return folder
+
+
+def test_training_is_that_of_one_process(made: Path, tmp_path: Path) -> None:
+    run_ranks(run_stages, 2, to_folders(tmp_path, TWO, trainings(made), SCHEDULES), timeout=240)
+    cache = [*caching(made, tmp_path / "sapo"), "--output", f"{tmp_path}/cache", *TWO, "--", *CHUNKS]
+    policies = [f"one={made}/live", f"two={tmp_path}/live"]
+    export = [*(word for item in policies for word in ("--checkpoint", item)), "--output", f"{tmp_path}/export"]
+    # In processes of their own: Megatron's state, which stages of a test share, says how many chunks there are.
+    run_ranks(run_stages, 2, [("precompute", cache), ("export", export)], timeout=240)
+    for name in SCHEDULES:
+        output = name.partition(":")[2]
+        assert_same_training(metrics(tmp_path / output), metrics(made / output), name)
+        ours, theirs = states(tmp_path / output, "exp_avg"), states(made / output, "exp_avg")
+        assert ours.keys() == theirs.keys()
+        for parameter, moment in theirs.items():
+            SECOND_STEP.assert_close(ours[parameter], moment, f"{name}, {parameter}")
+    exported = [load_file(tmp_path / "export" / name / "model.safetensors") for name in ("one", "two")]
+    assert exported[0].keys() == exported[1].keys()
+    for tensor, values in exported[0].items():
+        SECOND_STEP.assert_close(exported[1][tensor], values, tensor)
+    # The same artifacts with and without virtual stages.
+    for name in ("cache", "live", "grpo"):
+        assert read_manifest(tmp_path / name).settings == read_manifest(made / name).settings
+
+
+def test_bf16_training_resumes(tmp_path: Path) -> None:
+    """Bit for bit with the same chunks; right when one process has gone on, and chunks after it."""
+    in_bf16(write_model(tmp_path / "hf", num_layers=4))
+    write_random_rollouts(tmp_path / "rollouts.parquet", 8, reward=1.0, shortest=4)
+    run_ranks(run_stages, 1, [("import", ["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"])])
+    argv = ["--base", f"{tmp_path}/base", "--rollouts", f"{tmp_path}/rollouts.parquet", "--loss", "sft"]
+    argv += ["--precision", "bf16", "--epochs", "5", "--global-batch-size", "16", "--learning-rate", "1e-4"]
+    recipe = ["--", *GPU_RECIPE, "--overlap-param-gather"]
+    virtual, one = (2, [*TWO, *recipe, *CHUNKS]), (1, [*ONE, *recipe])
+
+    def run(name: str, *parts: Part) -> None:
+        for part in parts:
+            train("train", argv, tmp_path / name, part, tmp_path)
+
+    run("whole", Part(*virtual))
+    run("resumed", Part(*virtual, "signal", 4, 4))
+    shutil.copytree(tmp_path / "resumed", tmp_path / "others")
+    run("resumed", Part(*virtual))
+    run("others", Part(*one, "signal", 6, 6), Part(*virtual))
+    whole, resumed, others = (metrics(tmp_path / name) for name in ("whole", "resumed", "others"))
+    for name in ("stage1/loss", "grad-norm"):
+        assert [row[name] for row in resumed] == [row[name] for row in whole], name
+        BF16_LOSS.assert_close([row[name] for row in others], [row[name] for row in whole], name)
+    ours, theirs = tensors(tmp_path / "resumed"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() == tensors(tmp_path / "others").keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
