@@ -16,6 +16,7 @@ from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.recipe.recipe import MegatronFlags
 from megatron_erpd.settings import Layout
+from megatron_erpd.settings.megatron_flags import value_of
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -54,7 +55,7 @@ def recompute_of(megatron: tuple[str, ...]) -> Recompute:
     Raises:
         RecipeError: a full recomputation without its method, or a value that Megatron doesn't know.
     """
-    given = {flag: _value(megatron, f"--recompute-{flag}") for flag in ("granularity", "method", "num-layers")}
+    given = {flag: value_of(megatron, f"--recompute-{flag}") for flag in ("granularity", "method", "num-layers")}
     granularity = "selective" if "--recompute-activations" in megatron else given["granularity"]
     if granularity is None:
         return Recompute()
@@ -106,8 +107,9 @@ def training_bytes(
     """What the layers of a pipeline stage keep of the micro-batches whose backward pass is still to come.
 
     Args:
-        num_layers: of this pipeline stage.
-        in_flight: micro-batches between their forward and backward pass; see `in_flight`.
+        num_layers: of this pipeline stage; with virtual stages, of a chunk.
+        in_flight: micro-batches between their forward and backward pass; with virtual stages, of all chunks together.
+            See `in_flight`.
     """
     layer = layer_bytes(shape, layout, batch, recompute)
     if recompute.granularity != "full":
@@ -120,10 +122,23 @@ def training_bytes(
     return in_flight * (again * entry + (num_layers - again) * layer) + layer
 
 
-def in_flight(pipeline_parallel: int, stage: int, num_micro_batches: int) -> int:
+def in_flight(
+    pipeline_parallel: int, stage: int, num_micro_batches: int, virtual_stages: int = 1, group: int | None = None
+) -> int:
     """Micro-batches that a pipeline stage has run forward and not yet backward, at the most (one forward, one
-    backward)."""
-    return max(1, min(pipeline_parallel - stage, num_micro_batches))
+    backward).
+
+    With virtual stages those of all chunks together. Megatron's interleaved schedule runs one more than
+    `(chunks - 1) * group + 2 * (stages behind)` forward before the first goes backward (Narayanan et al., 2021, arXiv
+    2104.04473, section 2.2; `get_pp_rank_microbatches`).
+
+    Args:
+        group: micro-batches that run through a chunk before the next chunk; by default one for each pipeline stage.
+    """
+    if virtual_stages == 1:
+        return max(1, min(pipeline_parallel - stage, num_micro_batches))
+    ahead = (virtual_stages - 1) * (group or pipeline_parallel) + 2 * (pipeline_parallel - stage - 1)
+    return max(1, min(ahead + 1, num_micro_batches * virtual_stages))
 
 
 def head_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, trains: bool, num_frozen: int) -> int:
@@ -146,13 +161,3 @@ def _tokens(layout: Layout, batch: MicroBatch) -> int:
 
 def _sequence_shards(layout: Layout) -> int:
     return layout.tensor_parallel if layout.sequence_parallel else 1
-
-
-def _value(megatron: tuple[str, ...], flag: str) -> str | None:
-    """What a flag was given, as two words or as one with `=`."""
-    for word, following in zip(megatron, (*megatron, "")[1:], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(flag + "="):
-            return word.partition("=")[2]
-    return None

@@ -19,6 +19,7 @@ from megatron_erpd.plan.memory import (
 from megatron_erpd.recipe.recipe import MegatronFlags
 from megatron_erpd.recipe.stages import Stage, flags_of
 from megatron_erpd.settings import Layout
+from megatron_erpd.settings.megatron_flags import without_virtual_stages
 
 GPU_GIB = {"h100": 79.6, "h200": 140.4, "a100-80": 80.0, "b200": 179.1}
 """Memory that nvidia-smi shows, in GiB."""
@@ -144,7 +145,8 @@ def propose(stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus
     The best has the least work: full recomputation costs a third more, and a pipeline's ends cost (PP - 1) /
     micro-batches; what processes exchange is not counted. Among equals it is that with the most DP (so the fewest
     processes for a copy of the model), then the least TP, PP, CP and EP, then the largest micro-batch. TP stays within
-    a node and gets sequence parallelism; the distributed optimizer is on wherever there is another copy to share with.
+    a node and gets sequence parallelism; the distributed optimizer is on wherever there is another copy to share with;
+    there are no virtual pipeline stages.
     """
     found: list[tuple[tuple[float, ...], Proposal]] = []
     for layout in _layouts(stages, shape, longest, gpus.count):
@@ -220,7 +222,8 @@ def _fitting(
         megatron["use-distributed-optimizer"] = True
     largest, work = None, 1.0
     for stage in stages:
-        tried = _changed(stage, None, recompute, "use-distributed-optimizer" in megatron).changed(layout=layout)
+        tried = _changed(stage, None, recompute, "use-distributed-optimizer" in megatron)
+        tried = tried.changed(layout=layout, megatron=without_virtual_stages(tried.megatron))
         batch = global_batch_size(tried)
         if batch and batch % (layout.micro_batch_size * layout.data_parallel):
             return None
@@ -252,7 +255,10 @@ def _remedies(stage: Stage, shape: ModelShape, longest: int, gpus: Gpus) -> list
     where none does, the largest of as many kinds as it takes, in one entry. Empty where all together don't."""
 
     def fits(changed: Stage) -> bool:
-        return stage_memory(changed, shape, longest).total <= gpus.usable
+        try:
+            return stage_memory(changed, shape, longest).total <= gpus.usable
+        except LayoutError:  # virtual pipeline stages want other numbers of micro-batches
+            return False
 
     alone = [next((words for words, c in kind(stage, shape) if fits(c)), None) for kind in _CHANGES]
     if any(alone):

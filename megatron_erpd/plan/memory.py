@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, stage_layers
+from megatron_erpd.checkpoint.mapping.parallel_layout import (
+    Schedule,
+    check_expert_groups,
+    check_schedule,
+    read_schedule,
+    stage_layers,
+)
 from megatron_erpd.checkpoint.mapping.parameter_count import (
     VOCABULARY_MULTIPLE,
     ProcessParameters,
@@ -33,7 +39,7 @@ OPTIMIZER_BYTES: Mapping[str, int] = {"fp32": 8, "bf16": 12}
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer"
 UNCOUNTED_FLAGS = (
     *("--use-precision-aware-optimizer", "--optimizer-cpu-offload", "--optimizer", "--grad-reduce-in-bf16"),
-    *("--use-megatron-fsdp", "--use-torch-fsdp2", "--num-layers-per-virtual-pipeline-stage"),
+    *("--use-megatron-fsdp", "--use-torch-fsdp2"),
     *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
     *("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers", "--fp8-param-gather"),
     *("--recompute-modules", "--distribute-saved-activations", "--cpu-offloading", "--attention-backend"),
@@ -92,16 +98,19 @@ def stage_memory(stage: Stage, shape: ModelShape, longest: int | None = None) ->
     """
     layout = stage.layout
     try:
-        held = parameters_per_stage(shape, layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
+        schedule = read_schedule(stage.megatron, shape.num_layers, layout.pipeline_parallel)
+        sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
+        held = parameters_per_stage(shape, *sizes, schedule.virtual_stages)
         check_expert_groups(shape, layout, stage.command != "precompute")
+        check_schedule(schedule, layout.pipeline_parallel, micro_batches(stage))
     except LayoutError as error:
         raise LayoutError(f"{stage.name}: {error}") from None
-    found = [_process_memory(stage, shape, number, here, longest) for number, here in enumerate(held)]
+    found = [_process_memory(stage, shape, schedule, number, here, longest) for number, here in enumerate(held)]
     return max(reversed(found), key=lambda process: process.total)
 
 
 def _process_memory(
-    stage: Stage, shape: ModelShape, number: int, held: ProcessParameters, longest: int | None
+    stage: Stage, shape: ModelShape, schedule: Schedule, number: int, held: ProcessParameters, longest: int | None
 ) -> StageMemory:
     """Of a process of one pipeline stage."""
     layout = stage.layout
@@ -131,11 +140,11 @@ def _process_memory(
         num_frozen=num_frozen,
         frozen=weight_bytes * (models * parameters + sampler + layers * output_layer),
         output_layer=is_last * layout.head_chunk_mib * 2**20 + trains * 4 * output_layer,
-        activations=None if longest is None else _activations(stage, shape, number, longest),
+        activations=None if longest is None else _activations(stage, shape, schedule, number, longest),
     )
 
 
-def _activations(stage: Stage, shape: ModelShape, number: int, longest: int) -> int:
+def _activations(stage: Stage, shape: ModelShape, schedule: Schedule, number: int, longest: int) -> int:
     """Of the longest rollouts in one micro-batch; without a backward pass those of a single layer."""
     layout, batch = stage.layout, MicroBatch(stage.layout.micro_batch_size, longest)
     is_last, trains = number == layout.pipeline_parallel - 1, stage.command != "precompute"
@@ -143,8 +152,9 @@ def _activations(stage: Stage, shape: ModelShape, number: int, longest: int) -> 
     head = head_bytes(shape, layout, batch, trains, hidden) if is_last else 0
     if not trains:
         return head + layer_bytes(shape, layout, batch)
-    layers = sum(map(len, stage_layers(shape.num_layers, layout.pipeline_parallel)[number]))
-    waiting = in_flight(layout.pipeline_parallel, number, micro_batches(stage))
+    chunks = stage_layers(shape.num_layers, layout.pipeline_parallel, schedule.virtual_stages)[number]
+    layers = max(map(len, chunks))
+    waiting = in_flight(layout.pipeline_parallel, number, micro_batches(stage), *schedule)
     return head + training_bytes(shape, layout, batch, recompute_of(stage.megatron), layers, waiting)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_erpd.checkpoint.mapping.parallel_layout import read_schedule
 from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.manifest import read_manifest
@@ -73,12 +74,15 @@ def stage_flop(stage: Stage, shape: ModelShape, rollouts: RolloutSize) -> float 
     return tokens * (per_token + (3 + again + frozen) * attention)
 
 
-def bubble(stage: Stage, rollouts: RolloutSize) -> float:
-    """Time of a pipeline's pass over that without waiting at its ends: 1 + (PP - 1) / micro-batches (Narayanan et al.,
-    2021, arXiv 2104.04473, section 2.2). A pass is an optimizer step; of precompute, all rollouts."""
+def bubble(stage: Stage, shape: ModelShape, rollouts: RolloutSize) -> float:
+    """Time of a pipeline's pass over that without waiting at its ends: 1 + (PP - 1) / (micro-batches x virtual stages)
+    (Narayanan et al., 2021, arXiv 2104.04473, section 2.2). A pass is an optimizer step; of precompute, all
+    rollouts."""
     together = stage.layout.micro_batch_size * stage.layout.data_parallel
     count = micro_batches(stage) if global_batch_size(stage) else math.ceil(rollouts.count / together)
-    return 1 + (stage.layout.pipeline_parallel - 1) / max(1, count)
+    stages = stage.layout.pipeline_parallel
+    chunks = read_schedule(stage.megatron, shape.num_layers, stages).virtual_stages
+    return 1 + (stages - 1) / (max(1, count) * chunks)
 
 
 def stage_times(
@@ -99,7 +103,7 @@ def stage_times(
         took = _took(stage.output) if stage.name in done else None
         flop, estimated = stage_flop(stage, shape, rollouts) if rollouts else None, None
         if rollouts and flop is not None:
-            estimated = flop * bubble(stage, rollouts) / (teraflops * 1e12 * stage.num_processes)
+            estimated = flop * bubble(stage, shape, rollouts) / (teraflops * 1e12 * stage.num_processes)
         found.append(StageTime(stage.name, estimated if took is None else took, took is not None, flop))
     return found
 
@@ -118,7 +122,7 @@ def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSi
         if not rows or flop is None or any(WORLD_SIZE not in row for row in rows):
             continue
         seconds = statistics.median(row[ITERATION_TIME] * row[WORLD_SIZE] for row in rows)
-        step = flop * bubble(stage, rollouts) / _iterations(stage.request.settings, rollouts)
+        step = flop * bubble(stage, shape, rollouts) / _iterations(stage.request.settings, rollouts)
         return MeasuredSpeed(stage.name, step / seconds / 1e12)
     return None
 

@@ -91,6 +91,10 @@ def test_full_recomputation_keeps_the_inputs_of_layers() -> None:
 def test_earlier_pipeline_stages_wait_for_more_micro_batches() -> None:
     assert [in_flight(4, stage, 100) for stage in range(4)] == [4, 3, 2, 1]
     assert [in_flight(4, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+    # Chunks: one more than the warm-up of Megatron's interleaved schedule; no more than there are.
+    assert [in_flight(4, stage, 100, 3, 4) for stage in range(4)] == [15, 13, 11, 9]
+    assert [in_flight(4, stage, 4, 3, 4) for stage in range(4)] == [12, 12, 11, 9]
+    assert in_flight(4, 0, 100, 3, 6) == 19
 
 
 def test_hidden_states_at_the_output_layer() -> None:
@@ -202,3 +206,9 @@ def test_activations_differ_from_megatrons_report_by_what_it_counts_otherwise(na
     fewer = 2 * tokens * width + 2 * 2 * tokens * (width - shape.key_value_size)
     more = 4 * tokens * shape.num_heads + 2 * tokens * shape.ffn_hidden_size
     FLOAT64.assert_close(float(ours), theirs + shape.num_layers * (more - fewer) / tp)
+    # Virtual stages multiply all of it, at the first pipeline stage.
+    interleaved = megatron_arguments(tmp_path, sizes, virtual_pipeline_model_parallel_size=2)
+    times = [compute_activation_memory(given, num_microbatches=64) for given in (arguments, interleaved)]
+    waiting = in_flight(pp, 0, 64, 2, pp)
+    virtual = training_bytes(shape, sizes, MicroBatch(2, 4096), Recompute(), layers // 2, waiting)
+    FLOAT64.assert_close(virtual / ours, times[1] / times[0])

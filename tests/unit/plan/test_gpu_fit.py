@@ -139,6 +139,16 @@ def test_remedies_do_what_they_say() -> None:
     assert "recompute-granularity: full, recompute-method: uniform, recompute-num-layers: 1" in row.remedies
 
 
+def test_virtual_pipeline_stages_are_not_proposed_and_keep_their_micro_batches() -> None:
+    flags = {"num-virtual-stages-per-pipeline-rank": 2, "microbatch-group-size-per-virtual-pipeline-stage": 6}
+    # 6 micro-batches in one group. Of 12, 24 or 48 groups can be made, of smaller micro-batches there are others.
+    virtual = stage(flags, batch=48, pipeline_parallel=4, data_parallel=2, micro_batch_size=4)
+    fit = gpu_fit([virtual], EIGHT_B, 16384, parse_gpus("h100", 8))
+    assert not fit.stages[0].fits and fit.proposals
+    plain = stage({}, batch=48, pipeline_parallel=4, data_parallel=2, micro_batch_size=4)
+    assert propose([plain], EIGHT_B, 16384, parse_gpus("h100", 8)) == fit.proposals
+
+
 def test_what_no_change_helps() -> None:
     fit = gpu_fit([stage()], EIGHT_B, LONGEST, Gpus("tiny", 2**30, 1))
     assert not fit.stages[0].fits and fit.stages[0].remedies == [] and fit.proposals == []

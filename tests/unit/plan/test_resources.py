@@ -403,6 +403,23 @@ def test_time_at_a_given_speed(plan_of: Callable[..., Resources]) -> None:
     assert again["teacher"].flop == pytest.approx(4 / 3 * flop)
 
 
+def test_virtual_pipeline_stages(plan_of: Callable[..., Resources]) -> None:
+    """Two chunks of 10 layers on each of four stages, and 16 micro-batches: the first stage keeps 4 + 2 x 3 + 1."""
+    micro = {"stages": {"teacher": {"layout": {"micro_batch_size": 8}}}}
+    flags = {"megatron": {"num-virtual-stages-per-pipeline-rank": 2}}
+    plain, virtual = plan_of(**micro), plan_of(**micro, **flags)
+    assert memory(virtual, "teacher")["activations"] * 4 * 20 == memory(plain, "teacher")["activations"] * 11 * 10
+    times = [{row.stage: row.seconds for row in found.times} for found in (plain, virtual)]
+    waiting = [seconds["teacher"] for seconds in times]
+    assert waiting[1] == pytest.approx(waiting[0] * (1 + 3 / 32) / (1 + 3 / 16))  # type: ignore[operator]
+    assert memory(virtual, "cache") == memory(plain, "cache") and times[0]["cache"] == times[1]["cache"]
+    group = {"microbatch-group-size-per-virtual-pipeline-stage": 6}
+    with pytest.raises(LayoutError, match=r"^teacher: virtual pipeline stages: 4 micro-batches .* in groups of 6"):
+        plan_of(megatron={**flags["megatron"], **group})
+    with pytest.raises(LayoutError, match=r"^teacher: --num-layers-per-virtual-pipeline-stage 3: the model's 80"):
+        plan_of(megatron={"num-layers-per-virtual-pipeline-stage": 3})
+
+
 def test_time_at_a_measured_speed(plan_of: Callable[..., Resources]) -> None:
     folder = Path("runs/mine/round-01/teacher")
     stages = {stage.name: stage for stage in plan(recipe_of())}
