@@ -1,9 +1,10 @@
 """What is replaced in Megatron and PyTorch: nothing elsewhere in the package, and nothing that is computed on a GPU.
 
-Six replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
+Seven replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
 `wrap_tensorboard_writer`, `fuse_gradient_accumulation_without_apex`, `save_optimizer_without_padding` and
-`load_into_torch_adam`, which correct what a checkpoint is made of and how it is loaded, and `save_beside_training`,
-which makes asynchronous saves end with their training. All others are for a machine without a CUDA device.
+`load_into_torch_adam`, which correct what a checkpoint is made of and how it is loaded, `save_beside_training`, which
+makes asynchronous saves end with their training, and `verify_what_was_recorded`, for bases without Megatron's
+checksums. All others are for a machine without a CUDA device.
 
 Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
 pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
@@ -167,6 +168,25 @@ def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
         parameter: (start - padding[bucket], end - padding[bucket], bucket)
         for parameter, (start, end, bucket) in buffer.param_index_map.items()
     }
+
+
+def verify_what_was_recorded() -> None:
+    """Lets a training with `--verify-integrity` begin from a base that records no checksums in Megatron's way, which
+    megatron-core 0.19.2 refuses; idempotent. An import has none, nor has what was trained without the flag; both are
+    artifacts, whose manifests have them (`--verify-inputs`).
+    """
+    from megatron.core.dist_checkpointing import serialization
+
+    verify = serialization.verify_integrity_manifest
+    if hasattr(verify, "__wrapped__"):
+        return
+
+    @functools.wraps(verify)
+    def verify_recorded(folder: str) -> None:
+        if os.path.isfile(os.path.join(folder, "integrity.json")):
+            verify(folder)
+
+    serialization.verify_integrity_manifest = verify_recorded
 
 
 def save_beside_training() -> None:

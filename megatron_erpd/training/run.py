@@ -200,6 +200,7 @@ class TrainingRun(ABC):
         from megatron_erpd.training.metrics import JsonLinesWriter
 
         platform.pretrain_on_cpu(args)
+        platform.verify_what_was_recorded()
         if args.async_save:
             platform.save_beside_training()
         platform.save_optimizer_without_padding(args)

@@ -1,7 +1,9 @@
-"""A training ends with all that it started: however it ends, no thread of its process is left."""
+"""A training ends with all that it started: however it ends, no thread and no process of its is left."""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import signal
 import threading
 from pathlib import Path
@@ -14,14 +16,17 @@ ENDS = {
     "last step": ([], ""),
     "early stop": (["--max-kl", "1e-9"], ""),
     "signal": ([], StageInterrupted.__name__),
+    "interval": (["--", "--exit-interval", "2"], StageInterrupted.__name__),
     "exit": ([], StageInterrupted.__name__),
+    "beside": (["--async-save", "--save-interval", "1"], ""),
+    "error beside": (["--async-save", "--save-interval", "1"], "RuntimeError: now"),
     "error": ([], "RuntimeError: now"),
 }
 """How a training ends: its flags, and what it raises."""
 
 
 def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str, tuple[str, list[str]]]:
-    """Trainings that end in each way; what they raised, and the threads that they left."""
+    """Trainings that end in each way; what they raised, and the threads and processes that they left."""
     from megatron_erpd import platform
 
     platform.enable_cpu()
@@ -42,24 +47,27 @@ def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str,
                     signal.raise_signal(signal.SIGTERM)
                 elif end == "exit":
                     raise SystemExit
-                elif end == "error":
+                elif end.startswith("error"):
                     raise RuntimeError("now")
             return loss(*args)
 
         ReplayStep.loss_and_metrics = ending
         before, raised = set(threading.enumerate()), ""
         try:
-            run_stages(rank, world_size, [("train", [*data, *flags, "--output", f"{folder}/{end}"])])
+            run_stages(rank, world_size, [("train", [*data, "--output", f"{folder}/{end}", *flags])])
         except BaseException as error:
             raised = f"{type(error).__name__}: {error}"
-        found[end] = (raised, [thread.name for thread in set(threading.enumerate()) - before])
+        gc.collect()
+        left = [thread.name for thread in set(threading.enumerate()) - before]
+        found[end] = (raised, left + [child.name for child in multiprocessing.active_children()])
     return found
 
 
-def test_no_thread_is_left(tmp_path: Path) -> None:
+def test_no_thread_and_no_process_is_left(tmp_path: Path) -> None:
     make_round(tmp_path)
     # After an error a process is not fit for another stage.
-    for ends in (["last step", "early stop", "signal"], ["exit"], ["error"]):
+    groups = (["last step", "early stop", "beside", "signal"], ["interval"], ["exit"], ["error"], ["error beside"])
+    for ends in groups:
         (found,) = run_ranks(train, 1, str(tmp_path), ends, timeout=600.0)
         for end in ends:
             raised = ENDS[end][1]

@@ -9,41 +9,65 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_erpd.checkpoint.mapping.config import flags_to_argv
 from megatron_erpd.commands import cli
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.launch import flag_check
-from megatron_erpd.model.arguments import megatron_argv
+from megatron_erpd.model.arguments import megatron_argv, own_flags
 from megatron_erpd.recipe.command_line import read_request
-from megatron_erpd.recipe.requests import REQUESTS
+from megatron_erpd.recipe.requests import REQUESTS, TrainTeacher
 from megatron_erpd.recipe.stages import RUNS_MODEL
-from megatron_erpd.settings.megatron_flags import REFUSED, WORKS, refused_flags, without_refused
+from megatron_erpd.settings import Layout, ReplaySettings
+from megatron_erpd.settings.megatron_flags import PASSED, REFUSED, WORKS, refused_flags, without_refused
 from tests import forked
 from tests.distributed.harness import run_ranks
 from tests.unit.launch.test_preflight import SAMPLED, TASK, write_model
 
 ROOT = Path(__file__).parents[3]
 REASONS = {flag: refusal.reason for refusal in REFUSED for flag in refusal.flags}
-TRAINED = [flag for flags in WORKS.values() for flag in flags]
+SOME = {flag: refusal.reason for refusal in REFUSED for flag in (refusal.flags[0], refusal.flags[-1])}
+ROWS = {
+    **{refusal.what: refusal.flags for refusal in REFUSED},
+    **WORKS,
+    **PASSED,
+}
 
 
-def names_in_megatron(rank: int, world_size: int) -> list[list[str]]:
-    """The names of each of Megatron's options."""
+def names_in_megatron(rank: int, world_size: int, model: str) -> tuple[list[list[str]], list[str]]:
+    """The names of each of Megatron's options, and those that a training decides itself."""
     from megatron_erpd.model.megatron_flags import _parser
 
-    return [list(action.option_strings) for action in _parser()._actions]
+    request = TrainTeacher(settings=ReplaySettings(), **dict.fromkeys(("base", "rollouts", "output"), Path("x")))
+    own = own_flags(Path(model), Layout(), flag_check._run_flags(request, Layout()), [], 2)
+    return [list(action.option_strings) for action in _parser()._actions], list(flags_to_argv(dict.fromkeys(own, True)))
 
 
-def test_megatron_has_the_flags_of_the_table() -> None:
-    (options,) = run_ranks(names_in_megatron, 1)
-    known = {name for names in options for name in names}
-    assert known >= {*REASONS, *TRAINED}
-    # No flag is refused under one of its names alone.
-    assert [names for names in options if 0 < len(REASONS.keys() & set(names)) < len(names)] == []
+def rows_of(name: str) -> list[str]:
+    """The rows of the table that have a flag."""
+    return [
+        row
+        for row, flags in ROWS.items()
+        for flag in flags
+        if name == flag or (flag.endswith("*") and name.startswith(flag[:-1]))
+    ]
 
 
-def test_no_flag_is_in_the_table_twice() -> None:
-    flags = [flag for refusal in REFUSED for flag in refusal.flags] + TRAINED
-    assert len(set(flags)) == len(flags)
+def test_each_flag_of_megatrons_has_its_place(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    ((options, own),) = run_ranks(names_in_megatron, 1, str(tmp_path))
+    refused = {refusal.what for refusal in REFUSED}
+    wrong = {}
+    for names in options:
+        places = [rows_of(name) or ["ours"] * (name in own or name.startswith("--wandb-")) for name in names]
+        # All names of an option are in the same row, but for other names of what is ours.
+        once = all(len(place) == 1 for place in places) and len({*map(tuple, places)}) == 1
+        if not once and not (len(names) > 1 and all(place == ["ours"] or {*place} <= refused for place in places)):
+            wrong[names[0]] = places
+    assert wrong == {}
+    assert {name for name in own if rows_of(name)} == set()
+    known = [name for names in options for name in names]
+    for flag in (flag for flags in ROWS.values() for flag in flags):
+        assert any(name.startswith(flag[:-1]) if flag.endswith("*") else name == flag for name in known), flag
 
 
 @pytest.mark.parametrize("test", WORKS)
@@ -56,6 +80,7 @@ def test_the_page_is_the_table() -> None:
     rows = [line for line in (ROOT / "docs/megatron-flags.md").read_text().splitlines() if line.startswith("| ")]
     expected = [f"| {_flags(flags)} | `{test}` |" for test, flags in WORKS.items()]
     expected += [f"| {refusal.what} | {_flags(refusal.flags)} | {refusal.reason} |" for refusal in REFUSED]
+    expected += [f"| {what} | {_flags(flags)} |" for what, flags in PASSED.items()]
     assert [row for row in rows if "`--" in row] == expected
 
 
@@ -66,6 +91,7 @@ def _flags(names: tuple[str, ...]) -> str:
 def test_words_of_refused_flags() -> None:
     words = ["--adam-eps", "-1e-7", "--rampup-batch-size", "2", "2", "-3", "--use-mup", "--mtp-num-layers=1", "--seed"]
     assert list(refused_flags(words)) == ["--rampup-batch-size", "--use-mup", "--mtp-num-layers"]
+    assert not refused_flags(["--optimizer-cpu-offload", "--moe-router-fusion", "--fp8", "--dataloader-type"])
     assert without_refused(words) == ["--adam-eps", "-1e-7", "--seed"]
 
 
@@ -79,7 +105,7 @@ REQUIRED = {
 
 @pytest.mark.parametrize("command", RUNS_MODEL)
 def test_commands_refuse(command: str) -> None:
-    for flag, reason in REASONS.items():
+    for flag, reason in SOME.items():
         for words in ([flag, "1"], [f"{flag}=1"], ["--adam-eps", "1e-7", flag]):
             with pytest.raises(RecipeError) as caught:
                 read_request(REQUESTS[command], [*REQUIRED[command], "--", *words])
@@ -88,8 +114,8 @@ def test_commands_refuse(command: str) -> None:
 
 
 def test_megatrons_command_line_is_not_made_with_a_refused_flag() -> None:
-    for flag, reason in REASONS.items():
-        with pytest.raises(RecipeError, match=f"^{flag}: {re.escape(reason)}$"):
+    for flag, reason in SOME.items():
+        with pytest.raises(RecipeError, match=f"^{re.escape(flag)}: {re.escape(reason)}$"):
             megatron_argv({}, [flag, "1"])
 
 
