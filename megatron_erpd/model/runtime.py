@@ -106,14 +106,16 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
     A process group that the caller made before the stage is used and stays, and so do Megatron's groups in it: further
     stages of the same layout take them over (gloo keeps the threads of a group that is dropped). Otherwise all groups
     are left. After an error no group is: the process is about to end, and leaving could wait for ranks that are gone.
-    Threads are ended however the stage ends.
+    Threads are ended however the stage ends, and PyTorch's deterministic mode, which `--deterministic-mode` begins.
     """
     inherited = torch.distributed.is_initialized()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         store = process_store()
         with meeting.meeting(store):
             yield store
     finally:
+        torch.use_deterministic_algorithms(deterministic)
         close_all()
         _close_tensorboard()
     from megatron.core import parallel_state

@@ -475,6 +475,7 @@ WORKS = {
         "--num-layers-per-virtual-pipeline-stage",
         "--microbatch-group-size-per-virtual-pipeline-stage",
     ),
+    "tests/integration/test_deterministic.py": ("--deterministic-mode",),
 }
 """A test to the flags that it trains with."""
 
