@@ -48,7 +48,8 @@ def parameter_group() -> dist.ProcessGroup | None:
     Over NCCL every pair of ranks would take device memory for a communicator of its own.
     """
     needs_gloo = dist.is_initialized() and dist.get_backend() != "gloo"
-    return dist.new_group(backend="gloo") if needs_gloo else None
+    group: Any = dist.new_group(backend="gloo") if needs_gloo else None
+    return group
 
 
 @torch.no_grad()
