@@ -80,6 +80,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
             *(4, ["--data-parallel", "2", "--pipeline-parallel", "2"], {"num_layers": 6}),
             ["--num-virtual-stages-per-pipeline-rank", "3"],
             id="dp2-pp2-virtual",
+            marks=pytest.mark.long,
         ),
     ],
 )
