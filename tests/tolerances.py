@@ -78,6 +78,12 @@ PROJECTION_KL_FP32 = Tolerance(1e-4)
 GLOBAL_KL = Tolerance(1e-4)
 # Absolute errors of the law of a signal: of K and of the KL, in nats, and so of log q and its normalisation.
 SIGNAL_LAW = Tolerance(0.0, 1e-6)
+# Norm of a parameter's gradient in bf16, of other roundings: the noise of a direction that is off by a cosine of .996.
+BF16_NORM = Tolerance(8e-2)
+# A KL to the base of a policy that is trained in bf16, over some steps under other roundings.
+BF16_KL = Tolerance(3e-2)
+# Logarithm of the coefficient that is controlled by it: 14 times the noise of a speed, that of a distance in a step.
+BF16_LOG_COEFFICIENT = Tolerance(0.0, 0.3)
 # Percentiles from a histogram with 1,000 bins per decade: half a bin.
 HISTOGRAM = Tolerance(1.2e-3)
 # Bytes of weights, gradients and optimizer against Megatron's own estimate, which leaves small tensors out.
@@ -87,6 +93,10 @@ MEMORY_REPORT = Tolerance(1e-3)
 MIN_BF16_COSINE = 0.999
 # The same of a parameter with a twentieth of the gradient's norm or less.
 MIN_BF16_COSINE_SMALL = 0.997
+# The same of a mixture, for the router: a token between two experts may go to the other.
+MIN_BF16_COSINE_EXPERTS = 0.99
+# The same of stage 2, whose gradient is a difference of two policies that are close.
+MIN_BF16_COSINE_STUDENT = 0.995
 # Cosine of what ten steps of Adam changed with the same under other layouts: small gradients change their sign.
 MIN_BF16_COSINE_UPDATE = 0.95
 

@@ -131,7 +131,7 @@ def _spoiled_by_padding(folder: Path) -> list[str]:
     layer's norms shortly before: these are compared, all norms and the embedding, and no larger weights.
     """
     reader = FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     names = [name for name in stored if "norm" in name or "word_embeddings" in name]
     spoiled = []
     for name in sorted(name for name in names if f"{_MASTER}{name}" in stored):

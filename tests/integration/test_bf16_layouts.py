@@ -8,9 +8,10 @@ parameter's name, whatever the layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,9 +30,11 @@ from tests.integration.test_resume_layouts import Part, metrics, train
 from tests.integration.tiny import VOCAB_SIZE, write_mixture, write_model, write_random_rollouts
 from tests.tolerances import (
     BF16_LOSS,
+    BF16_NORM,
     FP32_LOSS,
     LAYOUT,
     MIN_BF16_COSINE,
+    MIN_BF16_COSINE_EXPERTS,
     MIN_BF16_COSINE_SMALL,
     MIN_BF16_COSINE_UPDATE,
 )
@@ -55,6 +58,7 @@ LAYOUTS = {
         ["--tensor-parallel", "2", "--sequence-parallel", "--pipeline-parallel", "2", "--micro-batch-size", "16"],
     ),
 }
+EXPERTS = (2, [*LAYOUTS["tp2-sequence-parallel"][1], "--expert-parallel", "2"])
 LONG = [pytest.param(name, marks=pytest.mark.long) if name == "tp2-pp2" else name for name in LAYOUTS]
 
 
@@ -68,8 +72,17 @@ class Reference(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bf16")
-    in_bf16(write_model(folder / "hf"))
+    return with_model(tmp_path_factory.mktemp("dense"), write_model)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_model(tmp_path_factory.mktemp("mixture"), write_mixture)
+
+
+def with_model(folder: Path, write: Callable[[Path], Path]) -> Path:
+    """A folder with rollouts, and a model and its checkpoint in bf16."""
+    in_bf16(write(folder / "hf"))
     write_random_rollouts(folder / "rollouts.parquet", ROLLOUTS // 4, reward=1.0, shortest=4)
     run_ranks(run_stages, 1, [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"])])
     return folder
@@ -83,9 +96,10 @@ def in_bf16(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def references(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Reference]:
+    """Trainings in plain PyTorch, by folder and `bf16` or `fp32`; each is made once."""
     folder = tmp_path_factory.mktemp("references")
-    return {name: reference(made, dtype, folder / name) for name, dtype in DTYPES.items()}
+    return functools.cache(lambda made, dtype: reference(made, DTYPES[dtype], folder / f"{made.name}-{dtype}"))
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -97,6 +111,7 @@ def reference(made: Path, dtype: torch.dtype, folder: Path) -> Reference:
 
     master = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=dtype)
+    route_in_fp32(model)
     tokens, mask = sequences(made / "rollouts.parquet")
     optimizer = torch.optim.AdamW(master.parameters(), RATE, (BETA_1, BETA_2), weight_decay=0.0)
     losses = []
@@ -116,6 +131,22 @@ def reference(made: Path, dtype: torch.dtype, folder: Path) -> Reference:
         optimizer.step()
         losses.append(loss.item())
     return Reference(losses, gradient)
+
+
+def route_in_fp32(model: torch.nn.Module) -> None:
+    """Lets a mixture's routers compute in fp32, as Megatron's do; transformers' compute in the dtype of the weights."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    for module in model.modules():
+        if isinstance(module, Qwen3MoeTopKRouter):
+            module.forward = functools.partial(_route, module)  # type: ignore[method-assign]
+
+
+def _route(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[n, experts]`, and weights and numbers of the chosen experts `[n, top_k]`."""
+    logits = hidden.reshape(-1, router.hidden_dim).float() @ router.weight.float().T
+    weights, chosen = logits.softmax(-1).topk(router.top_k)
+    return logits, (weights / weights.sum(-1, keepdim=True)).to(hidden.dtype), chosen
 
 
 def sequences(path: Path) -> tuple[Tensor, Tensor]:
@@ -144,10 +175,10 @@ def by_megatron_names(model: torch.nn.Module, made: Path, folder: Path) -> dict[
     return weights(folder / "megatron")
 
 
-def tensors(artifact: Path) -> dict[str, Tensor]:
-    """All tensors of an artifact's latest checkpoint, whole, without the rows that pad the vocabulary."""
+def tensors(artifact: Path, iteration: int | None = None) -> dict[str, Tensor]:
+    """All tensors of an artifact's checkpoint (the latest), whole, without the rows that pad the vocabulary."""
     checkpoint = artifact / "megatron"
-    reader = FileSystemReader(iteration_folder(checkpoint, latest_iteration(checkpoint)))
+    reader = FileSystemReader(iteration_folder(checkpoint, iteration or latest_iteration(checkpoint)))
     found = {
         name: torch.empty(value.size, dtype=value.properties.dtype)
         for name, value in reader.read_metadata().state_dict_metadata.items()
@@ -164,10 +195,16 @@ def weights(artifact: Path) -> dict[str, Tensor]:
     return {name: value for name, value in tensors(artifact).items() if not name.startswith("optimizer")}
 
 
-def states(artifact: Path, state: str) -> dict[str, Tensor]:
+def states(artifact: Path, state: str, iteration: int | None = None) -> dict[str, Tensor]:
     """`param` (the fp32 master weights), `exp_avg` or `exp_avg_sq` of all parameters, by their names."""
-    prefix = f"optimizer.state.{state}."
-    return {name.removeprefix(prefix): value for name, value in tensors(artifact).items() if name.startswith(prefix)}
+    prefix, found = f"optimizer.state.{state}.", tensors(artifact, iteration)
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+
+
+def first_gradient(artifact: Path) -> dict[str, Tensor]:
+    """The gradient of a training's first step, before clipping; the checkpoint of that step must be there."""
+    scale = max(1.0, metrics(artifact)[0]["grad-norm"] / CLIP) / (1 - BETA_1)
+    return {name: value * scale for name, value in states(artifact, "exp_avg", 1).items()}
 
 
 def norm_of(gradient: Mapping[str, Tensor]) -> float:
@@ -182,6 +219,13 @@ def cosines(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[st
     }
 
 
+def assert_same_gradient(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bounds: Mapping[str, float]) -> None:
+    """Compares directions, by each parameter's smallest cosine, and norms: those that a factor of TP would change."""
+    for name, value in cosines(ours, theirs).items():
+        assert value > bounds[name], f"direction of {name}"
+        BF16_NORM.assert_close(ours[name].norm(), theirs[name].norm(), f"norm of {name}")
+
+
 def training(made: Path, layout: list[str], epochs: int, output: Path) -> list[str]:
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--output", str(output)]
     settings = ["--loss", "sft", "--global-batch-size", f"{ROLLOUTS}", "--learning-rate", f"{RATE}"]
@@ -191,30 +235,28 @@ def training(made: Path, layout: list[str], epochs: int, output: Path) -> list[s
 
 @pytest.mark.parametrize("layout", LONG)
 def test_bf16_training_is_that_of_fp32_master_weights(
-    layout: str, made: Path, references: dict[str, Reference], tmp_path: Path
+    layout: str, made: Path, reference_of: Callable[[Path, str], Reference], tmp_path: Path
 ) -> None:
-    ranks, flags = LAYOUTS[layout]
     first, last = tmp_path / "first", tmp_path / "last"
+    ranks, flags = LAYOUTS[layout]
     stages: Stages = [("train", training(made, flags, 1, first)), ("train", training(made, flags, STEPS, last))]
     stages.append(("export", ["--checkpoint", f"policy={last}", "--output", f"{tmp_path}/export"]))
     stages.append(("import", ["--hf", f"{tmp_path}/export/policy", "--output", f"{tmp_path}/again"]))
     run_ranks(run_stages, ranks, stages)
 
-    found = {name: value / (1 - BETA_1) for name, value in states(first, "exp_avg").items()}
-    base, updated = weights(made / "base"), states(first, "param")
-    for name, expected in references.items():
+    base, updated, moments = weights(made / "base"), states(first, "param"), states(first, "exp_avg")
+    for name in DTYPES:
+        expected = reference_of(made, name)
         losses = [row["stage1/loss"] for row in metrics(last)]
         (BF16_LOSS if name == "bf16" else FP32_LOSS).assert_close(losses, expected.losses, f"losses of {name}")
         total = norm_of(expected.gradient)
-        for key, value in cosines(found, expected.gradient).items():
-            small = expected.gradient[key].norm() < SMALL * total
-            assert value > (MIN_BF16_COSINE_SMALL if small else MIN_BF16_COSINE), f"{key} against {name}"
-        norm = metrics(first)[0]["grad-norm"]
-        assert norm == pytest.approx(total, rel=BF16_LOSS.rtol)
-    for name, gradient in found.items():
-        # Adam's first step, from master weights that were those of the checkpoint in bf16.
-        step = -RATE * gradient / (gradient.abs() + 1e-8)
-        LAYOUT.assert_close(updated[name], base[name].float() + step, name)
+        small = {key for key, value in expected.gradient.items() if value.norm() < SMALL * total}
+        bounds = {key: MIN_BF16_COSINE_SMALL if key in small else MIN_BF16_COSINE for key in expected.gradient}
+        assert_same_gradient(first_gradient(first), expected.gradient, bounds)
+        assert metrics(first)[0]["grad-norm"] == pytest.approx(total, rel=BF16_LOSS.rtol)
+    for name, step in adam_step({name: value / (1 - BETA_1) for name, value in moments.items()}).items():
+        # From master weights that were those of the checkpoint in bf16.
+        LAYOUT.assert_close(updated[name], base[name].float() - RATE * step, name)
 
     kept = weights(last)
     for name, value in states(last, "param").items():
@@ -225,6 +267,36 @@ def test_bf16_training_is_that_of_fp32_master_weights(
     again = weights(tmp_path / "again")
     assert again.keys() == kept.keys()
     assert all(torch.equal(again[name], value) for name, value in kept.items())
+
+
+@pytest.mark.long
+def test_layouts_among_themselves(made: Path, reference_of: Callable[[Path, str], Reference], tmp_path: Path) -> None:
+    """Prints (with `-s`) the figures that docs/method.md has of bf16 training: the smallest cosine of a parameter's
+    gradient and of its first update, and the largest relative difference of a loss."""
+    small_batches = (2, ["--data-parallel", "2", "--micro-batch-size", "4"])
+    layouts = {**LAYOUTS, "dp2 again": LAYOUTS["dp2"], "dp2, micro-batches of 4": small_batches}
+    runs = {name: reference_of(made, name) for name in DTYPES}
+    for name, (processes, flags) in layouts.items():
+        first, last = tmp_path / name / "first", tmp_path / name / "last"
+        stages: Stages = [("train", training(made, flags, 1, first)), ("train", training(made, flags, STEPS, last))]
+        run_ranks(run_stages, processes, stages)
+        runs[name] = Reference([row["stage1/loss"] for row in metrics(last)], first_gradient(first))
+    for name, run in runs.items():
+        for other in ("bf16", "fp32", "one", "dp2"):
+            gradient = min(cosines(run.gradient, runs[other].gradient).values())
+            update = min(cosines(adam_step(run.gradient), adam_step(runs[other].gradient)).values())
+            pairs = zip(run.losses, runs[other].losses, strict=True)
+            loss = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+            print(f"figures: {name}, {other}: gradient {gradient:.5f}, update {update:.4f}, loss {loss:.1e}")
+            if name not in DTYPES and other not in DTYPES:
+                assert gradient > MIN_BF16_COSINE and loss < 0.1 * BF16_LOSS.rtol
+    assert runs["dp2 again"].losses == runs["dp2"].losses
+    assert all(torch.equal(value, runs["dp2"].gradient[key]) for key, value in runs["dp2 again"].gradient.items())
+
+
+def adam_step(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The direction of Adam's first step: the sign of every entry, but for the smallest."""
+    return {name: value / (value.abs() + 1e-8) for name, value in gradient.items()}
 
 
 def run_parts(made: Path, output: Path, parts: list[Part]) -> Path:
@@ -268,13 +340,24 @@ def test_bf16_training_resumes_under_another_layout(made: Path, whole: Path, tmp
         assert value > MIN_BF16_COSINE_UPDATE, name
 
 
-def test_bf16_training_of_experts_over_ranks_resumes_bit_for_bit(tmp_path: Path) -> None:
-    in_bf16(write_mixture(tmp_path / "hf"))
-    write_random_rollouts(tmp_path / "rollouts.parquet", ROLLOUTS // 4, reward=1.0, shortest=4)
-    run_ranks(run_stages, 1, [("import", ["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"])])
-    layout = (2, [*LAYOUTS["tp2-sequence-parallel"][1], "--expert-parallel", "2"])
-    whole = run_parts(tmp_path, tmp_path / "whole", [Part(*layout)])
-    resumed = run_parts(tmp_path, tmp_path / "resumed", [Part(*layout, "signal", 3, 3), Part(*layout)])
+def test_bf16_training_of_experts_over_ranks_is_that_of_plain_pytorch(
+    mixture: Path, reference_of: Callable[[Path, str], Reference], tmp_path: Path
+) -> None:
+    first, last = tmp_path / "first", tmp_path / "last"
+    processes, flags = EXPERTS
+    stages: Stages = [("train", training(mixture, flags, 1, first)), ("train", training(mixture, flags, STEPS, last))]
+    run_ranks(run_stages, processes, stages)
+    for name in DTYPES:
+        expected = reference_of(mixture, name)
+        losses = [row["stage1/loss"] for row in metrics(last)]
+        (BF16_LOSS if name == "bf16" else FP32_LOSS).assert_close(losses, expected.losses, f"losses of {name}")
+        bounds = dict.fromkeys(expected.gradient, MIN_BF16_COSINE_EXPERTS)
+        assert_same_gradient(first_gradient(first), expected.gradient, bounds)
+
+
+def test_bf16_training_of_experts_over_ranks_resumes_bit_for_bit(mixture: Path, tmp_path: Path) -> None:
+    whole = run_parts(mixture, tmp_path / "whole", [Part(*EXPERTS)])
+    resumed = run_parts(mixture, tmp_path / "resumed", [Part(*EXPERTS, "signal", 3, 3), Part(*EXPERTS)])
     ours, theirs = tensors(resumed), tensors(whole)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
