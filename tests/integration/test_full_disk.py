@@ -54,6 +54,16 @@ def test_a_training(made: Path, trained: Path, disk: Disk, tmp_path: Path) -> No
     assert_same(output, trained, tmp_path)
 
 
+def test_a_save_beside_a_training(made: Path, trained: Path, disk: Disk, tmp_path: Path) -> None:
+    output = disk.folder / "teacher"
+    command = [*training(made, output), "--async-save"]
+    disk.resize(pages(trained / "megatron" / "iter_0000005") // 2)
+    run_into_the_end(command, output)  # its writer does, or the training with what it logs meanwhile
+    disk.resize(10_000)
+    run_well(command)
+    assert_same(output, trained, tmp_path)
+
+
 TRACKER_WITHOUT_ROOM = """
 import errno, os, sys
 from megatron.core.msc_utils import MultiStorageClientFeature
