@@ -389,6 +389,8 @@ class _CpuInsteadOfCuda(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):  # for a copy to the GPU that doesn't wait
+            kwargs = {**kwargs, "pin_memory": False}
         if name == "all_to_all_single":
             # The token dispatcher's split sizes become lists on their way from the GPU; here they never were on one.
             kwargs = {key: _as_list(value) if key.endswith("_split_sizes") else value for key, value in kwargs.items()}

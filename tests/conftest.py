@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_erpd import launcher
 from tests.disk import Disk
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -40,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not has_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """No test inherits what another has left in the environment: a stage that works alone says so to all libraries."""
+    launcher.forget_launcher(os.environ)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

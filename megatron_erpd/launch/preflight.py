@@ -245,12 +245,6 @@ def _lacking(stage: Stage, slots: Slots | None) -> Iterator[str]:
     """What a stage that runs a model needs and the machine has not."""
     layout = stage.layout
     on_cpu = slots is not None and not slots.gpus
-    if layout.context_parallel > 1:
-        what = f"context_parallel {layout.context_parallel}:"
-        if on_cpu:
-            yield f"{what} needs a GPU, and this machine has none that can be used; set it to 1"
-        elif _lacks("transformer_engine", stage, slots):
-            yield f"{what} needs Transformer Engine, which isn't installed; install it, or set it to 1"
     if layout.kernels == "triton" and on_cpu and "TRITON_INTERPRET" not in os.environ:
         yield "kernels triton: needs a GPU, and this machine has none that can be used; take auto"
 

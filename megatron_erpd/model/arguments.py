@@ -128,7 +128,6 @@ def own_flags(
         **run_flags,
     }
     _refuse_contradictions(fixed, pass_through)
-    check_context_parallel(layout)
     return fixed
 
 
@@ -155,21 +154,6 @@ def megatron_argv(fixed: Mapping[str, object], pass_through: list[str]) -> list[
         # All experts of a rank in one kernel; elsewhere one after another.
         here["moe_grouped_gemm"] = True
     return [*flags_to_argv(here), *flags_to_argv(fixed), *pass_through]
-
-
-def check_context_parallel(layout: Layout) -> None:
-    """Whether this machine can shard sequences.
-
-    Raises:
-        LayoutError: it can't.
-    """
-    if layout.context_parallel == 1:
-        return
-    lacks = "a GPU" if platform.is_cpu() else "" if _installed("transformer_engine") else "Transformer Engine"
-    if lacks:
-        raise LayoutError(
-            f"context_parallel {layout.context_parallel}: needs {lacks}, which there is none of here; set it to 1"
-        )
 
 
 def _platform_flags() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Megatron's local layer spec with a norm that also works under sequence parallelism.
+"""Megatron's local layer spec with a norm that also works under sequence parallelism, and with `CausalAttention`.
 
 The local spec's own norm (`WrappedTorchNorm`) asserts that sequence parallelism is off, because nothing tells
 Megatron to sum the gradient of its weight over the tensor-parallel ranks. Marking the weight `sequence_parallel`
@@ -16,6 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_erpd.model.attention import CausalAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -40,7 +42,9 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     attention = ModuleSpec(
         module=attention.module,
         params=attention.params,
-        submodules=replace(attention.submodules, q_layernorm=qk_norm, k_layernorm=qk_norm),
+        submodules=replace(
+            attention.submodules, core_attention=CausalAttention, q_layernorm=qk_norm, k_layernorm=qk_norm
+        ),
     )
     layer = ModuleSpec(
         module=TransformerLayer,

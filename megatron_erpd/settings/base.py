@@ -22,7 +22,7 @@ class Layout(Settings):
 
     tensor_parallel: int = Field(default=1, ge=1, description="shards of every layer (TP)")
     pipeline_parallel: int = Field(default=1, ge=1, description="stages of layers (PP)")
-    context_parallel: int = Field(default=1, ge=1, description="shards of the sequence (CP); needs Transformer Engine")
+    context_parallel: int = Field(default=1, ge=1, description="shards of the sequence (CP)")
     data_parallel: int = Field(default=1, ge=1, description="copies of the model (DP)")
     expert_parallel: int = Field(
         default=1,

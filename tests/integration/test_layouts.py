@@ -17,8 +17,9 @@ from megatron_erpd.checkpoint import compare_weights
 from megatron_erpd.teacher_cache.reader import CacheReader
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
+from tests.integration.test_bf16_layouts import states
 from tests.integration.tiny import write_model, write_random_rollouts
-from tests.tolerances import HALF_PRECISION, LAYOUT
+from tests.tolerances import HALF_PRECISION, LAYOUT, LAYOUT_PROJECTION
 
 LAYOUTS = {
     "tp2": (2, ["--tensor-parallel", "2", "--micro-batch-size", "4"]),
@@ -26,8 +27,13 @@ LAYOUTS = {
     "pp2": (2, ["--pipeline-parallel", "2", "--micro-batch-size", "4"]),
     "dp2": (2, ["--data-parallel", "2", "--micro-batch-size", "4"]),
     "tp2-pp2": (4, ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--micro-batch-size", "8"]),
+    "cp2": (2, ["--context-parallel", "2", "--micro-batch-size", "8"]),
+    "cp2-tp2-sequence-parallel": (
+        4,
+        ["--context-parallel", "2", "--tensor-parallel", "2", "--sequence-parallel", "--micro-batch-size", "4"],
+    ),
 }
-COMMON = ["--global-batch-size", "16", "--learning-rate", "1e-3", "--epochs", "0.8"]
+COMMON = ["--global-batch-size", "16", "--learning-rate", "1e-3", "--epochs", "0.8", "--checkpoints", "2"]
 
 
 def training_stages(reference: Path) -> dict[str, list[str]]:
@@ -102,8 +108,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# Both are in TP 2 x PP 2.
-LONG = [pytest.param(name, marks=pytest.mark.long) if name in ("tp2", "pp2") else name for name in LAYOUTS]
+# Each is in one of the layouts with two.
+ALONE = ("tp2", "pp2", "cp2", "tp2-sequence-parallel")
+LONG = [pytest.param(name, marks=pytest.mark.long) if name in ALONE else name for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("layout", LONG)
@@ -123,6 +130,12 @@ def test_layout_gives_the_result_of_one_process(layout: str, reference: Path, tm
     for name in training_stages(reference):
         output = name.partition(":")[2]
         assert_same_training(metrics(tmp_path / output), metrics(reference / output), name)
+        # After the first step Adam's first moment is the gradient, but for one factor.
+        ours, theirs = (states(folder / output, "exp_avg", iteration=1) for folder in (tmp_path, reference))
+        assert ours.keys() == theirs.keys()
+        bound = LAYOUT_PROJECTION if name in ("distill:reverse", "distill:forward") else LAYOUT
+        for parameter, gradient in theirs.items():
+            bound.assert_close(ours[parameter], gradient, f"{name}, gradient of {parameter}")
     assert compare_weights(reference / "hf", tmp_path / "export" / "initial") == []
 
 
@@ -131,10 +144,10 @@ def assert_same_training(ours: list[dict[str, Any]], theirs: list[dict[str, Any]
     assert ours[0].keys() == theirs[0].keys()
     (loss,) = (key for key in ours[0] if key in ("stage1/loss", "stage2/loss"))
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        # The norm of the gradient stands for the gradient: a factor of TP in any shard would change it.
         for key in (loss, "grad-norm"):
             what = f"{name}, step {step + 1}, {key}"
-            assert a[key] == pytest.approx(b[key], rel=LAYOUT.rtol * (1 + 9 * step), abs=1e-7), what
+            # Adam makes of a gradient near 0, which is rounding, as large an update as of any other.
+            assert a[key] == pytest.approx(b[key], rel=LAYOUT.rtol * (1 + 29 * step), abs=1e-7), what
 
 
 def assert_same_rows(ours: CacheReader, theirs: CacheReader) -> None:

@@ -22,7 +22,7 @@ from megatron_erpd.model.logits import compare_logits, megatron_logits
 from tests.distributed.checkpoint.tiny_models import build_megatron_model, load_checkpoint, set_layout
 from tests.distributed.harness import REPOSITORY, run_ranks
 
-LAYOUTS = [(1, 1), (3, 1), (1, 2)]
+LAYOUTS = [pytest.param((1, 1), marks=pytest.mark.long), (3, 1), pytest.param((1, 2), marks=pytest.mark.long)]
 """TP x PP; the model's 3 key-value heads can be split over 3 ranks, not over 2."""
 
 QUESTION = "What is the capital of France?"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,9 +26,8 @@ def test_two_processes_verify_and_hash_together(tmp_path: Path) -> None:
     data = ["--base", tmp_path / "base", "--rollouts", tmp_path / "rollouts.parquet"]
     data += ["--base-log-probs", tmp_path / "base-log-probs", "--loss", "sapo", "--learning-rate", "1e-3"]
     train = ["train-teacher", *data, "--global-batch-size", "8", "--micro-batch-size", "2", "--data-parallel", "2"]
-    # As a user types it: an interpreter, whose torchrun starts two.
     command = erpd(*train, "--output", tmp_path / "teacher", "--verify-inputs")
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
+    done = forked.run(command, env=ENVIRONMENT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     manifest = verify_manifest(tmp_path / "teacher")
     assert "verify" not in str(manifest.settings) and manifest.inputs["base"] == input_digest(tmp_path / "base")

@@ -51,7 +51,7 @@ def test_slices_of_sampling_end_with_the_artifact_of_one_command(
     try:
         run.submit(stage)
         one = stage.output / ".slice-0002-of-0002" / "rollouts-00001-of-00003.parquet"
-        run.until(one.is_file, 90, "the second slice has one of its two parts")
+        run.until(one.is_file, 180, "the second slice has one of its two parts")
         written = os.stat(one).st_ino
         if interrupted:
             run.signal("rollouts-slices")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,16 @@ def save_hf_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, *
 
 
 def build_megatron_model(
-    flags: dict[str, Any], virtual_stages: int | None = None, vp_stage: int | None = None, **settings: Any
+    flags: dict[str, Any],
+    virtual_stages: int | None = None,
+    vp_stage: int | None = None,
+    layers: Callable[[Any], Any] | None = None,
+    **settings: Any,
 ) -> Any:
     """A `GPTModel` (or one of its chunks) of Megatron-Core's local layer spec from the flags of `model_flags`.
 
-    Written apart from the project's own way from flags to models, to test one against the other. `settings` are further
-    ones of Megatron's `TransformerConfig`.
+    Written apart from the project's own way from flags to models, to test one against the other. `layers` makes
+    another spec of the config; `settings` are further ones of Megatron's `TransformerConfig`.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -158,7 +162,7 @@ def build_megatron_model(
     unit = flags["make_vocab_size_divisible_by"] * config.tensor_model_parallel_size
     model = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=spec if layers is None else layers(config),
         vocab_size=-(-flags["vocab_size"] // unit) * unit,
         max_sequence_length=flags["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -275,21 +275,6 @@ def test_experts_that_the_layout_does_not_spread(problems):
     assert "student: expert parallel size 2" in problems(layout={"expert_parallel": 2, "data_parallel": 2})
 
 
-def test_context_parallelism_is_refused_where_it_is_known_that_there_is_none(problems, installed):
-    layout = {"layout": {"context_parallel": 2}, "slurm": {"gpus_per_node": 2}}
-    names = "base-log-probs, teacher, cache, student"
-    assert problems(**layout).splitlines()[1:] == [
-        f"  {names}: context_parallel 2: needs a GPU, and this machine has none that can be used; set it to 1"
-    ]
-    for there in (False, True):
-        installed(transformer_engine=there)
-        for where in ({"gpus": 2}, {"jobs": True}):
-            assert ("context_parallel 2: needs Transformer Engine" in problems(**layout, **where)) != there
-    # What a container has isn't known here.
-    installed(transformer_engine=False)
-    assert problems(jobs=True, layout=layout["layout"], slurm={"container_image": "image", "gpus_per_node": 2}) == ""
-
-
 def test_an_engine_that_is_not_installed(problems, installed):
     sections = {"rollouts": {**SAMPLED, "verifier": "python:task.py:score", "engine": "vllm"}}
     for there in (False, True):
