@@ -59,7 +59,8 @@ LAYOUTS = {
     ),
 }
 EXPERTS = (2, [*LAYOUTS["tp2-sequence-parallel"][1], "--expert-parallel", "2"])
-LONG = [pytest.param(name, marks=pytest.mark.long) if name == "tp2-pp2" else name for name in LAYOUTS]
+SHORT = ("dp2", "tp2-sequence-parallel")
+LONG = [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
 
 
 class Reference(NamedTuple):
@@ -355,6 +356,7 @@ def test_bf16_training_of_experts_over_ranks_is_that_of_plain_pytorch(
         assert_same_gradient(first_gradient(first), expected.gradient, bounds)
 
 
+@pytest.mark.long
 def test_bf16_training_of_experts_over_ranks_resumes_bit_for_bit(mixture: Path, tmp_path: Path) -> None:
     whole = run_parts(mixture, tmp_path / "whole", [Part(*EXPERTS)])
     resumed = run_parts(mixture, tmp_path / "resumed", [Part(*EXPERTS, "signal", 3, 3), Part(*EXPERTS)])

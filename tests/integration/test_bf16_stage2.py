@@ -62,7 +62,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["tp2-sequence-parallel", "dp2", pytest.param("pp2", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "layout", ["tp2-sequence-parallel", *(pytest.param(name, marks=pytest.mark.long) for name in ("dp2", "pp2"))]
+)
 def test_student_of_a_cache_is_that_of_one_process(layout: str, made: Path, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]
     run_ranks(run_stages, processes, [training(made, "student", tmp_path / "student", *flags)])

@@ -175,7 +175,9 @@ ENDS = {
 """What is ended in the midst of a save: the training's exit code, and what it says."""
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    "end", [pytest.param(end, marks=pytest.mark.long) if end in ("nothing", "stage") else end for end in ENDS]
+)
 def test_saves_beside_the_training(end: str, made: Path, replay: Path, tmp_path: Path) -> None:
     output = tmp_path / "beside"
     python, _, *flags = [*command("replay", made, output)[:-2], "--async-save", "--output", str(output)]

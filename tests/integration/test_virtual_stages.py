@@ -26,7 +26,6 @@ SCHEDULES = {
     "train:sapo": CHUNKS,
     "distill:cached": ["--num-layers-per-virtual-pipeline-stage", "1"],
     "distill:live": [*CHUNKS, "--microbatch-group-size-per-virtual-pipeline-stage", "4"],
-    "distill:hidden": CHUNKS,
     "distill:gradient": CHUNKS,
     "on-policy:grpo": CHUNKS,
 }
@@ -42,7 +41,6 @@ def trainings(made: Path) -> dict[str, list[str]]:
         "train:sapo": [*data, "--loss", "sapo", "--kl-coefficient", "0.1"],
         "distill:cached": [*data, *cached],
         "distill:live": [*data, *live, "--teacher", "live"],
-        "distill:hidden": [*data, *cached, *live, "--teacher", "hidden"],
         "distill:gradient": [*data, *cached, "--form", "policy_gradient", "--kl-budget", "0.001"],
         "on-policy:grpo": command(made, "grpo", "--updates", "2", "--kl-coefficient", "0.5"),
     }

@@ -75,19 +75,20 @@ class Run:
 
     def ends(self, name: str, seconds: float = 120) -> str:
         """Waits for the end of a job and returns its state."""
-        self.until(lambda: self.number(name) not in queued(), seconds, f"{name} ends")
+        # Each look starts squeue, which takes longer than the tenth of a second of other waits.
+        self.until(lambda: self.number(name) not in queued(), seconds, f"{name} ends", every=0.5)
         return self.state(name)
 
     def starts(self, name: str, restart: int = 0) -> None:
         """Waits until a job's stage runs, in that start."""
         self.until(lambda: "started" in self.log(name, restart), 60, f"{name} starts")
 
-    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float, what: str, every: float = 0.1) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited {seconds} s until {what}\n{slurm('squeue')}\n{self.logs()}")
-            time.sleep(0.1)
+            time.sleep(every)
 
     def shown(self, *stages: Stage) -> dict[str, str]:
         """State and note of each stage, as `megatron-erpd status` shows them."""

@@ -49,10 +49,20 @@ SCENARIOS: dict[str, Callable[[Run], object]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    made = {name: Run(tmp_path_factory.mktemp(name) / "run") for name in SCENARIOS}
-    for name, scenario in SCENARIOS.items():
-        scenario(made[name])
+def runs(
+    cluster: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Run]]:
+    """Of the tests that were chosen."""
+    items = [item for item in request.session.items if item.path == request.path]
+    wanted = {
+        item.callspec.params.get("run")
+        for item in items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    }
+    wanted.add("hangs")  # which another test looks at
+    made = {name: Run(tmp_path_factory.mktemp(name) / "run") for name in SCENARIOS if name in wanted}
+    for name, run in made.items():
+        SCENARIOS[name](run)
     yield made
     for run in made.values():
         run.cancel()
@@ -160,6 +170,7 @@ def test_the_report_follows_the_stages(run: Run) -> None:
     run.until((run.root / "report/index.html").is_file, 60, "the page is drawn")  # by the second job, at work
 
 
+@pytest.mark.long
 @of("forgets")
 def test_exit_code_0_without_an_artifact_is_not_done_and_the_requeues_end(run: Run) -> None:
     assert run.ends("a") == "FAILED"
@@ -180,18 +191,21 @@ def test_a_mistake_of_the_user_is_not_tried_again(run: Run) -> None:
     assert run.ends("c") == "COMPLETED"
 
 
+@pytest.mark.long
 @of("stops")
 def test_a_stage_that_stopped_by_itself_goes_on(run: Run) -> None:
     assert run.ends("a") == "COMPLETED"
     assert "queued again (1 of 3)" in run.log("a") and run.result("a") == "fresh in start 1"
 
 
+@pytest.mark.long
 @of("late")
 def test_a_complete_artifact_counts_whatever_the_exit_code(run: Run) -> None:
     assert run.ends("b") == "COMPLETED"
     assert "a is complete; its command ended with exit code 3 after its artifact was complete" in run.log("a")
 
 
+@pytest.mark.long
 @of("crash")
 def test_a_crash_is_shown_and_tried_again(run: Run) -> None:
     assert run.ends("a") == "COMPLETED"
