@@ -6,7 +6,7 @@
 SHELL := bash
 BIN := .venv/bin
 EXTRAS ?= test
-WORKERS ?= 3
+WORKERS ?= 2
 SCRIPTS := .ci/run $(wildcard tools/*.sh)
 
 .PHONY: help setup quickstart test check clean
@@ -21,7 +21,7 @@ setup:
 quickstart: setup
 	$(BIN)/megatron-erpd run examples/quickstart/recipe.yaml $(ARGS)
 
-# One worker more than cores: the tests of SLURM mostly wait. More only make distributed tests wait for each other.
+# Distributed tests bring processes of their own: more workers than cores only makes them wait for each other.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu and not long' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

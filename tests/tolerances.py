@@ -84,8 +84,9 @@ GLOBAL_KL = Tolerance(1e-4)
 SIGNAL_LAW = Tolerance(0.0, 1e-6)
 # Norm of a parameter's gradient in bf16, of other roundings: the noise of a direction that is off by a cosine of .996.
 BF16_NORM = Tolerance(8e-2)
-# A KL to the base of a policy that is trained in bf16, over some steps under other roundings.
-BF16_KL = Tolerance(3e-2)
+# A KL to the base of a policy that is trained in bf16, over some steps under other roundings: at the
+# first step it is rounding alone.
+BF16_KL = Tolerance(3e-2, 1e-5)
 # Logarithm of the coefficient that is controlled by it: 14 times the noise of a speed, that of a distance in a step.
 BF16_LOG_COEFFICIENT = Tolerance(0.0, 0.3)
 # Percentiles from a histogram with 1,000 bins per decade: half a bin.

@@ -20,12 +20,17 @@ FAR = 10.0
 FULL_SPEED = 0.75
 """A policy this fast, as a share of the fastest it has been, is held back by the learning rate, not by the penalty."""
 ROUNDING = 1e-5
-"""A KL below this share of the budget counts as 0. At the first step the policy is the base, and what is measured is
-rounding: its sign and size depend on the layout and the machine, and any speed is full speed for one at rest."""
+"""A KL below this share of the budget counts as 0, and so does one below `TIMES_FIRST` times the first measurement. At
+the first step the policy is the base, and what is measured is rounding: its sign and size depend on the precision, the
+layout and the machine (in bf16 1e-6 to 1e-4 nats per token), and any speed is full speed for one at rest."""
+TIMES_FIRST = 3.0
+LARGEST_ROUNDING = 0.1
+"""A first measurement of more than this share of the budget is no rounding: the policy began elsewhere."""
 DISTANCE_SMOOTHING = 0.7
 """Share of a new measurement in the smoothed distance, per time unit."""
 VELOCITY_SMOOTHING = 0.8
 """Share of a new difference in the smoothed velocity."""
+_STATE = ("integral", "distance", "velocity", "top_speed")
 STEPS_PER_TIME_UNIT = 100
 """A run of more steps goes the same way more slowly: its time unit is this fraction of it, and at least one step."""
 
@@ -80,6 +85,7 @@ class KlController:
         self.time_unit = max(1.0, num_steps / STEPS_PER_TIME_UNIT)
         self.bounds = math.log(min_coefficient), math.log(max_coefficient)
         self.distance, self.velocity, self.top_speed = 0.0, 0.0, 0.0
+        self.rounding: float | None = None
         self.integral = math.log(initial_coefficient) - self._proportional()
 
     @property
@@ -99,7 +105,9 @@ class KlController:
             )
         before = self.distance
         share = measured_kl / self.budget
-        measured = math.sqrt(share) if share > ROUNDING else 0.0
+        if self.rounding is None:
+            self.rounding = max(ROUNDING, TIMES_FIRST * share if share < LARGEST_ROUNDING else 0.0)
+        measured = math.sqrt(share) if share > self.rounding else 0.0
         self.distance += DISTANCE_SMOOTHING / self.time_unit * (measured - before)
         self.velocity += VELOCITY_SMOOTHING * (self.distance - before - self.velocity)
         self.top_speed = max(self.top_speed, self.velocity)
@@ -120,23 +128,23 @@ class KlController:
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint must keep. Settings come from the recipe, which may change them."""
-        names = ("integral", "distance", "velocity", "top_speed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _STATE} | {"rounding": self.rounding or ROUNDING}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from `state_dict()`; a coefficient outside of the present bounds is moved to the nearest bound.
 
         Raises:
-            ErpdError: keys that aren't those of `state_dict` (an earlier version kept the coefficient alone), or a
-                value that isn't a finite number.
+            ErpdError: keys that aren't those of `state_dict` (an earlier version kept the coefficient alone, a later
+                one no `rounding`, which is then `ROUNDING`), or a value that isn't a finite number.
         """
+        state = {"rounding": ROUNDING, **state}
         if set(state) != set(self.state_dict()) or not all(math.isfinite(value) for value in state.values()):
             raise ErpdError(
                 f"the KL controller's state must hold {', '.join(self.state_dict())} as finite numbers, not "
                 f"{dict(state)}; if an earlier version wrote it, delete the stage's folder to start it anew"
             )
         self.integral, self.distance = state["integral"], state["distance"]
-        self.velocity, self.top_speed = state["velocity"], state["top_speed"]
+        self.velocity, self.top_speed, self.rounding = state["velocity"], state["top_speed"], state["rounding"]
 
 
 def _clip(error: float) -> float:

@@ -60,6 +60,7 @@ def figures(folder: Path) -> dict[str, Any]:
     return {name: json.loads((folder / name).read_text())["metrics"] for name in names}
 
 
+@pytest.mark.long
 def test_an_evaluation(made: Path, disk: Disk, tmp_path: Path) -> None:
     models = ["--model", f"base={made}/hf", "--exported", made / "candidates", "--rollouts", made / "rollouts.parquet"]
     flags = [*models, *task(made), "--num-samples", "2", "--max-new-tokens", "4"]
@@ -69,6 +70,7 @@ def test_an_evaluation(made: Path, disk: Disk, tmp_path: Path) -> None:
     assert figures(output) == figures(tmp_path / "whole") and len(figures(output)) == 3
 
 
+@pytest.mark.long
 def test_a_selection(made: Path, disk: Disk, tmp_path: Path) -> None:
     flags = ["--model", made / "hf", "--teacher", made / "teacher", "--candidates", made / "candidates"]
     flags += [*task(made), "--num-samples", "2", "--max-new-tokens", "4"]
@@ -93,6 +95,7 @@ def test_a_report(disk: Disk) -> None:
         assert {path.name: path.read_bytes() for path in report.iterdir()} == before
 
 
+@pytest.mark.long
 def test_a_training_on_policy(made: Path, disk: Disk, tmp_path: Path) -> None:
     flags = ["--base", made / "base", *task(made), "--updates", "4", "--prompts-per-update", "2", "--checkpoints", "2"]
     flags += ["--num-rollouts", "4", "--max-new-tokens", "4", "--micro-batch-size", "8"]

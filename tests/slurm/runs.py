@@ -81,7 +81,7 @@ class Run:
 
     def starts(self, name: str, restart: int = 0) -> None:
         """Waits until a job's stage runs, in that start."""
-        self.until(lambda: "started" in self.log(name, restart), 60, f"{name} starts")
+        self.until(lambda: "started" in self.log(name, restart), 180, f"{name} starts")
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str, every: float = 0.1) -> None:
         deadline = time.monotonic() + seconds

@@ -99,13 +99,28 @@ def test_bounds_hold_and_stop_the_integral() -> None:
     assert min(controller.update(0.0) for _ in range(8)) == pytest.approx(0.5)  # nothing was wound up
 
 
-@pytest.mark.parametrize("rounding", [-3e-8, -1e-12, 3.6e-10, 5e-9])
+@pytest.mark.parametrize("rounding", [-3e-8, -1e-12, 3.6e-10, 5e-9, 1.7e-6, 5e-5])
 def test_the_rounding_of_a_kl_of_zero_makes_no_difference(rounding: float) -> None:
+    """Of fp32, and of bf16, also while a warm-up keeps the policy at the base."""
     exact, rounded = KlController(1e-3), KlController(1e-3)
-    for measured in (0.0, 0.004, 0.002):
+    for noise, measured in ((1, 0.0), (2, 0.0), (0.5, 0.0), (0, 0.004), (0, 0.002)):
         exact.update(measured)
-        rounded.update(measured or rounding)
-    assert rounded.state_dict() == exact.state_dict()
+        rounded.update(measured + noise * rounding)
+    assert rounded.state_dict() | {"rounding": 0.0} == exact.state_dict() | {"rounding": 0.0}
+
+
+def test_a_policy_that_begins_elsewhere_is_measured_from_the_start() -> None:
+    controller = KlController(1e-3)
+    controller.update(5e-4)
+    assert controller.distance > 0.3
+    assert KlController(1e-3).update(5e-4) == controller.coefficient
+
+
+def test_a_state_without_a_rounding_is_read() -> None:
+    controller = KlController(1e-3)
+    controller.load_state_dict({"integral": 0.0, "distance": 0.0, "velocity": 0.0, "top_speed": 0.0})
+    controller.update(2e-8)
+    assert controller.distance > 0
 
 
 def test_state_continues_bit_for_bit() -> None:

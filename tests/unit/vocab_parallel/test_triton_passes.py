@@ -114,7 +114,7 @@ def assert_same_gradient(arguments: Arguments, out_dtype: torch.dtype | None = N
 
 @each_kind_or_none
 @each_dtype
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.7])
 def test_a_loss_and_its_gradient(kind: DivergenceKind | None, dtype: torch.dtype, temperature: float) -> None:
     """A loss of the token's log-prob, the entropy and the divergence, all that the three passes are for."""
     logits, target = make_rows(1, dtype=dtype), make_rows(2, dtype=dtype)
@@ -172,7 +172,7 @@ def test_statistics(kind: DivergenceKind | None, dtype: torch.dtype, with_entrop
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("width", [1, 19, BLOCK, BLOCK + 1, 2 * BLOCK])
+@pytest.mark.parametrize("width", [1, BLOCK, BLOCK + 1])
 def test_sizes(num_rows: int, width: int) -> None:
     logits, target = make_rows(1, num_rows, width), make_rows(2, num_rows, width, torch.float32)
     excluded = torch.tensor([[0, 31, width - 1]], device=DEVICE).expand(num_rows, 3)
