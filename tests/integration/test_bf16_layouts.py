@@ -325,6 +325,7 @@ def test_bf16_training_resumes_bit_for_bit(made: Path, whole: Path, tmp_path: Pa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.long
 def test_bf16_training_resumes_under_another_layout(made: Path, whole: Path, tmp_path: Path) -> None:
     parts = [
         Part(*LAYOUTS["dp2"], "signal", 2, 2),

@@ -61,7 +61,7 @@ def test_groups_without_a_signal_are_counted(made: Path) -> None:
     assert (summary["groups"], summary["groups_without_signal"], summary["groups_of_one"]) == (10, num_constant, 0)
 
 
-@pytest.mark.parametrize("layout", ["--pipeline-parallel", "--data-parallel"])
+@pytest.mark.parametrize("layout", [pytest.param("--pipeline-parallel", marks=pytest.mark.long), "--data-parallel"])
 def test_kl_ceiling_ends_the_training_on_all_ranks(layout: str, made: Path, tmp_path: Path) -> None:
     rows = metrics(made / "whole")
     bound = bound_crossed_at(6, rows)

@@ -50,12 +50,10 @@ def training_stages(reference: Path) -> dict[str, list[str]]:
     gradient = ["--form", "policy_gradient", "--kl-budget", "0.001"]
     made = {
         "train:ce": [*scored, "--loss", "ce"],
-        "train:sapo": [*scored, "--loss", "sapo", "--kl-coefficient", "0.1"],
         # At the first step the policy is the base and the KL 0: a weight that the second step can't overlook.
         "train:exact": [*data, *exact, "--loss", "sapo", "--kl-coefficient", "5", "--kl-topk", "8"],
         "train:sft": [*data, "--loss", "sft"],
         "distill:reverse": [*scored, *cached],
-        "distill:forward": [*scored, *cached, "--divergence", "forward_kl"],
         "distill:live": [*scored, *live, "--delta", "0.05"],
         "distill:gathered": [*scored, *live, "--delta", "0.05", "--divergence", "js", "--gather-teacher"],
         "distill:hidden": [*scored, *hidden, "--delta", "0.05"],

@@ -72,7 +72,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("world_size", "layout", "model", "schedule"),
     [
-        pytest.param(2, ["--data-parallel", "2"], {"tied": False}, [], id="dp2"),
+        pytest.param(2, ["--data-parallel", "2"], {"tied": False}, [], id="dp2", marks=pytest.mark.long),
         # The last stage has a copy of the embedding's weight, and no embedding that waits for it.
         pytest.param(4, ["--data-parallel", "2", "--pipeline-parallel", "2"], {}, [], id="dp2-pp2-tied"),
         # The schedule starts the gathers of all chunks but the first two ahead of them.

@@ -110,6 +110,7 @@ def test_an_existing_folder_is_never_written_over(get_model: ModuleType, tmp_pat
         get_model.write_model(tmp_path)
 
 
+@pytest.mark.long  # for the seconds that reasoning-gym takes to import
 def test_problems_are_distinct_and_answered() -> None:
     task = example("task")
     problems = list(task.problems(seed=3))

@@ -162,6 +162,7 @@ def test_a_chain_runs_in_its_order(run: Run) -> None:
     assert "b: made anew, settings or inputs differ:\n  epochs: 8.0 -> 2.0" in run.log("b")
 
 
+@pytest.mark.long
 @of("reported")
 def test_the_report_follows_the_stages(run: Run) -> None:
     assert run.ends("round-01-a") == "COMPLETED"
@@ -235,6 +236,7 @@ def test_ranks_that_hang_are_ended_with_their_stacks_shown(run: Run) -> None:
     assert run.result("a") == "fresh in start 1"
 
 
+@pytest.mark.long
 @of("chatty")
 def test_a_stage_that_prints_does_not_hang(run: Run) -> None:
     assert "hung" not in run.log("a") and run.state("a") == "RUNNING"
