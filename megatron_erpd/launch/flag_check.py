@@ -91,8 +91,6 @@ def _problems(asked: Flags) -> list[str]:
     problems = flag_problems(flags)
     if problems or asked.hf is None:
         return problems
-    if not asked.runs_here:
-        layout = layout.model_copy(update={"context_parallel": 1})  # not this machine's to judge
     try:
         fixed = own_flags(Path(asked.hf), layout, _run_flags(request, layout), flags, _SOME_LENGTH)
     except (CheckpointError, LayoutError):

@@ -105,7 +105,7 @@ def own_flags(
     Raises:
         RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
         CheckpointError: from `model_flags`.
-        LayoutError: from `model_flags`, or there is no context parallelism here.
+        LayoutError: from `model_flags`, or the layout doesn't fit the model or the batch.
     """
     shape, batch = read_model_shape(hf_folder), run_flags.get("global_batch_size")
     check_expert_groups(shape, layout, trains=bool(run_flags.get("train_iters")))
@@ -127,6 +127,9 @@ def own_flags(
         **_layout_flags(layout, max_length),
         **run_flags,
     }
+    # Megatron wants the padded length within them. They size nothing: positions are rotary.
+    names = ("max_position_embeddings", "seq_length")
+    fixed[names[0]] = max(int(fixed[name]) for name in names)  # type: ignore[call-overload]
     _refuse_contradictions(fixed, pass_through)
     return fixed
 

@@ -6,8 +6,9 @@ not used.
 
 *Context parallelism.* A rank holds two of 2 * CP equal pieces of each segment (`forward.rank_positions`). It gathers
 the keys and values of all ranks (one all-gather forward; one reduce-scatter of their gradients backward) and computes
-the attention of its own queries: each piece sees all keys before it and, causally, its own. Gathering costs memory for
-the whole sequence's keys and values in one layer at a time, which grouped heads make small against the hidden states.
+the attention of its own queries: each piece sees all keys before it and, causally, its own. Every layer keeps the whole
+sequence's keys and values until its backward, which grouped heads make small against its other activations; where the
+attention is recomputed (`--recompute-granularity`), they are gathered again, and are there in one layer at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from megatron_erpd.model.forward import rank_positions
 class CausalAttention(MegatronModule):
     """softmax(q k^T * scale) v for every query head, each position seeing its own segment up to itself.
 
-    Computed by PyTorch's fused kernels, whose memory grows with the sequence and not with its square. Collectives: see
-    `gather_keys`; none without context parallelism.
+    Computed by PyTorch's fused kernels, whose memory grows with the sequence and not with its square. (Of grouped heads
+    in fp32 CUDA has none, and PyTorch keeps the scores.) Collectives: see `gather_keys`; none without context
+    parallelism.
 
     Raises:
         LayoutError: at construction, for an attention that this isn't: dropout, a sliding window, sinks.
@@ -167,8 +169,9 @@ class _LastQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         start = key.shape[2] - query.shape[2]
-        before, before_log = _flash(query, key[:, :, :start], value[:, :, :start], 0.0, False, scale=scale)
-        own, own_log = _flash(query, key[:, :, start:], value[:, :, start:], 0.0, True, scale=scale)
+        keys, values = (_for_heads(x, query.shape[1]) for x in (key, value))
+        before, before_log = _flash(query, keys[:, :, :start], values[:, :, :start], 0.0, False, scale=scale)
+        own, own_log = _flash(query, keys[:, :, start:], values[:, :, start:], 0.0, True, scale=scale)
         log = torch.logaddexp(before_log, own_log)
         share = (before_log - log).exp().unsqueeze(-1)
         out = (before * share + own * (1 - share)).to(query.dtype)
@@ -181,15 +184,25 @@ class _LastQueries(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, log = ctx.saved_tensors
         start = key.shape[2] - query.shape[2]
+        keys, values = (_for_heads(x, query.shape[1]) for x in (key, value))
         parts = [
             _flash_backward(
-                upstream, query, key[:, :, at], value[:, :, at], out, log, 0.0, is_causal=causal, scale=ctx.scale
+                upstream, query, keys[:, :, at], values[:, :, at], out, log, 0.0, is_causal=causal, scale=ctx.scale
             )
             for at, causal in ((slice(0, start), False), (slice(start, None), True))
         ]
         (before, *before_keys), (own, *own_keys) = parts
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(before_keys, own_keys, strict=True))
-        return before + own, keys, values, None
+        on_keys, on_values = (
+            torch.cat(pair, dim=2).unflatten(1, (key.shape[1], -1)).sum(dim=2)
+            for pair in zip(before_keys, own_keys, strict=True)
+        )
+        return before + own, on_keys, on_values, None
+
+
+def _for_heads(values: Tensor, heads: int) -> Tensor:
+    """Keys or values of groups `[b, groups, n, d]` for each of their query heads: before PyTorch 2.9 the kernel on a CPU
+    reads beyond the end of fewer."""
+    return values if values.shape[1] == heads else values.repeat_interleave(heads // values.shape[1], dim=1)
 
 
 def gather_keys(
@@ -203,17 +216,18 @@ def gather_keys(
     Returns:
         `[sum(lengths), b, groups, d]` each. One all-gather forward, one reduce-scatter of the gradients backward.
     """
-    order = _whole_order(tuple(lengths), group.size()).to(key.device, non_blocking=True)
+    order = _whole_order(tuple(lengths), group.size(), key.device)
     whole = _GatherKeys.apply(torch.stack([key, value], dim=1), group).index_select(0, order)
     return whole[:, 0], whole[:, 1]
 
 
 @lru_cache(maxsize=8)  # all layers of a micro-batch ask for the same
-def _whole_order(lengths: tuple[int, ...], size: int) -> Tensor:
-    """Where in all ranks' pieces, rank after rank, each position of the segments is."""
+def _whole_order(lengths: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """Where in all ranks' pieces, rank after rank, each position of the segments is. Made on the device: the host would
+    wait for a copy."""
     starts = [0, *accumulate(lengths)]
     held = [
-        start + rank_positions(length, rank, size)
+        start + rank_positions(length, rank, size, device)
         for rank in range(size)
         for start, length in zip(starts, lengths, strict=False)
     ]

@@ -63,6 +63,7 @@ def megatron_logits(model_chunks: Sequence[Any], tokens: torch.Tensor) -> torch.
     from megatron.core.utils import unwrap_model
 
     assert len(model_chunks) == 1, "virtual pipelining is not supported here"
+    assert parallel_state.get_context_parallel_world_size() == 1, "context parallelism is not supported here"
     model = unwrap_model(model_chunks[0])
     batch, length = tokens.shape
     stages = parallel_state.get_pipeline_model_parallel_group()

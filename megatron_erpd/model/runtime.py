@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,6 +100,10 @@ def common_flags() -> dict[str, object]:
     }
 
 
+_FORMER_NAMES = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+"""What PyTorch 2.14 says in every process of names that Megatron calls, and we, as older versions have no others."""
+
+
 @contextmanager
 def stage_process() -> Iterator[torch.distributed.Store | None]:
     """A stage's use of this process: gives the store to meet in, and clears Megatron's global state afterwards.
@@ -108,6 +113,7 @@ def stage_process() -> Iterator[torch.distributed.Store | None]:
     are left. After an error no group is: the process is about to end, and leaving could wait for ranks that are gone.
     Threads are ended however the stage ends, and PyTorch's deterministic mode, which `--deterministic-mode` begins.
     """
+    warnings.filterwarnings("ignore", _FORMER_NAMES, FutureWarning)
     inherited = torch.distributed.is_initialized()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:

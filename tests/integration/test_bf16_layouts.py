@@ -50,6 +50,7 @@ LAYOUTS = {
     "dp2": (2, ["--data-parallel", "2", "--micro-batch-size", "8"]),
     "tp2-sequence-parallel": (2, ["--tensor-parallel", "2", "--sequence-parallel", "--micro-batch-size", "16"]),
     "pp2": (2, ["--pipeline-parallel", "2", "--micro-batch-size", "8"]),
+    "cp2": (2, ["--context-parallel", "2", "--micro-batch-size", "16"]),
     "tp2-pp2": (
         4,
         ["--tensor-parallel", "2", "--sequence-parallel", "--pipeline-parallel", "2", "--micro-batch-size", "16"],
@@ -328,6 +329,7 @@ def test_bf16_training_resumes_under_another_layout(made: Path, whole: Path, tmp
         Part(*LAYOUTS["dp2"], "signal", 2, 2),
         Part(*LAYOUTS["tp2-sequence-parallel"], "signal", 4, 4),
         Part(*LAYOUTS["pp2"], "signal", 6, 6),
+        Part(*LAYOUTS["cp2"], "signal", 8, 8),
         Part(*LAYOUTS["one"]),
     ]
     resumed = run_parts(made, tmp_path / "artifact", parts)

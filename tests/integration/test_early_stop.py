@@ -61,7 +61,13 @@ def test_groups_without_a_signal_are_counted(made: Path) -> None:
     assert (summary["groups"], summary["groups_without_signal"], summary["groups_of_one"]) == (10, num_constant, 0)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("--pipeline-parallel", marks=pytest.mark.long), "--data-parallel"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("--pipeline-parallel", "--context-parallel")),
+        "--data-parallel",
+    ],
+)
 def test_kl_ceiling_ends_the_training_on_all_ranks(layout: str, made: Path, tmp_path: Path) -> None:
     rows = metrics(made / "whole")
     bound = bound_crossed_at(6, rows)

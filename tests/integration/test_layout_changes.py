@@ -24,19 +24,21 @@ from tests.integration.tiny import write_mixture, write_model, write_random_roll
 
 SEQUENCE_PARALLEL = ["--tensor-parallel", "2", "--sequence-parallel"]
 DP, PP, EP = (["--data-parallel", "2"], ["--pipeline-parallel", "2"], ["--expert-parallel", "2"])
+CP = ["--context-parallel", "2"]
 OPTIMIZERS = {"distributed": GPU_RECIPE, "plain": []}
 """`plain`: fp32 master weights on every data-parallel rank."""
 SAVED = {"dense": DP, "mixture": [*SEQUENCE_PARALLEL, *EP]}
 """The layouts of the trainings that are stopped. The vocabulary is odd: with TP 2 it is padded."""
 LOADED = {
     1: {"dense": {"one": []}},
-    2: {"dense": {"tp2": SEQUENCE_PARALLEL, "pp2": PP}, "mixture": {"dp2-ep2": [*DP, *EP]}},
+    2: {"dense": {"tp2": SEQUENCE_PARALLEL, "pp2": PP, "cp2": CP}, "mixture": {"dp2-ep2": [*DP, *EP]}},
     4: {
-        "dense": {"tp2-pp2": [*SEQUENCE_PARALLEL, *PP], "tp2-dp2": [*SEQUENCE_PARALLEL, *DP], "pp2-dp2": [*PP, *DP]},
+        "dense": {"tp2-pp2": [*SEQUENCE_PARALLEL, *PP], "tp2-dp2": [*SEQUENCE_PARALLEL, *DP], "pp2-dp2": [*PP, *DP], "cp2-dp2": [*CP, *DP]},
         "mixture": {
             "tp2-dp2-ep2": [*SEQUENCE_PARALLEL, *DP, *EP],
             "tp2-pp2-ep2": [*SEQUENCE_PARALLEL, *PP, *EP],
             "pp2-dp2-ep2": [*PP, *DP, *EP],
+            "cp2-dp2-ep2": [*CP, *DP, *EP],
             "tp2-dp2-ep4": [*SEQUENCE_PARALLEL, *DP, "--expert-parallel", "4"],
         },
     },

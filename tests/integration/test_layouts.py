@@ -32,6 +32,8 @@ LAYOUTS = {
         4,
         ["--context-parallel", "2", "--tensor-parallel", "2", "--sequence-parallel", "--micro-batch-size", "4"],
     ),
+    # Of a single rollout one rank often has no response token.
+    "cp2-pp2": (4, ["--context-parallel", "2", "--pipeline-parallel", "2", "--micro-batch-size", "1"]),
 }
 COMMON = ["--global-batch-size", "16", "--learning-rate", "1e-3", "--epochs", "0.8"]
 
@@ -112,7 +114,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 # Each is in a layout of four processes; DP in that of tests/integration/test_resume_layouts.py.
 ALONE = ("tp2", "pp2", "cp2", "dp2", "tp2-sequence-parallel")
-LONG = [pytest.param(name, marks=pytest.mark.long) if name in ALONE else name for name in LAYOUTS]
+LONG = [pytest.param(name, marks=pytest.mark.long) if name in (*ALONE, "cp2-pp2") else name for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("layout", LONG)

@@ -14,11 +14,12 @@ from tests.integration.stages import Stages, run_stages
 from tests.integration.test_layouts import assert_same_rows, assert_same_training, metrics
 from tests.integration.tiny import write_mixture, write_random_rollouts
 
-PARALLEL = [
-    *("--tensor-parallel", "2", "--sequence-parallel", "--expert-parallel", "2"),
-    *("--micro-batch-size", "4"),
-]
-"""Two ranks: half of every attention layer, half of the tokens between layers, and two of the four experts each."""
+PARALLEL = {
+    "tensor": ["--tensor-parallel", "2", "--sequence-parallel"],
+    "context": ["--context-parallel", "2"],
+}
+"""Two ranks: half of every attention layer and half of the tokens between layers, or half of the tokens; and two of the
+four experts each."""
 
 TRAINING = ["--global-batch-size", "16", "--learning-rate", "1e-3", "--epochs", "0.8"]
 
@@ -52,12 +53,14 @@ def run_and_resume(rank: int, world_size: int, todo: Stages, alone: Path, spread
     check_optimizer_fits(spread / "megatron", 4)
 
 
-def test_experts_over_ranks_give_the_result_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["tensor", pytest.param("context", marks=pytest.mark.long)])
+def test_experts_over_ranks_give_the_result_of_one_process(parallel: str, tmp_path: Path) -> None:
+    layout = [*PARALLEL[parallel], "--expert-parallel", "2", "--micro-batch-size", "4"]
     one, many = tmp_path / "one", tmp_path / "many"
     write_mixture(one / "hf")
     write_random_rollouts(one / "rollouts.parquet")
     run_ranks(run_stages, 1, stages(one, one, ["--micro-batch-size", "16"]))
-    run_ranks(run_and_resume, 2, stages(one, many, PARALLEL), one / "teacher", many / "teacher", timeout=240)
+    run_ranks(run_and_resume, 2, stages(one, many, layout), one / "teacher", many / "teacher", timeout=240)
 
     for name in ("teacher", "student"):
         assert_same_training(metrics(many / name), metrics(one / name), name)

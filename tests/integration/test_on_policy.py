@@ -172,7 +172,10 @@ def test_a_resumed_training_is_the_uninterrupted_one(made: Path, tmp_path: Path)
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("layout", ["data-parallel", "tensor-parallel", "pipeline-parallel"])
+@pytest.mark.parametrize(
+    "layout",
+    ["data-parallel", "tensor-parallel", "pipeline-parallel", pytest.param("context-parallel", marks=pytest.mark.long)],
+)
 def test_two_ranks_give_the_same(layout: str, made: Path) -> None:
     flags = ["--updates", "3", "--kl-coefficient", "0.5", "--micro-batch-size", "4", f"--{layout}", "2"]
     run_ranks(run_stages, 2, [("on-policy", command(made, layout, *flags))], timeout=400)

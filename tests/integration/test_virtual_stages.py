@@ -4,7 +4,9 @@ training, and the same artifact. The reference is one process with one micro-bat
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,30 +20,49 @@ from tests.integration.test_bf16_layouts import GPU_RECIPE, in_bf16, states, ten
 from tests.integration.test_layouts import assert_same_training
 from tests.integration.test_on_policy import VERIFIER, command, write_tokenizer
 from tests.integration.test_resume_layouts import Part, metrics, train
-from tests.integration.tiny import write_model, write_random_rollouts
+from tests.integration.tiny import write_mixture, write_model, write_random_rollouts
 from tests.tolerances import BF16_LOSS, SECOND_STEP
 
+RECOMPUTE = ["--recompute-num-layers", "1", "--recompute-granularity"]
 CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
 SCHEDULES = {
     "train:sapo": CHUNKS,
     "distill:cached": ["--num-layers-per-virtual-pipeline-stage", "1"],
     "distill:live": [*CHUNKS, "--microbatch-group-size-per-virtual-pipeline-stage", "4"],
+    "distill:hidden": CHUNKS,
     "distill:gradient": CHUNKS,
+    "train:stopped": CHUNKS,
     "on-policy:grpo": CHUNKS,
 }
 ONE, TWO = ["--micro-batch-size", "16"], ["--pipeline-parallel", "2", "--micro-batch-size", "4"]
+SEQUENCE_PARALLEL = ["--tensor-parallel", "2", "--sequence-parallel"]
+MODELS = {
+    "tied": functools.partial(write_model, num_layers=4),
+    "untied": functools.partial(write_model, num_layers=4, tied=False),
+    "mixture": functools.partial(write_mixture, num_layers=4),
+}
+LAYOUTS = {
+    "pp2": ("tied", 2, TWO, []),
+    "pp2-tp2": ("untied", 4, [*TWO, *SEQUENCE_PARALLEL], [*RECOMPUTE, "full", "--recompute-method", "uniform"]),
+    "pp2-cp2": ("tied", 4, [*TWO, "--context-parallel", "2"], [*RECOMPUTE, "selective"]),
+    "pp2-tp2-ep2": ("mixture", 4, [*TWO, *SEQUENCE_PARALLEL, "--expert-parallel", "2"], []),
+}
+"""A model, the processes, their layout, and more of Megatron's flags."""
 
 
 def trainings(made: Path) -> dict[str, list[str]]:
-    """Of two steps: name to arguments, without output and layout."""
+    """Of two steps, after which one is stopped: name to arguments, without output and layout."""
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--epochs", "0.8"]
     data += ["--base-log-probs", f"{made}/base-log-probs", "--global-batch-size", "16", "--learning-rate", "1e-3"]
     cached, live = ["--cache", f"{made}/cache"], ["--policy", f"teacher={made}/sapo", "--delta", "0.05"]
+    stopped = ["--epochs", "1.6", "--warmup-fraction", "0", "--max-kl", "1e-5"]
     return {
         "train:sapo": [*data, "--loss", "sapo", "--kl-coefficient", "0.1"],
         "distill:cached": [*data, *cached],
         "distill:live": [*data, *live, "--teacher", "live"],
+        "distill:hidden": [*data, *cached, *live, "--teacher", "hidden"],
         "distill:gradient": [*data, *cached, "--form", "policy_gradient", "--kl-budget", "0.001"],
+        "train:stopped": [*data, "--loss", "sapo", *stopped],
         "on-policy:grpo": command(made, "grpo", "--updates", "2", "--kl-coefficient", "0.5"),
     }
 
@@ -61,10 +82,13 @@ def to_folders(folder: Path, layout: list[str], names: dict[str, list[str]], mor
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All artifacts, made by one process."""
-    folder = tmp_path_factory.mktemp("reference")
-    write_model(folder / "hf", num_layers=4)
+def made_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """All artifacts of a model, made by one process."""
+    return functools.cache(lambda model: make(tmp_path_factory.mktemp(model), MODELS[model]))
+
+
+def make(folder: Path, write: Callable[[Path], Path]) -> Path:
+    write(folder / "hf")
     write_random_rollouts(folder / "rollouts.parquet")
     write_tokenizer(folder / "hf")
     (folder / "prompts.jsonl").write_text('{"prompt": "w5 w7"}\n{"prompt": "w6 w9 w9"}\n')
@@ -82,13 +106,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_is_that_of_one_process(made: Path, tmp_path: Path) -> None:
-    run_ranks(run_stages, 2, to_folders(tmp_path, TWO, trainings(made), SCHEDULES), timeout=240)
-    cache = [*caching(made, tmp_path / "sapo"), "--output", f"{tmp_path}/cache", *TWO, "--", *CHUNKS]
+@pytest.mark.parametrize(
+    "layout", [name if name == "pp2" else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+)
+def test_training_is_that_of_one_process(layout: str, made_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model, processes, flags, more = LAYOUTS[layout]
+    made = made_of(model)
+    schedules = {name: [*chunks, *more] for name, chunks in SCHEDULES.items()}
+    run_ranks(run_stages, processes, to_folders(tmp_path, flags, trainings(made), schedules), timeout=280)
+    cache = [*caching(made, tmp_path / "sapo"), "--output", f"{tmp_path}/cache", *flags, "--", *CHUNKS]
     policies = [f"one={made}/live", f"two={tmp_path}/live"]
     export = [*(word for item in policies for word in ("--checkpoint", item)), "--output", f"{tmp_path}/export"]
     # In processes of their own: Megatron's state, which stages of a test share, says how many chunks there are.
-    run_ranks(run_stages, 2, [("precompute", cache), ("export", export)], timeout=240)
+    run_ranks(run_stages, processes, [("precompute", cache), ("export", export)], timeout=240)
     for name in SCHEDULES:
         output = name.partition(":")[2]
         assert_same_training(metrics(tmp_path / output), metrics(made / output), name)
@@ -100,8 +130,13 @@ def test_training_is_that_of_one_process(made: Path, tmp_path: Path) -> None:
     assert exported[0].keys() == exported[1].keys()
     for tensor, values in exported[0].items():
         SECOND_STEP.assert_close(exported[1][tensor], values, tensor)
+    stops = [read_manifest(folder / "stopped").summary["stopped"] for folder in (tmp_path, made)]
+    kl = metrics(made / "stopped")[-1]["stage1/policy_base_kl"]
+    for stop in stops:
+        assert stop.startswith("max_kl ") and stop.endswith(" > 1e-05 at iteration 2")
+        assert float(stop.split()[1]) == pytest.approx(kl, rel=1e-3)
     # The same artifacts with and without virtual stages.
-    for name in ("cache", "live", "grpo"):
+    for name in ("cache", *(() if more else ("live", "grpo"))):
         assert read_manifest(tmp_path / name).settings == read_manifest(made / name).settings
 
 

@@ -35,15 +35,15 @@ def write_model(folder: Path, seed: int = 0, tied: bool = True, num_layers: int 
     return folder
 
 
-def write_mixture(folder: Path, seed: int = 0) -> Path:
-    """A two-layer Qwen3-MoE with random weights, two of four experts for each token."""
+def write_mixture(folder: Path, seed: int = 0, num_layers: int = 2) -> Path:
+    """A Qwen3-MoE (of two layers) with random weights, two of four experts for each token."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
