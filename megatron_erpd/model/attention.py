@@ -200,7 +200,7 @@ class _LastQueries(torch.autograd.Function):
 
 
 def _for_heads(values: Tensor, heads: int) -> Tensor:
-    """Keys or values of groups `[b, groups, n, d]` for each of their query heads: before PyTorch 2.9 the kernel on a CPU
+    """Keys or values of groups `[b, groups, n, d]` for each of their query heads: before PyTorch 2.9 the CPU's kernel
     reads beyond the end of fewer."""
     return values if values.shape[1] == heads else values.repeat_interleave(heads // values.shape[1], dim=1)
 

@@ -33,7 +33,12 @@ LOADED = {
     1: {"dense": {"one": []}},
     2: {"dense": {"tp2": SEQUENCE_PARALLEL, "pp2": PP, "cp2": CP}, "mixture": {"dp2-ep2": [*DP, *EP]}},
     4: {
-        "dense": {"tp2-pp2": [*SEQUENCE_PARALLEL, *PP], "tp2-dp2": [*SEQUENCE_PARALLEL, *DP], "pp2-dp2": [*PP, *DP], "cp2-dp2": [*CP, *DP]},
+        "dense": {
+            "tp2-pp2": [*SEQUENCE_PARALLEL, *PP],
+            "tp2-dp2": [*SEQUENCE_PARALLEL, *DP],
+            "pp2-dp2": [*PP, *DP],
+            "cp2-dp2": [*CP, *DP],
+        },
         "mixture": {
             "tp2-dp2-ep2": [*SEQUENCE_PARALLEL, *DP, *EP],
             "tp2-pp2-ep2": [*SEQUENCE_PARALLEL, *PP, *EP],

@@ -23,7 +23,8 @@ from tests.integration.test_resume_layouts import Part, metrics, train
 from tests.integration.tiny import write_mixture, write_model, write_random_rollouts
 from tests.tolerances import BF16_LOSS, SECOND_STEP
 
-RECOMPUTE = ["--recompute-num-layers", "1", "--recompute-granularity"]
+SELECTIVE = ["--recompute-granularity", "selective"]
+FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
 SCHEDULES = {
     "train:sapo": CHUNKS,
@@ -43,8 +44,8 @@ MODELS = {
 }
 LAYOUTS = {
     "pp2": ("tied", 2, TWO, []),
-    "pp2-tp2": ("untied", 4, [*TWO, *SEQUENCE_PARALLEL], [*RECOMPUTE, "full", "--recompute-method", "uniform"]),
-    "pp2-cp2": ("tied", 4, [*TWO, "--context-parallel", "2"], [*RECOMPUTE, "selective"]),
+    "pp2-tp2": ("untied", 4, [*TWO, *SEQUENCE_PARALLEL], FULL),
+    "pp2-cp2": ("tied", 4, [*TWO, "--context-parallel", "2"], SELECTIVE),
     "pp2-tp2-ep2": ("mixture", 4, [*TWO, *SEQUENCE_PARALLEL, "--expert-parallel", "2"], []),
 }
 """A model, the processes, their layout, and more of Megatron's flags."""
