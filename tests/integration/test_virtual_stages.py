@@ -21,7 +21,7 @@ from tests.integration.test_layouts import assert_same_training
 from tests.integration.test_on_policy import VERIFIER, command, write_tokenizer
 from tests.integration.test_resume_layouts import Part, metrics, train
 from tests.integration.tiny import write_mixture, write_model, write_random_rollouts
-from tests.tolerances import BF16_LOSS, SECOND_STEP
+from tests.tolerances import BF16_LOSS, LAYOUT_PROJECTION, SECOND_STEP
 
 SELECTIVE = ["--recompute-granularity", "selective"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
@@ -55,7 +55,9 @@ def trainings(made: Path) -> dict[str, list[str]]:
     """Of two steps, after which one is stopped: name to arguments, without output and layout."""
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--epochs", "0.8"]
     data += ["--base-log-probs", f"{made}/base-log-probs", "--global-batch-size", "16", "--learning-rate", "1e-3"]
-    cached, live = ["--cache", f"{made}/cache"], ["--policy", f"teacher={made}/sapo", "--delta", "0.05"]
+    # Small steps: a gradient near 0, which is rounding, makes as large an update as any other.
+    cached = ["--cache", f"{made}/cache", "--learning-rate", "3e-4"]
+    live = ["--policy", f"teacher={made}/sapo", "--delta", "0.05", "--learning-rate", "3e-4"]
     stopped = ["--epochs", "1.6", "--warmup-fraction", "0", "--max-kl", "1e-5"]
     return {
         "train:sapo": [*data, "--loss", "sapo", "--kl-coefficient", "0.1"],
@@ -78,7 +80,8 @@ def to_folders(folder: Path, layout: list[str], names: dict[str, list[str]], mor
     stages: Stages = []
     for name, argv in names.items():
         command, _, output = name.partition(":")
-        stages.append((command, [*argv, "--output", f"{folder}/{output}", *layout, "--", *more[name]]))
+        kept = ["--checkpoints", "2"]
+        stages.append((command, [*argv, *kept, "--output", f"{folder}/{output}", *layout, "--", *more[name]]))
     return stages
 
 
@@ -123,10 +126,13 @@ def test_training_is_that_of_one_process(layout: str, made_of: Callable[[str], P
     for name in SCHEDULES:
         output = name.partition(":")[2]
         assert_same_training(metrics(tmp_path / output), metrics(made / output), name)
-        ours, theirs = states(tmp_path / output, "exp_avg"), states(made / output, "exp_avg")
+        if name == "train:stopped":  # keeps no other checkpoint
+            continue
+        # After the first step Adam's first moment is the gradient, but for one factor.
+        ours, theirs = (states(folder / output, "exp_avg", iteration=1) for folder in (tmp_path, made))
         assert ours.keys() == theirs.keys()
-        for parameter, moment in theirs.items():
-            SECOND_STEP.assert_close(ours[parameter], moment, f"{name}, {parameter}")
+        for parameter, gradient in theirs.items():
+            LAYOUT_PROJECTION.assert_close(ours[parameter], gradient, f"{name}, gradient of {parameter}")
     exported = [load_file(tmp_path / "export" / name / "model.safetensors") for name in ("one", "two")]
     assert exported[0].keys() == exported[1].keys()
     for tensor, values in exported[0].items():
