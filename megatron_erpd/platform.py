@@ -31,9 +31,11 @@ import itertools
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 import time
 import types
+import weakref
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -196,11 +198,14 @@ def save_beside_training() -> None:
     A process of each rank writes its checkpoints. In megatron-core 0.19.2 it is ended by the SIGTERM that asks all
     processes of a stage to save; it outlives a training that is killed, and writes on into the checkpoint that the next
     start makes anew; and its training waits without end for one that was killed, for lack of memory say. Here it
-    leaves SIGTERM and SIGINT to the training, is killed with it by the kernel (Linux), and its end is an error. For the
-    process through which it passes on what it has written the same holds.
+    leaves SIGTERM and SIGINT to the training, is killed with it by the kernel (Linux), and its end is an error, as is a
+    checkpoint that can't be sent to it. For the process through which it passes on what it has written the same holds.
 
     It is a child of the training. On a GPU it is a new interpreter, which reads the tensors from the GPU while the
-    training waits; on a CPU a fork, made before the collective library has threads, and gets copies of the tensors.
+    training waits; on a CPU a fork, made before the collective library has threads (where the last step is off the save
+    interval, Megatron has ended it by then and makes another for the last save), and gets copies of the tensors. What a
+    training on GPUs has in the host's memory, the distributed optimizer's state, PyTorch shares with it: in /dev/shm,
+    with a file descriptor for each tensor, of which the process may then have as many as the system lets it.
     """
     global _results, _write_loop
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -211,13 +216,23 @@ def save_beside_training() -> None:
     filesystem_async._results_queue = _results.Queue()
     if _write_loop is not None:
         return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     _write_loop = Caller.async_loop
     start, schedule, is_done = Caller._get_process, Caller.schedule_async_call, Caller.is_current_async_call_done
 
     def get_process(rank: int, mp_mode: str = "", cpu_priority: int = 10, io_priority: int | None = None) -> Any:
-        return start(rank, "fork" if is_cpu() else "spawn", cpu_priority, io_priority)
+        process = start(rank, "fork" if is_cpu() else "spawn", cpu_priority, io_priority)
+        sent = Caller._persistent_queue
+        for waited in (sent, Caller._persistent_preload_q):
+            waited.join = functools.partial(_join, weakref.proxy(waited), process)  # its end ends its thread
+        # It sends in a thread, which would say what it can't send and leave it out, and the training wait for it.
+        sent._on_queue_feeder_error = functools.partial(_end_unsent, type(sent)._on_queue_feeder_error, process)
+        return process
 
     def schedule_copies(self: Any, request: Any) -> None:
+        if self.process is not None and not self.process.is_alive():
+            raise _ended(self.process)
         if request.preload_fn is not None and is_cpu():
             rank, buckets, results = request.async_fn_args
             request = request._replace(async_fn_args=[rank, list(map(_copied, buckets)), results], preload_fn=None)
@@ -226,10 +241,7 @@ def save_beside_training() -> None:
     def is_done_or_lives(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
         while self.process is not None and self.cur_item is None and self._persistent_comp_q.empty():
             if not self.process.is_alive() and self._persistent_comp_q.empty():
-                raise RuntimeError(
-                    f"the process that writes checkpoints ended with exit code {self.process.exitcode}; the last whole "
-                    "checkpoint is kept"
-                )
+                raise _ended(self.process)
             if not blocking:
                 break
             time.sleep(_POLL_SECONDS)
@@ -247,7 +259,7 @@ def end_saves_beside_training() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller as Caller
-    from megatron.training import async_utils
+    from megatron.training import async_utils, checkpointing
 
     if (process := Caller._persistent_process) is not None:
         process.kill()
@@ -260,6 +272,7 @@ def end_saves_beside_training() -> None:
         AsyncCallsQueue._persistent_caller.process = None
         AsyncCallsQueue._persistent_caller = None
     async_utils._async_calls_queue = None
+    checkpointing.finalize_deletion_processes(blocking=True)
     filesystem_async._results_queue = None
     if _results is not None:
         _results.shutdown()
@@ -270,9 +283,32 @@ _results: SyncManager | None = None
 """Where the processes of asynchronous saves say what they have written."""
 _write_loop: Callable[..., None] | None = None
 """Megatron's loop of such a process, as far as it was replaced."""
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.02
 _PARENT_DEATH_SIGNAL = 1
 """`PR_SET_PDEATHSIG` of prctl(2)."""
+
+
+def _join(waited: Any, process: Any) -> None:
+    """`JoinableQueue.join`: waits until the process has done what it was sent.
+
+    Raises:
+        RuntimeError: it has ended before.
+    """
+    while waited._unfinished_tasks.get_value():
+        if not process.is_alive() and waited._unfinished_tasks.get_value():
+            raise _ended(process)
+        time.sleep(_POLL_SECONDS)
+
+
+def _end_unsent(say: Callable[..., None], process: Any, error: Exception, unsent: Any) -> None:
+    """Ends a process that won't get what was sent to it."""
+    say(error, unsent)
+    process.kill()
+
+
+def _ended(process: Any) -> RuntimeError:
+    how = f"ended with exit code {process.exitcode}"
+    return RuntimeError(f"the process that writes checkpoints {how}; the last whole checkpoint is kept")
 
 
 def _write_checkpoints(*args: Any) -> None:

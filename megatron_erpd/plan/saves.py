@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
-from megatron_erpd.checkpoint.torch_dist.iterations import iteration_folder, saved_iterations
-from megatron_erpd.errors import ErpdError
+from megatron_erpd.checkpoint.torch_dist.iterations import iteration_folder, latest_iteration
+from megatron_erpd.errors import CheckpointError, ErpdError
 from megatron_erpd.plan.disk import checkpoint_bytes
+from megatron_erpd.progress import read_json_lines
 from megatron_erpd.recipe.requests import Import, TrainingRequest
 from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings import SlurmSettings
@@ -32,7 +32,7 @@ class SaveTime:
         bytes: of a checkpoint, the optimizer's state included.
         signal_seconds: as the stage's job has them.
         gb_per_second: that the processes of a training write together; None where that isn't known.
-        source: where that is from, in words.
+        source: where that is from, in words; where it isn't known, how it becomes known.
     """
 
     stage: str
@@ -63,10 +63,7 @@ class SaveTime:
         if self.seconds is None:
             if self.needed <= _ANY_DISK:
                 return None
-            return (
-                f"{what}: the disk must take {self.needed:.3g} GB/s; give what it takes as slurm.write_gb_per_second, "
-                "or save once, and it is measured"
-            )
+            return f"{what}: the disk must take {self.needed:.3g} GB/s; {self.source}"
         if self.seconds <= self.allowed:
             return None
         enough = math.ceil(max(self.seconds + 5, self.seconds / 0.9))
@@ -85,6 +82,10 @@ def save_times(stages: Sequence[Stage], shape: ModelShape) -> list[SaveTime]:
             continue
         given = stage.slurm.write_gb_per_second
         speed, source = (given, "given") if given else measured
+        if speed is None:
+            source = "give what it takes as slurm.write_gb_per_second"
+            if not stage.request.layout.async_save:  # nobody waits for one beside the training
+                source += ", or save once, and it is measured"
         found.append(
             SaveTime(stage.name, checkpoint_bytes(stage.request, shape), stage.slurm.signal_seconds, speed, source)
         )
@@ -116,10 +117,12 @@ def _measured(stages: Sequence[Stage]) -> tuple[float | None, str]:
         checkpoint, metrics = stage.output / "megatron", stage.output / "metrics.jsonl"
         if not isinstance(stage.request, TrainingRequest) or not metrics.is_file():
             continue
-        rows = [json.loads(line) for line in metrics.read_text().splitlines() if SAVE_TIME in line]
-        saved = saved_iterations(checkpoint)
-        if not rows or not saved:
+        taken = [row[SAVE_TIME] for row in read_json_lines(metrics) if row.get(SAVE_TIME)]
+        try:
+            latest = iteration_folder(checkpoint, latest_iteration(checkpoint))  # whole, as others may not be
+            written = sum(path.stat().st_size for path in latest.iterdir())
+        except (CheckpointError, FileNotFoundError):  # none yet; or one that another replaces at this moment
             continue
-        written = sum(path.stat().st_size for path in iteration_folder(checkpoint, saved[-1]).iterdir())
-        return written / 1e9 / rows[-1][SAVE_TIME], f"measured by {stage.name}"
+        if taken:
+            return written / 1e9 / taken[-1], f"measured by {stage.name}"
     return None, ""

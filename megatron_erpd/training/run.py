@@ -143,8 +143,7 @@ class TrainingRun(ABC):
             if rank() == 0:  # which has put the checkpoint in order; its error ends the others
                 check_optimizer_fits(self.output / "megatron", self.layout.expert_parallel)
             exited = self._train(args, store)
-            checkpoint = self.output / "megatron"
-            stop, done = self._early_stop(), latest_iteration(checkpoint) if (checkpoint / TRACKER).is_file() else 0
+            stop, done = self._early_stop(), self._last_saved()
             if stop is None and (exited or done != self.num_iterations):
                 kept = "the checkpoint is kept" if done else "no checkpoint was saved yet"
                 raise StageInterrupted(
@@ -174,9 +173,12 @@ class TrainingRun(ABC):
     def _early_stop(self) -> Stop | None:
         """The early stop that the latest checkpoint was saved at, if it was."""
         stop = read_stop(self.output)
-        if stop is None or not (self.output / "megatron" / TRACKER).is_file():
-            return None
-        return stop if latest_iteration(self.output / "megatron") == stop.iteration else None
+        return stop if stop is not None and self._last_saved() == stop.iteration else None
+
+    def _last_saved(self) -> int:
+        """The step of the last whole checkpoint, 0 where there is none."""
+        checkpoint = self.output / "megatron"
+        return latest_iteration(checkpoint) if (checkpoint / TRACKER).is_file() else 0
 
     def _train(self, args: argparse.Namespace, store: Any) -> bool:
         """Trains what is left to train; returns whether Megatron's loop was left early."""
@@ -273,8 +275,8 @@ class TrainingRun(ABC):
         )
 
     def _diverged(self, what: str, args: argparse.Namespace) -> StageError:
-        kept = saved_iterations(self.output / "megatron")
-        checkpoint = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was saved yet"
+        kept = self._last_saved()
+        checkpoint = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was saved yet"
         return StageError(
             f"{self.output}: at step {args.curr_iteration + 1} {what}; {checkpoint}. Lower the learning rate, clip "
             "the gradient, or look at the rollouts"

@@ -72,10 +72,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def distributed(made: Path) -> Path:
-    (made / "spoiled").mkdir()
-    (made / "spoiled" / "base").symlink_to(made / "dense" / "base")
-    spoiled = training(made, "spoiled", "distributed", DP)
-    run_ranks(stop_trainings, 2, [training(made, name, "distributed", SAVED[name]) for name in SAVED], spoiled)
+    older = []
+    for name in ("spoiled", "sound"):
+        (made / name).mkdir()
+        (made / name / "base").symlink_to(made / "dense" / "base")
+        older.append(training(made, name, "distributed", DP))
+    run_ranks(stop_trainings, 2, [training(made, name, "distributed", SAVED[name]) for name in SAVED], *older)
     return made
 
 
@@ -85,14 +87,19 @@ def plain(made: Path) -> Path:
     return made
 
 
-def stop_trainings(rank: int, world_size: int, trainings: list[list[str]], spoiled: list[str] | None = None) -> None:
-    """Runs trainings that are stopped, one of them as a version did that saved the optimizer as Megatron does."""
+def stop_trainings(rank: int, world_size: int, trainings: list[list[str]], *older: list[str]) -> None:
+    """Runs trainings that are stopped; before them one as a version did that saved the optimizer as Megatron does, and
+    one whose checkpoint is right and doesn't say so."""
     from megatron_erpd import platform
 
-    if spoiled:  # first: the correction stays
+    if older:  # first: the correction stays
+        spoiled, sound = older
         correct, platform.save_optimizer_without_padding = platform.save_optimizer_without_padding, lambda args: None
         stop(rank, world_size, spoiled)
         platform.save_optimizer_without_padding = correct
+        mark, platform.WITHOUT_PADDING = platform.WITHOUT_PADDING, "unknown"
+        stop(rank, world_size, sound)
+        platform.WITHOUT_PADDING = mark
     for argv in trainings:
         stop(rank, world_size, argv)
 
@@ -199,15 +206,17 @@ REFUSED = {
     "an older version": ("spoiled", [], [], "other parameters' optimizer state .*layer_norm.* begin anew"),
 }
 """A training, what is given beside its settings (before and after the `--`), and what the refusal says."""
+GOES_ON = {"a sound one of an older version": ("sound", [], [], "stopped at iteration 4 ")}
+"""The same of what is no refusal."""
 
 
 def test_what_is_refused(distributed: Path) -> None:
     starts = {
         name: [*training(distributed, model, "distributed", layout), *flags]
-        for name, (model, layout, flags, _) in REFUSED.items()
+        for name, (model, layout, flags, _) in (REFUSED | GOES_ON).items()
     }
     for name, message in run_ranks(refusals, 1, starts)[0].items():
-        assert re.search(REFUSED[name][-1], message, re.DOTALL), f"{name}: {message}"
+        assert re.search((REFUSED | GOES_ON)[name][-1], message, re.DOTALL), f"{name}: {message}"
 
 
 def refusals(rank: int, world_size: int, starts: dict[str, list[str]]) -> dict[str, str]:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration
+from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration, saved_iterations
 from megatron_erpd.data.rollouts import read_rollouts
 from tests.distributed.harness import RankError, run_ranks
-from tests.integration.stages import run_stages
+from tests.integration.stages import Stages, run_stages
 from tests.integration.tiny import write_model, write_random_rollouts
 
 SIZES = ["--global-batch-size", "8", "--micro-batch-size", "4", "--epochs", "2", "--save-interval", "1"]
 TOKEN = 5
 
 
-def failing(folder: Path, ranks: int, *flags: str) -> str:
-    """Trains on random rollouts from `folder/hf`; the message that it ends with."""
+def failing(folder: Path, ranks: int, *flags: str, run: Callable[..., None] = run_stages) -> str:
+    """Trains on random rollouts from `folder/hf`, `run` in each rank; the message that it ends with."""
     write_random_rollouts(folder / "rollouts.parquet")
     run_ranks(run_stages, 1, [("import", ["--hf", f"{folder}/hf", "--output", f"{folder}/base"])])
     data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet", "--output", f"{folder}/teacher"]
     with pytest.raises(RankError, match=r"StageError: .*at step \d+ the ") as caught:
-        run_ranks(run_stages, ranks, [("train", [*data, "--loss", "sft", *SIZES, *flags])])
+        run_ranks(run, ranks, [("train", [*data, "--loss", "sft", *SIZES, *flags])])
     assert not (folder / "teacher" / "manifest.json").exists()
     message = str(caught.value)
     return message[message.rindex("at step ") :]
@@ -57,3 +59,19 @@ def test_a_bad_gradient_keeps_the_last_checkpoint(tmp_path: Path) -> None:
         and "the checkpoint of step 1 is kept" in message
     )
     assert latest_iteration(tmp_path / "teacher" / "megatron") == 1
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_kept(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf")
+    flags = ["--learning-rate", "1e25", "--clip-gradient", "0", "--async-save"]
+    message = failing(tmp_path, 1, *flags, run=with_saves_under_way)
+    assert message.startswith("at step 2 the gradient is NaN or infinite")
+    assert "no checkpoint was saved yet" in message and saved_iterations(tmp_path / "teacher" / "megatron") == [1]
+
+
+def with_saves_under_way(rank: int, world_size: int, stages: Stages) -> None:
+    """Runs stages, whose saves beside a training are never whole."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._write_item = lambda *args, **kwargs: time.sleep(600)
+    run_stages(rank, world_size, stages)

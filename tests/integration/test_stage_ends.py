@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import signal
 import threading
+import time
 from pathlib import Path
 
 from megatron_erpd.errors import StageInterrupted
@@ -21,8 +22,12 @@ ENDS = {
     "beside": (["--async-save", "--save-interval", "1"], ""),
     "error beside": (["--async-save", "--save-interval", "1"], "RuntimeError: now"),
     "error": ([], "RuntimeError: now"),
+    # Saves of steps 4 and 8 of 10, and of the last one, for which Megatron ends the process and begins another.
+    "writer": (["--async-save", "--checkpoints", "3"], "RuntimeError: the process that writes checkpoints ended"),
+    "unsent": (["--async-save", "--save-interval", "1"], "RuntimeError: the process that writes checkpoints ended"),
 }
-"""How a training ends: its flags, and what it raises."""
+"""How a training ends: its flags, and what it raises. `writer`: the process beside it is killed while it is idle.
+`unsent`: a checkpoint can't be sent to it."""
 
 
 def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str, tuple[str, list[str]]]:
@@ -49,6 +54,10 @@ def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str,
                     raise SystemExit
                 elif end.startswith("error"):
                     raise RuntimeError("now")
+                elif end == "unsent":
+                    platform._ByValue.__reduce__ = unsendable
+            if end == "writer":
+                kill_when_idle()
             return loss(*args)
 
         ReplayStep.loss_and_metrics = ending
@@ -63,10 +72,28 @@ def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str,
     return found
 
 
+def kill_when_idle() -> None:
+    """Kills the process that writes checkpoints, between the second save and the third."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.training import async_utils
+
+    queue, caller = async_utils._async_calls_queue, PersistentAsyncCaller
+    if queue.call_idx == 1 and queue.get_num_unfinalized_calls() == 0:
+        caller._persistent_process.kill()
+        caller._persistent_process.join()
+    while queue.get_num_unfinalized_calls() and caller._persistent_comp_q.empty():
+        time.sleep(0.01)  # the next step finds the save whole
+
+
+def unsendable(tensor: object) -> None:
+    raise MemoryError
+
+
 def test_no_thread_and_no_process_is_left(tmp_path: Path) -> None:
     make_round(tmp_path)
     # After an error a process is not fit for another stage.
     groups = (["last step", "early stop", "beside", "signal"], ["interval"], ["exit"], ["error"], ["error beside"])
+    groups += (["writer"], ["unsent"])
     for ends in groups:
         (found,) = run_ranks(train, 1, str(tmp_path), ends, timeout=600.0)
         for end in ends:

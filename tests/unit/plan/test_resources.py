@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER
 from megatron_erpd.commands import cli
 from megatron_erpd.data.rollouts import write_rollouts
 from megatron_erpd.errors import LayoutError, RecipeError, RolloutError
@@ -255,10 +256,12 @@ def test_disk(plan_of: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch
     assert "WARNING: the run does not fit" in shown(plan_of())
 
 
+BESIDE = {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16", "async_save": True}
+
+
 def test_saves_that_are_there_at_once(plan_of: Callable[..., Resources]) -> None:
     """The signal before a time limit saves once more; a save beside the training overlaps the one before."""
-    layout = {"tensor_parallel": 8, "pipeline_parallel": 4, "data_parallel": 2, "precision": "bf16", "async_save": True}
-    for sections, saves in (({"slurm": {"time": "04:00:00"}}, (3, 2)), ({"layout": layout}, (3, 3))):
+    for sections, saves in (({"slurm": {"time": "04:00:00"}}, (3, 2)), ({"layout": BESIDE}, (3, 3))):
         sizes = {item.stage: item.bytes for item in plan_of(**sections).disk.items}
         assert [sizes[name] for name in ("teacher", "student")] == [count * 14 * PARAMETERS for count in saves]
 
@@ -270,7 +273,9 @@ def test_time_of_a_save(plan_of: Callable[..., Resources]) -> None:
     assert (save.bytes, save.allowed, save.seconds) == (size, 270.0, None)
     text = shown(plan_of(slurm={"partition": "h100"}), width=400)
     assert "WARNING: teacher, student: a save is 987.8 GB, and slurm.signal_seconds 300 leaves it 4 min 30 s" in text
-    assert "the disk must take 3.66 GB/s; give what it takes as slurm.write_gb_per_second" in text
+    assert "the disk must take 3.66 GB/s; give what it takes as slurm.write_gb_per_second, or save once" in text
+    beside = shown(plan_of(slurm={"partition": "h100"}, layout=BESIDE), width=400)
+    assert "give what it takes as slurm.write_gb_per_second" in beside and "save once" not in beside
     slow = {"partition": "h100", "write_gb_per_second": 2.0}
     text = shown(plan_of(slurm=slow), width=400)
     assert "but at 2 GB/s (given) it takes 8 min 14 s" in text and "set slurm.signal_seconds to 549" in text
@@ -284,9 +289,19 @@ def test_time_of_a_save(plan_of: Callable[..., Resources]) -> None:
     with (folder / "megatron/iter_0000004/__0_0.distcp").open("wb") as file:
         file.truncate(20 * 10**9)
     rows = [{"iteration": 2, SAVE_TIME: 3.0}, {"iteration": 3}, {"iteration": 4, SAVE_TIME: 10.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    measured = "but at 2 GB/s (measured by teacher) it takes 8 min 14 s"
+    # Killed in its first save; before and after the second one was whole; and in a line, with a save that took no time.
+    (folder / "metrics.jsonl").write_text(lines)
+    assert "the disk must take" in shown(plan_of(slurm={"partition": "h100"}), width=400)
+    (folder / "megatron" / TRACKER).write_text("")
+    assert "the disk must take" in shown(plan_of(slurm={"partition": "h100"}), width=400)
+    (folder / "megatron" / TRACKER).write_text("4")
+    (folder / "megatron/iter_0000006").mkdir()
+    assert measured in shown(plan_of(slurm={"partition": "h100"}), width=400)
+    (folder / "metrics.jsonl").write_text(lines + f'{{"iteration": 5, "{SAVE_TIME}": 0.0}}\n{{"{SAVE_TIME}": 1')
     text = shown(plan_of(slurm={"partition": "h100"}), width=400)
-    assert "but at 2 GB/s (measured by teacher) it takes 8 min 14 s" in text
+    assert measured in text
     assert "at 4 GB/s" not in text and plan_of(slurm={**slow, "write_gb_per_second": 4.0}).saves[0].warning is None
 
 
