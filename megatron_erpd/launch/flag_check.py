@@ -102,13 +102,16 @@ def _problems(asked: Flags) -> list[str]:
 
 def _refusal(argv: Sequence[str], layout: Layout) -> str | None:
     """Why Megatron refuses a command line, as it would in every process of the layout; nothing is set up."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
     os.environ.update({"RANK": "0", "WORLD_SIZE": str(layout.num_processes), "LOCAL_RANK": "0"})
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     sys.argv = [sys.argv[0], *argv]
     try:
-        validate_args(parse_args(), dict(MEGATRON_DEFAULTS))
+        args = parse_args()
+        validate_args(args, dict(MEGATRON_DEFAULTS))
+        core_transformer_config_from_args(args)  # which refuses some that the parser takes
     except (AssertionError, ValueError, RuntimeError) as error:
         return f"Megatron refuses these settings: {first_line(error)}"
     return None

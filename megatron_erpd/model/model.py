@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint.torch_dist.iterations import TRACKER, iteration_folder, latest_iteration, saved_iterations
-from megatron_erpd.errors import CheckpointError, LayoutError
+from megatron_erpd.errors import CheckpointError, LayoutError, RecipeError
 from megatron_erpd.model.forward import unwrap
 from megatron_erpd.model.layer_spec import local_block_spec
 
@@ -29,8 +29,15 @@ _ROWS = 4096
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
-    """The model that the arguments describe: Transformer Engine's layers where installed, else the local ones."""
-    config = gpt_config_from_args(args)
+    """The model that the arguments describe: Transformer Engine's layers where installed, else the local ones.
+
+    Raises:
+        RecipeError: flags of the user's don't go together.
+    """
+    try:
+        config = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as error:  # as the parser says it of other flags
+        raise RecipeError(f"Megatron refuses these settings: {error}") from error
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.transformer_impl == "local":
         config.transformer_layer_spec = _local_spec

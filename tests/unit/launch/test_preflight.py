@@ -436,9 +436,12 @@ def test_megatron_flags_that_contradict_each_other(problems, monkeypatch):
     monkeypatch.setattr(flag_check, "subprocess", forked)
     stages = {
         "base-log-probs": {"megatron": {"seed": "x"}},
-        "teacher": {"megatron": {"adam_eps": 1e-7, "clip_grad": None}},
+        "cache": {"megatron": {"adam_eps": 1e-7, "clip_grad": None}},
+        # The parser takes it, and the model's configuration does not.
+        "teacher": {"megatron": {"recompute_granularity": "selective", "recompute_num_layers": 1}},
         "student": {"megatron": {"overlap_param_gather": True}},
     }
     text = problems(stages=stages).splitlines()[1:]
     assert text[0].startswith("  stages.base-log-probs.megatron: --seed: invalid int value: 'x'")
-    assert "Megatron refuses these settings: " in text[1] and "(for student)" in text[1] and len(text) == 2
+    assert "recompute_num_layers must be None" in text[1] and "(for teacher)" in text[1]
+    assert "Megatron refuses these settings: " in text[2] and "(for student)" in text[2] and len(text) == 3
