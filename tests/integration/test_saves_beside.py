@@ -81,9 +81,8 @@ def run_with_slow_writers(rank: int, world_size: int, stages: Stages) -> list[st
     return [child.name for child in multiprocessing.active_children()]
 
 
-@pytest.mark.parametrize(
-    "case", [case if case == "dp2" else pytest.param(case, marks=pytest.mark.long) for case in CASES]
-)
+@pytest.mark.long  # tests/integration/test_resume.py has saves of one process
+@pytest.mark.parametrize("case", CASES)
 def test_checkpoints_are_those_of_a_training_that_waits(case: str, made: Path, tmp_path: Path) -> None:
     stage, flags, recipe, kept = CASES[case]
     argv, waits, beside = settings(made, stage), tmp_path / "waits", tmp_path / "beside"
