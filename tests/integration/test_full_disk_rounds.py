@@ -106,7 +106,8 @@ def test_a_training_on_policy(made: Path, disk: Disk, tmp_path: Path) -> None:
     assert_same(output, whole, tmp_path)
 
 
-@pytest.mark.parametrize(("layout", "room"), [("tensor", 1.5), pytest.param("data", 0.5, marks=pytest.mark.long)])
+@pytest.mark.long  # of one rank: tests/integration/test_full_disk.py
+@pytest.mark.parametrize(("layout", "room"), [("tensor", 1.5), ("data", 0.5)])
 def test_a_training_of_two_ranks(layout: str, room: float, made: Path, disk: Disk, tmp_path: Path) -> None:
     """The disk is full at the second checkpoint, or at the first."""
     flags = [f"--{layout}-parallel", "2"]

@@ -27,7 +27,8 @@ def score(record, response):
 """
 
 
-@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long  # slices: tests/unit/sampling/test_parts.py; their jobs: tests/unit/slurm/test_job.py, test_script.py
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_slices_of_sampling_end_with_the_artifact_of_one_command(
     cluster: Cluster, tmp_path: Path, interrupted: bool
 ) -> None:
