@@ -1,10 +1,10 @@
-"""Causal attention in linear memory, over packed segments and context-parallel shards: the local spec's core attention.
+"""Causal attention in linear memory, over segments and context-parallel shards: the local spec's core attention.
 
 Megatron's own `DotProductAttention` keeps an s x s matrix, repeats grouped keys and values for every query head, and
-takes neither packed sequences nor context parallelism. With Transformer Engine its attention is taken and this file is
+takes no context parallelism. With Transformer Engine its attention is taken and this file is
 not used.
 
-*Context parallelism.* A rank holds two of 2 * CP equal pieces of each segment (`forward.rank_positions`). It gathers
+*Context parallelism.* A rank holds two of 2 * CP equal pieces of each segment (`data.batch.rank_positions`). It gathers
 the keys and values of all ranks (one all-gather forward; one reduce-scatter of their gradients backward) and computes
 the attention of its own queries: each piece sees all keys before it and, causally, its own. Every layer keeps the whole
 sequence's keys and values until its backward, which grouped heads make small against its other activations; where the
@@ -22,14 +22,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import mpu
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_erpd.data.batch import rank_positions
 from megatron_erpd.errors import LayoutError
-from megatron_erpd.model.forward import rank_positions
 
 
 class CausalAttention(MegatronModule):
@@ -65,10 +66,9 @@ class CausalAttention(MegatronModule):
             if found:
                 raise LayoutError(f"{name}: the attention without Transformer Engine doesn't compute it; leave it out")
         self.scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
-        self.size = config.context_parallel_size
-        self.group = (
-            (pg_collection.cp if pg_collection else mpu.get_context_parallel_group()) if self.size > 1 else None
-        )
+        self.group: torch.distributed.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            self.group = pg_collection.cp if pg_collection else mpu.get_context_parallel_group()
 
     def forward(
         self,
@@ -82,23 +82,19 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """
         Args:
-            query: `[s, b, heads, d]`, or `[t, heads, d]` packed; this rank's positions.
+            query: `[s, b, heads, d]`, this rank's positions of b sequences of one length.
             key, value: with `groups` heads, of which `heads` is a multiple.
-            packed_seq_params: a `Packing`; None for b sequences of one length.
 
         Returns:
-            `[s, b, heads * d]`, or `[t, heads * d]` packed.
+            `[s, b, heads * d]`.
         """
-        assert attention_mask is None and attention_bias is None, "attention is causal, without a bias"
-        packed = packed_seq_params is not None
-        if packed:
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        lengths = packed_seq_params.lengths if packed else (query.shape[0] * self.size,)
-        if self.size > 1:
-            assert self.group is not None
+        given = (attention_mask, attention_bias, packed_seq_params)
+        assert given == (None, None, None), "attention is causal, without a bias, and no batch is packed"
+        lengths = (query.shape[0],)
+        if self.group is not None:
+            lengths = (query.shape[0] * self.group.size(),)
             key, value = gather_keys(key, value, lengths, self.group)
-        out = causal_attention(query, key, value, lengths, self.scale, self.group)
-        return out.squeeze(1) if packed else out
+        return causal_attention(query, key, value, lengths, self.scale, self.group)
 
 
 def causal_attention(
@@ -217,7 +213,7 @@ def gather_keys(
         `[sum(lengths), b, groups, d]` each. One all-gather forward, one reduce-scatter of the gradients backward.
     """
     order = _whole_order(tuple(lengths), group.size(), key.device)
-    whole = _GatherKeys.apply(torch.stack([key, value], dim=1), group).index_select(0, order)
+    whole = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group).index_select(0, order)
     return whole[:, 0], whole[:, 1]
 
 
@@ -232,21 +228,3 @@ def _whole_order(lengths: tuple[int, ...], size: int, device: torch.device) -> T
         for start, length in zip(starts, lengths, strict=False)
     ]
     return torch.cat(held).argsort()
-
-
-class _GatherKeys(torch.autograd.Function):
-    """`[n, ...]` of every rank, `[cp * n, ...]`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-        ctx.group = group
-        whole = values.new_empty((group.size() * values.shape[0], *values.shape[1:]))
-        torch.distributed.all_gather_into_tensor(whole, values.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        own = upstream.new_empty((upstream.shape[0] // ctx.group.size(), *upstream.shape[1:]))
-        torch.distributed.reduce_scatter_tensor(own, upstream.contiguous(), group=ctx.group)
-        return own, None

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_erpd.model.attention import causal_attention, gather_keys
-from megatron_erpd.model.forward import rank_positions
+from megatron_erpd.data.batch import rank_positions
+from megatron_erpd.errors import LayoutError
+from megatron_erpd.model.attention import CausalAttention, causal_attention, gather_keys
 from tests.distributed.harness import run_ranks
 from tests.tolerances import BF16, FLOAT64, FP32_PARALLEL, Tolerance
 
@@ -88,3 +90,14 @@ def test_attention_is_that_of_whole_segments(world_size: int) -> None:
             own = held(case.lengths, rank, world_size)
             for name, a, b in zip(("out", "query", "key", "value"), found[i], expected, strict=True):
                 case.tolerance.assert_close(a, b[own], f"{name} of {case} on rank {rank}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [({"attention_dropout": 0.1}, "--attention-dropout"), ({"window_size": (4, 0)}, "--window-size")],
+)
+def test_another_attention_is_refused(setting: dict[str, Any], flag: str) -> None:
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "attention_dropout": 0.0}
+    config = TransformerConfig(**{**sizes, **setting})
+    with pytest.raises(LayoutError, match=f"{flag}: the attention without Transformer Engine doesn't compute it"):
+        CausalAttention(config, 1, None, "self")
