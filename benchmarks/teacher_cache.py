@@ -218,7 +218,7 @@ def time_forward(root: Path) -> float:
 
     def run(model: Any) -> None:
         load_weights([model], root / "base")
-        run_forward(model, rollouts, batch_groups(layout, rollouts), layout, logits, "forward")
+        run_forward(model, rollouts, batch_groups(layout, rollouts, root / "base" / "hf"), layout, logits, "forward")
 
     return in_stage(root, rollouts, layout, run)
 
@@ -273,26 +273,17 @@ def reading_against_training(root: Path, sizes: Sizes, repeats: int) -> list[Fig
 def source_of(root: Path) -> tuple[BatchSource, Rollouts]:
     rollouts = read_rollouts(root / "rollouts.parquet")
     cache, base = CacheReader(root / "cache"), CacheReader(root / "base-log-probs")
-    rows = {"old_log_probs": token_row(base, "base", rollouts), **topk_rows(cache, rollouts)}
-    return BatchSource(rollouts, 1, rows, {}), rollouts
-
-
-class OneEpoch(BatchOrder):
-    """The order of a training, which ends after an epoch."""
-
-    def micro_batches(
-        self, consumed_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
-    ) -> Iterator[np.ndarray]:
-        endless = super().micro_batches(consumed_samples, micro_batch_size, dp_rank, dp_size)
-        return itertools.islice(endless, self.samples_per_epoch // (micro_batch_size * dp_size))
+    log_probs = {"old_log_probs": token_row(base, "base", rollouts)}
+    return BatchSource(rollouts, Layout(), token_rows=log_probs, target_rows=topk_rows(cache, rollouts)), rollouts
 
 
 def read_epoch(root: Path, rank: int = 0, size: int = 1) -> float:
     """Rollouts per second over an epoch of a data-parallel rank."""
     source, rollouts = source_of(root)
-    order = OneEpoch(rollouts.lengths, MICRO_BATCH * size, seed=1)
+    order = BatchOrder(rollouts.lengths, MICRO_BATCH * size, seed=1)
+    endless, count = order.micro_batches(0, MICRO_BATCH, rank, size), len(rollouts) // (MICRO_BATCH * size)
     start = clock()
-    seen = sum(len(batch.row_indices) for batch in source.replay(order, 0, MICRO_BATCH, rank, size))
+    seen = sum(len(batch.row_indices) for batch in source.replay(itertools.islice(endless, count)))
     return seen / (clock() - start)
 
 

@@ -1,10 +1,10 @@
 """What is replaced in Megatron and PyTorch: nothing elsewhere in the package, and nothing that is computed on a GPU.
 
-Seven replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
-`wrap_tensorboard_writer`, `fuse_gradient_accumulation_without_apex`, `save_optimizer_without_padding` and
-`load_into_torch_adam`, which correct what a checkpoint is made of and how it is loaded, `save_beside_training`, which
-makes asynchronous saves end with their training, and `verify_what_was_recorded`, for bases without Megatron's
-checksums. All others are for a machine without a CUDA device.
+Eight replacements hold on every machine, as Megatron has no other door for them: `skip_compiling_helpers`,
+`wrap_tensorboard_writer`, `fuse_gradient_accumulation_without_apex`, `run_micro_batches`, by which a step may
+have any number of packs, `save_optimizer_without_padding` and `load_into_torch_adam`, which correct what a checkpoint
+is made of and how it is loaded, `save_beside_training`, which makes asynchronous saves end with their training, and
+`verify_what_was_recorded`, for bases without Megatron's checksums. All others are for a machine without a CUDA device.
 
 Megatron-Core and `megatron.training` are written for CUDA: they ask `torch.cuda` for a current device,
 pass `device="cuda"` to factory functions, keep CUDA random states and time with CUDA events. `enable_cpu()`
@@ -116,6 +116,28 @@ def fuse_gradient_accumulation_without_apex() -> None:
     from megatron.core.tensor_parallel import layers
 
     layers._grad_accum_fusion_available |= HAVE_TE
+
+
+def run_micro_batches(count: Callable[[], int]) -> None:
+    """Has Megatron's schedules run so many micro-batches of each optimizer step.
+
+    Megatron takes the global batch size over micro-batch size and data-parallel size for it, which holds where every
+    micro-batch has the same number of rollouts. It goes on counting rollouts by these three: the learning rate's
+    schedule and the place in the data are kept in rollouts, whatever the layout.
+
+    Args:
+        count: asked before each step; the same on all ranks.
+    """
+    from megatron.training import training
+
+    original = getattr(training.get_forward_backward_func, "__wrapped__", training.get_forward_backward_func)
+
+    @functools.wraps(original)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        schedule = original(*args, **kwargs)
+        return lambda **step: schedule(**step | {"num_microbatches": count()})
+
+    training.get_forward_backward_func = chosen
 
 
 def wrap_tensorboard_writer(wrap: Callable[[Any], Any]) -> None:

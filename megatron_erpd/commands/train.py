@@ -72,11 +72,12 @@ def train_teacher(argv: list[str]) -> None:
     imitated = _imitated(rollouts, request.rollouts, settings) if settings.loss == "sft" else None
     advantages = advantages_of(rollouts, settings, request.rollouts)
     rows: dict[str, TokenRow] = {}
+    target_rows: dict[str, TokenRow] = {}
     if request.base_log_probs is not None:
         cache = open_cache(request.base_log_probs, rollouts, {"base": request.base}, request.layout.precision)
         rows["old_log_probs"] = token_row(cache, "base", rollouts)
         if settings.has_exact_kl:
-            rows |= base_topk_rows(cache, rollouts, settings.kl_topk)
+            target_rows = base_topk_rows(cache, rollouts, settings.kl_topk)
     if settings.importance_correction != "none":
         rows["behavior_log_probs"] = _behavior_row(rollouts, request.rollouts)
     ReplayRun(
@@ -87,6 +88,7 @@ def train_teacher(argv: list[str]) -> None:
         make_step=partial(_replay_step, settings, *replay_loss(settings)),
         advantages=advantages,
         token_rows=rows,
+        target_rows=target_rows,
         imitated=imitated,
     ).execute()
 
@@ -106,13 +108,18 @@ def distill(argv: list[str]) -> None:
     advantages = advantages_of(rollouts, settings, request.rollouts)
     cache = open_cache(base_log_probs, rollouts, {"base": request.base}, precision)
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}
+    target_rows: dict[str, TokenRow] = {}
     resolved = settings
     teacher_cache = None
     if settings.reads_cache:
         assert request.cache is not None, "checked"
         teacher_cache = open_cache(request.cache, rollouts, policies, precision)
         resolved = _with_recorded_signal(settings, teacher_cache)
-        rows |= _cached_rows(resolved, teacher_cache, rollouts)
+        found = _cached_rows(resolved, teacher_cache, rollouts)
+        if resolved.form == "projection":
+            target_rows = found
+        else:
+            rows |= found
     ReplayRun(
         **training_fields(request),
         prefix="stage2",
@@ -123,6 +130,7 @@ def distill(argv: list[str]) -> None:
         else partial(_projection_step, resolved, policies, teacher_cache),
         advantages=advantages,
         token_rows=rows,
+        target_rows=target_rows,
     ).execute()
 
 

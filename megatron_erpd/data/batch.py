@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd import platform
-from megatron_erpd.data.replay_dataset import BatchOrder
+from megatron_erpd.data.packs import Packer
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, validate_against_vocabulary
 from megatron_erpd.errors import RolloutError
 from megatron_erpd.settings import Layout
@@ -56,34 +57,40 @@ class TokenSource(Protocol):
 
 @dataclass
 class Batch:
-    """One micro-batch on the label-aligned grid, batch-first.
+    """One micro-batch: what the model reads, which response tokens it predicts where, and the losses' grid.
+
+    The model's input and the values per predicted token are of this process's part of the sequences (all of them, but
+    for context parallelism); the grid holds whole rollouts, padded to one length, however the model reads them.
 
     Attributes:
-        tokens, labels, position_ids: int64 `[b, s]`.
-        loss_mask: float32 `[b, s]`, 1 where the label is a response token, 0 on prompts and padding.
+        tokens, position_ids: int64 `[b, s / cp]`, or of a pack `[1, t / cp]`.
         row_indices: int64 `[b]`, which rollouts these are.
-        token_rows: values per response token, `[b, s]` or `[b, s, ...]`, 0 outside the response.
+        loss_mask: float32 `[b, s]`, 1 where a response token is predicted, 0 on prompts and padding.
+        token_rows: values per response token for the losses, `[b, s]`, 0 outside the response.
         seq_rows: values per rollout, `[b]`.
-        response_positions: int64 `[n]`, ascending: where the labels are response tokens, as places in `[s, b]`, the
-            order of Megatron's hidden states, laid flat. Under context parallelism `s` is that of this rank's slice
-            (`model.forward.SequenceShard`), also in a batch that holds whole sequences. Found on the host: a device
-            would have to be waited for to know how many there are. Of a batch made by hand: those of its `loss_mask`.
-        packed_seq_params: None; packed (THD) batches will carry theirs here.
+        response_positions: int64 `[n]`, ascending: where response tokens are predicted here, as rows of the model's
+            hidden states `[s / cp, b, h]` laid flat. Found on the host: a device would have to be waited for to know
+            how many there are.
+        response_places: int64 `[n]`, the same on the grid `[b, s]` laid flat.
+        labels: int64 `[n]`, the response tokens.
+        target_rows: values per response token for the policy's head, `[n, ...]`.
+        segments: of a pack, the tokens of each rollout with padding, on all context-parallel ranks; on the host. None
+            for a padded micro-batch.
+        segment_ends: int32 `[segments + 1]`, 0 and where each segment ends.
     """
 
     tokens: Tensor
-    labels: Tensor
     position_ids: Tensor
-    loss_mask: Tensor
     row_indices: Tensor
+    loss_mask: Tensor
+    response_positions: Tensor
+    response_places: Tensor
+    labels: Tensor
     token_rows: dict[str, Tensor] = field(default_factory=dict)
     seq_rows: dict[str, Tensor] = field(default_factory=dict)
-    packed_seq_params: Any = None
-    response_positions: Tensor = None  # type: ignore[assignment]  # always there after __post_init__
-
-    def __post_init__(self) -> None:
-        if self.response_positions is None:
-            self.response_positions = flat_positions(self.loss_mask)
+    target_rows: dict[str, Tensor] = field(default_factory=dict)
+    segments: tuple[int, ...] | None = None
+    segment_ends: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -92,6 +99,10 @@ class Batch:
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies while the CPU goes on."""
         return self._each(lambda tensor: tensor.pin_memory())
+
+    def response_order(self) -> Tensor:
+        """int64 `[n]`: which of the micro-batch's response tokens these are, rollout by rollout."""
+        return (self.loss_mask > 0).flatten().cumsum(0)[self.response_places] - 1
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         moved: dict[str, Any] = {}
@@ -114,9 +125,27 @@ def rank_positions(length: int, rank: int, size: int, device: torch.device | Non
     return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
 
-def flat_positions(loss_mask: Tensor) -> Tensor:
-    """`Batch.response_positions` of a `loss_mask` `[b, s]`."""
-    return (loss_mask.transpose(0, 1) > 0).flatten().nonzero().squeeze(-1)
+@dataclass(frozen=True)
+class Padding:
+    """What the model's input is rounded up to, so that its shards are equal.
+
+    Attributes:
+        sequence: of each sequence: context parallelism gives each rank two of 2 * CP equal pieces.
+        total: of a padded micro-batch's sequences, or of a pack: with sequence parallelism a multiple of the
+            tensor-parallel shards too.
+    """
+
+    sequence: int = 1
+    total: int = 1
+
+    @classmethod
+    def of(cls, layout: Layout) -> Padding:
+        sequence = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
+        return cls(sequence, sequence * (layout.tensor_parallel if layout.sequence_parallel else 1))
+
+    def pack_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of sequences in a pack: int64 `[N]` from what the model reads of them."""
+        return -(-lengths // self.sequence) * self.sequence
 
 
 def collate(
@@ -124,27 +153,28 @@ def collate(
     indices: np.ndarray | Sequence[int],
     *,
     pad_token_id: int,
-    pad_multiple: int = 1,
+    padding: Padding = Padding(),  # frozen
+    packed: bool = False,
     token_rows: Mapping[str, Sequence[np.ndarray]] | None = None,
+    target_rows: Mapping[str, Sequence[np.ndarray]] | None = None,
     seq_rows: Mapping[str, np.ndarray | Sequence[float]] | None = None,
     trained: np.ndarray | None = None,
     context_parallel: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """Shifts, aligns and pads these rollouts.
+    """Shifts, aligns and pads or packs these rollouts.
 
     Args:
         rollouts: where the tokens are.
         indices: int `[b]`, rows of `rollouts`.
         pad_token_id: a valid token id; padded positions come after the row, so causal attention never sees them,
             and are masked.
-        pad_multiple: the sequence length is rounded up to a multiple of it (sequence parallelism needs a multiple of
-            the tensor-parallel size).
-        token_rows: name -> one array per index, `[R]` or `[R, ...]`, response-aligned, already fetched for `indices`.
-            float16, int16 and uint8 stay (what is packed is unpacked on the device); other floating types become
-            float32, other integer types int64.
+        packed: the model reads the rollouts one after another, on one row; else side by side, padded to the longest.
+        token_rows, target_rows: name -> one array per index, `[R]` or (of targets) `[R, ...]`, response-aligned,
+            already fetched for `indices`. float16, int16 and uint8 stay (what is packed is unpacked on the device);
+            other floating types become float32, other integer types int64.
         seq_rows: name -> `[b]` values, by the same types.
         trained: bool `[b]`, rows whose responses the `loss_mask` holds; None for all.
-        context_parallel: this process's rank and their number, of whose slice `response_positions` are.
+        context_parallel: this process's rank and their number.
 
     Returns:
         CPU tensors; `s` is max(P + R) - 1 rounded up.
@@ -156,75 +186,95 @@ def collate(
     assert rows.ndim == 1 and rows.size, "a batch needs at least one row"
     prompt_lengths, response_lengths = rollouts.prompt_lengths[rows], rollouts.response_lengths[rows]
     input_lengths = prompt_lengths + response_lengths - 1
-    length = -(-int(input_lengths.max()) // pad_multiple) * pad_multiple
-
-    # One padded buffer of length s + 1 serves tokens and labels: they are its two shifts.
-    padded = np.full((rows.size, length + 1), pad_token_id, dtype=np.int64)
-    for b, row in enumerate(rows):
-        middle, end = prompt_lengths[b], prompt_lengths[b] + response_lengths[b]
-        padded[b, :middle] = rollouts.prompt_tokens(row)
-        padded[b, middle:end] = rollouts.response_tokens(row)
-    positions = np.arange(length)
-    inside = positions < input_lengths[:, None]
-    loss_mask = inside & (positions >= prompt_lengths[:, None] - 1)
-    if trained is not None:
-        loss_mask &= trained[:, None]
-    # A shorter row's last token is a label only: it is no input of the model, even where there is room for it.
-    tokens = np.where(inside, padded[:, :-1], pad_token_id)
-
-    starts = prompt_lengths - 1
-    grids = {}
-    for name, values in (token_rows or {}).items():
+    length = -(-int(input_lengths.max()) // padding.total) * padding.total
+    for name, values in {**(token_rows or {}), **(target_rows or {})}.items():
         _check_rows(rollouts, rows, name, values, response_lengths)
-        grids[name] = scatter_response_rows(values, starts, length)
-    mask = torch.from_numpy(loss_mask.astype(np.float32))
-    cp_rank, cp_size = context_parallel
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(padded[:, 1:].copy()),
-        position_ids=torch.arange(length).expand(rows.size, length).contiguous(),
-        loss_mask=mask,
-        row_indices=torch.from_numpy(rows.copy()),
-        token_rows=grids,
-        seq_rows={name: _seq_tensor(name, values, rows.size) for name, values in (seq_rows or {}).items()},
-        response_positions=flat_positions(mask if cp_size == 1 else mask[:, rank_positions(length, cp_rank, cp_size)]),
+
+    segments = None
+    if packed:
+        segments = padding.pack_lengths(input_lengths).tolist()
+        if rest := -sum(segments) % padding.total:
+            segments.append(rest)  # padding tokens of no rollout
+        held = _held_of_pack(segments, *context_parallel)
+    else:
+        positions = rank_positions(length, *context_parallel).numpy() if context_parallel[1] > 1 else np.arange(length)
+        # The order of Megatron's hidden states: position by position, of each all rows.
+        held = np.tile(np.arange(rows.size), positions.size), positions.repeat(rows.size)
+    row_of, position_of = held
+    is_row = row_of < rows.size
+    row_of = np.where(is_row, row_of, 0)
+    is_input = is_row & (position_of < input_lengths[row_of])
+    is_response = is_input & (position_of >= prompt_lengths[row_of] - 1)
+    if trained is not None:
+        is_response &= trained[row_of]
+
+    # Each row's tokens one after another: what is read at a position is there, and the label is the one after it.
+    lengths = input_lengths + 1
+    flat = np.concatenate(
+        [part for row in rows for part in (rollouts.prompt_tokens(row), rollouts.response_tokens(row))]
     )
+    places = np.where(is_input, (np.cumsum(lengths) - lengths)[row_of] + position_of, 0)
+    tokens = np.where(is_input, flat[places], pad_token_id).astype(np.int64)
+    found = np.flatnonzero(is_response)
+    in_response = position_of[found] - (prompt_lengths[row_of[found]] - 1)
+    order = (np.cumsum(response_lengths) - response_lengths)[row_of[found]] + in_response
+
+    grid = np.arange(length)
+    starts = prompt_lengths - 1
+    mask = (grid >= starts[:, None]) & (grid < input_lengths[:, None])
+    if trained is not None:
+        mask &= trained[:, None]
+    if packed:
+        shaped = [torch.from_numpy(values)[None] for values in (tokens, position_of)]
+    else:
+        shaped = [torch.from_numpy(values.reshape(-1, rows.size).T.copy()) for values in (tokens, position_of)]
+    return Batch(
+        tokens=shaped[0],
+        position_ids=shaped[1],
+        row_indices=torch.from_numpy(rows.copy()),
+        loss_mask=torch.from_numpy(mask.astype(np.float32)),
+        response_positions=torch.from_numpy(found),
+        response_places=torch.from_numpy(row_of[found] * length + position_of[found]),
+        labels=torch.from_numpy(flat[places[found] + 1].astype(np.int64)),
+        token_rows={name: scatter_response_rows(values, starts, length) for name, values in (token_rows or {}).items()},
+        seq_rows={name: _seq_tensor(name, values, rows.size) for name, values in (seq_rows or {}).items()},
+        target_rows={name: _response_tensor(values)[order] for name, values in (target_rows or {}).items()},
+        segments=None if segments is None else tuple(segments),
+        segment_ends=None if segments is None else torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
+    )
+
+
+def _held_of_pack(segments: Sequence[int], rank: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token that a context-parallel rank holds of a pack: which segment's it is, and its position in it."""
+    positions = [rank_positions(n, rank, size).numpy() if size > 1 else np.arange(n) for n in segments]
+    return np.arange(len(segments)).repeat([len(part) for part in positions]), np.concatenate(positions)
 
 
 def scatter_response_rows(rows: Sequence[np.ndarray], starts: np.ndarray | Sequence[int], length: int) -> Tensor:
     """Places response-aligned rows on the grid.
 
     Args:
-        rows: b arrays `[R_i]` or `[R_i, ...]` with equal trailing shapes.
+        rows: b arrays `[R_i]`.
         starts: int `[b]`, the position predicting the first response token, P_i - 1.
         length: s.
 
     Returns:
-        `[b, s]` or `[b, s, ...]`, of `collate`'s types, 0 outside the responses. `gather_response_rows` is the inverse.
+        `[b, s]`, of `collate`'s types, 0 outside the responses.
     """
-    first = np.asarray(rows[0])
-    dtype = first.dtype if first.dtype in _PACKED else np.dtype(np.float32 if first.dtype.kind == "f" else np.int64)
-    grid = np.zeros((len(rows), length, *first.shape[1:]), dtype=dtype)
+    grid = np.zeros((len(rows), length), dtype=_kept_type(rows[0]))
     for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
         grid[b, start : start + len(row)] = row
     return torch.from_numpy(grid)
 
 
-def gather_response_rows(values: Tensor, batch: Batch) -> list[np.ndarray]:
-    """Takes response-aligned rows off the grid.
+def _response_tensor(rows: Sequence[np.ndarray]) -> Tensor:
+    """Response-aligned rows one after another, of `collate`'s types."""
+    return torch.from_numpy(np.concatenate(rows).astype(_kept_type(rows[0]), copy=False))
 
-    Args:
-        values: `[b, s]` or `[b, s, ...]` on any device; detached and copied to the CPU, bfloat16 as float32.
-        batch: the batch they were computed for; its `loss_mask` says where the responses are.
 
-    Returns:
-        b arrays `[R_i]` or `[R_i, ...]`, each owning its memory (rows may outlive the grid).
-    """
-    assert values.shape[:2] == batch.loss_mask.shape, f"{tuple(values.shape)} isn't on the batch's grid"
-    local = values.detach().cpu()
-    grid = (local.float() if local.dtype == torch.bfloat16 else local).numpy()
-    mask = batch.loss_mask.detach().cpu().numpy() > 0
-    return [grid[b][mask[b]] for b in range(len(mask))]
+def _kept_type(row: np.ndarray) -> np.dtype:
+    dtype = np.asarray(row).dtype
+    return dtype if dtype in _PACKED else np.dtype(np.float32 if dtype.kind == "f" else np.int64)
 
 
 def _check_rows(
@@ -343,22 +393,26 @@ class BatchSource:
     """
 
     rollouts: TokenSource
-    pad_multiple: int
-    token_rows: Mapping[str, TokenRow]
-    sequence_rows: Mapping[str, np.ndarray]
+    layout: Layout
+    context_parallel: tuple[int, int] = (0, 1)
+    """This process's rank and their number."""
+    token_rows: Mapping[str, TokenRow] = field(default_factory=dict)
+    target_rows: Mapping[str, TokenRow] = field(default_factory=dict)
+    sequence_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Per-rollout values `[N]`, such as rewards and advantages."""
     trained: np.ndarray | None = None
     """bool `[N]`, the rollouts whose responses count; None for all."""
-    context_parallel: tuple[int, int] = (0, 1)
-    """This process's rank and their number."""
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The micro-batch of these rows of the rollouts, on the device."""
         return _to_device(self._collate(indices))
 
     def _collate(self, indices: np.ndarray, is_filler: bool = False) -> Batch:
+        if not len(indices):  # an empty pack: the least that a model can read
+            indices, is_filler = np.array([np.argmin(self.rollouts.lengths)]), True
         # Rollout by rollout, since several values of one may come from the same row of a cache.
-        rows = [{name: row(int(i)) for name, row in self.token_rows.items()} for i in indices]
+        named = {**self.token_rows, **self.target_rows}
+        rows = [{name: row(int(i)) for name, row in named.items()} for i in indices]
         trained = None if self.trained is None else self.trained[indices]
         if is_filler:
             trained = np.zeros(len(indices), dtype=bool)
@@ -366,20 +420,22 @@ class BatchSource:
             self.rollouts,
             indices,
             pad_token_id=0,
-            pad_multiple=self.pad_multiple,
+            padding=Padding.of(self.layout),
+            packed=self.layout.pack_tokens is not None,
             token_rows={name: [row[name] for row in rows] for name in self.token_rows},
+            target_rows={name: [row[name] for row in rows] for name in self.target_rows},
             seq_rows={name: values[indices] for name, values in self.sequence_rows.items()},
             trained=trained,
             context_parallel=self.context_parallel,
         )
         return batch if platform.is_cpu() else batch.pinned()
 
-    def replay(self, order: BatchOrder, consumed: int, micro_batch_size: int, rank: int, size: int) -> Iterator[Batch]:
-        """Endless micro-batches of one data-parallel rank, from where `consumed` rollouts were trained on.
+    def replay(self, micro_batches: Iterator[np.ndarray]) -> Iterator[Batch]:
+        """The micro-batches of these rows of the rollouts.
 
         The next ones are read and collated on a thread of their own while the model works on this one.
         """
-        with Prefetch(map(self._collate, order.micro_batches(consumed, micro_batch_size, rank, size))) as ahead:
+        with Prefetch(map(self._collate, micro_batches)) as ahead:
             for batch in ahead:
                 yield _to_device(batch)
 
@@ -398,21 +454,34 @@ class BatchSource:
             yield from map(_to_device, ahead)
 
 
-def length_groups(lengths: np.ndarray, max_tokens: int, pad_multiple: int) -> list[np.ndarray]:
+def length_groups(lengths: np.ndarray, max_tokens: int, multiple: int) -> list[np.ndarray]:
     """Rows sorted by length, longest first, cut into groups of at most `max_tokens` tokens with padding.
 
     Args:
         lengths: `[N]`, prompt and response; a model reads one token less.
         max_tokens: of a group; a rollout that is longer has one of its own.
+        multiple: what lengths are rounded up to.
     """
     order = np.argsort(-lengths, kind="stable")
-    padded = -(-(lengths[order] - 1) // pad_multiple) * pad_multiple
+    padded = -(-(lengths[order] - 1) // multiple) * multiple
     groups, start = [], 0
     while start < len(order):
         count = max(1, max_tokens // max(1, int(padded[start])))
         groups.append(order[start : start + count])
         start += count
     return groups
+
+
+def packer(layout: Layout, lengths: np.ndarray, attention_length: float) -> Packer:
+    """How rollouts are dealt to packs.
+
+    Args:
+        lengths: `[N]`, prompt and response; a model reads one token less.
+        attention_length: tokens of a sequence whose attention costs what everything else of the model costs.
+    """
+    assert layout.pack_tokens is not None
+    tokens = Padding.of(layout).pack_lengths(lengths - 1)
+    return Packer(tokens, tokens * (1 + tokens / attention_length), layout.pack_tokens)
 
 
 def _to_device(batch: Batch) -> Batch:
@@ -436,9 +505,3 @@ def open_rollouts(path: Path, vocab_size: int, max_positions: int) -> Rollouts:
             f"has {max_positions} positions; shorten or drop such rollouts"
         )
     return rollouts
-
-
-def pad_multiple(layout: Layout) -> int:
-    """What sequence lengths are rounded up to: shards of the sequence must be equal."""
-    shards = layout.tensor_parallel if layout.sequence_parallel else 1
-    return shards * (2 * layout.context_parallel if layout.context_parallel > 1 else 1)

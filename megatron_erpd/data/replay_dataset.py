@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from megatron_erpd.data.packs import Packer
 from megatron_erpd.errors import LayoutError, RolloutError
 
 
@@ -144,3 +145,24 @@ class BatchOrder:
             rows = self.global_batch(consumed).reshape(-1, dp_size, micro_batch_size)
             yield from rows[:, dp_rank]
             consumed += self.global_batch_size
+
+    def packs(
+        self, consumed_samples: int, packer: Packer, count: int, dp_rank: int, dp_size: int
+    ) -> Iterator[np.ndarray]:
+        """The same in packs: the rows of each step dealt anew over ranks and micro-steps.
+
+        Args:
+            count: packs of a rank in every optimizer step; see `most_packs`.
+
+        Yields:
+            int64 arrays of row numbers, some of them empty; `count` of them make one step.
+        """
+        while True:
+            for ranks in packer.deal(self.global_batch(consumed_samples), dp_size, count):
+                yield ranks[dp_rank]
+            consumed_samples += self.global_batch_size
+
+    def most_packs(self, packer: Packer, num_steps: int, dp_size: int) -> int:
+        """Packs per rank that hold the rows of every one of the first `num_steps` steps."""
+        steps = (self.global_batch(number * self.global_batch_size) for number in range(num_steps))
+        return max(packer.packs_per_rank(rows, dp_size) for rows in steps)

@@ -140,6 +140,9 @@ class _Planned(TrainingRun):
     def max_length(self) -> int:
         return _SOME_LENGTH
 
+    def packs_of_step(self) -> int:
+        _never()
+
     def batches(self, args: object) -> Iterator[Batch]:
         _never()
 

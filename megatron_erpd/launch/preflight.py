@@ -193,13 +193,8 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
         batch, layout = global_batch_size(stage), stage.layout
         on_policy = isinstance(stage.request, TrainOnPolicy)
         name = "prompts_per_update x num_rollouts =" if on_policy else "global_batch_size"
-        together = layout.micro_batch_size * layout.data_parallel
-        if batch and batch % together:
-            yield (
-                stage,
-                f"{name} {batch} is not a multiple of micro_batch_size "
-                f"{layout.micro_batch_size} x data_parallel {layout.data_parallel} = {together}; change one of them",
-            )
+        if batch and batch % layout.batch_unit:
+            yield stage, f"{name} {batch} is not a multiple of {layout.batch_unit_words}; change one of them"
 
 
 def _precision_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:

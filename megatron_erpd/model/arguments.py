@@ -111,8 +111,12 @@ def own_flags(
     check_expert_groups(shape, layout, trains=bool(run_flags.get("train_iters")))
     schedule = read_schedule(pass_through, shape.num_layers, layout.pipeline_parallel)
     if isinstance(batch, int):
-        together = layout.micro_batch_size * layout.data_parallel
-        check_schedule(schedule, layout.pipeline_parallel, batch // together)
+        if batch % layout.batch_unit:
+            raise LayoutError(
+                f"global batch size {batch} isn't a multiple of {layout.batch_unit_words}; change one of them"
+            )
+        if layout.pack_tokens is None:  # packs are made as many as a schedule wants
+            check_schedule(schedule, layout.pipeline_parallel, batch // layout.batch_unit)
     fixed = {
         **model_flags(
             hf_folder,
@@ -187,7 +191,7 @@ def _layout_flags(layout: Layout, max_length: int) -> dict[str, object]:
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": layout.sequence_parallel and layout.tensor_parallel > 1,
-        "micro_batch_size": layout.micro_batch_size,
+        "micro_batch_size": layout.rows,
         "bf16": layout.precision == "bf16",
         "seq_length": length,
     }

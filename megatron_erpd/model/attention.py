@@ -82,19 +82,24 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """
         Args:
-            query: `[s, b, heads, d]`, this rank's positions of b sequences of one length.
+            query: `[s, b, heads, d]`, this rank's positions of b sequences of one length; of a pack `[t, heads, d]`,
+                segment after segment.
             key, value: with `groups` heads, of which `heads` is a multiple.
+            packed_seq_params: of a pack, where its segments end; on the host, as they decide what is computed.
 
         Returns:
-            `[s, b, heads * d]`.
+            `[s, b, heads * d]`, of a pack `[t, heads * d]`.
         """
-        given = (attention_mask, attention_bias, packed_seq_params)
-        assert given == (None, None, None), "attention is causal, without a bias, and no batch is packed"
-        lengths = (query.shape[0],)
+        assert attention_mask is None and attention_bias is None, "attention is causal, without a bias"
+        if packed_seq_params is not None:
+            lengths = tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        else:
+            lengths = (query.shape[0] * (self.group.size() if self.group else 1),)
         if self.group is not None:
-            lengths = (query.shape[0] * self.group.size(),)
             key, value = gather_keys(key, value, lengths, self.group)
-        return causal_attention(query, key, value, lengths, self.scale, self.group)
+        out = causal_attention(query, key, value, lengths, self.scale, self.group)
+        return out if packed_seq_params is None else out.squeeze(1)
 
 
 def causal_attention(

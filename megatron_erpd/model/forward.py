@@ -9,25 +9,27 @@ get none at all. `loss_of` makes Megatron's loss of the result.
 tokens. They travel between stages side by side, concatenated on the hidden dimension, so that a schedule of Megatron's
 moves all of them with its own sends and receives. (Stages tell each other their shapes: `variable_seq_lengths`.)
 
-*Context parallelism.* The model sees a slice of every sequence, the loss sees all of it: the per-token results (a few
-numbers per token) are gathered, and every rank computes the whole loss, so that sequence-level losses need no other
-code. Megatron gives each rank two of 2 * CP equal pieces of a sequence, one from the front and one from the back, so
-that causal attention costs all ranks the same.
+*Packs and context parallelism.* What the model reads is the loader's business (`data.batch.Batch`): rollouts side by
+side or one after another, and of each sequence this rank's part, two of 2 * CP equal pieces, one from the front and one
+from the back, so that causal attention costs all ranks the same. The head's results (a few numbers per response token)
+go back to the losses' grid `[b, s]` of whole rollouts; there the context-parallel ranks' are added up, and every rank
+computes the whole loss, so that no loss knows of either.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_erpd.data.batch import Batch, rank_positions
+from megatron_erpd.data.batch import Batch
 from megatron_erpd.errors import LayoutError, StageError, TokenError
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.vocab_parallel import (
@@ -49,7 +51,7 @@ def forward_stage(models: Sequence[Any], batch: Batch, processors: Sequence[Any]
 
     Args:
         models: the policies, the trained one (if any) first. Those after the first run without gradients.
-        batch: tokens and positions `[b, s]`, this context-parallel rank's slice.
+        batch: its tokens are this context-parallel rank's.
         processors: one output processor per model. A processor after the first is run first, so that the first
             one's can use what the others gave (as `context["outputs"]`).
         context: handed to the first model's processor.
@@ -84,10 +86,27 @@ def _forward(model: Any, batch: Batch, processor: Any, context: Any) -> Any:
         input_ids=batch.tokens,
         position_ids=batch.position_ids,
         attention_mask=None,
-        packed_seq_params=batch.packed_seq_params,
+        packed_seq_params=_packed_params(batch, unwrap(model).config),
         output_processor=processor,
         output_processor_context=context,
     )
+
+
+def _packed_params(batch: Batch, config: Any) -> Any:
+    """What Megatron's attention is told of a pack; None for a padded micro-batch.
+
+    Transformer Engine's kernels read the segments' ends on the device; without them Megatron's rotary embedding reads
+    them on the host, as `CausalAttention` does.
+    """
+    if batch.segments is None:
+        return None
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends = batch.segment_ends
+    if config.transformer_impl != "transformer_engine":
+        ends = torch.tensor([0, *accumulate(batch.segments)], dtype=torch.int32)
+    longest = max(batch.segments)
+    return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 @dataclass(frozen=True)
@@ -118,16 +137,10 @@ TargetOf = Callable[[Batch, Tensor, Sequence[HiddenStates], VocabShard], Target]
 for each of these tokens."""
 
 
-def at_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """`[b, s, ...]` of a batch at its `response_positions`, `[n, ...]`."""
-    return values.transpose(0, 1).flatten(0, 1)[positions]
-
-
-def to_grid(values: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-    """`[n, ...]` as `[b, s, ...]`, 0 elsewhere; the inverse of `at_positions`. Gradients flow back."""
-    b, s = batch.loss_mask.shape
-    flat = values.new_zeros((s * b, *values.shape[1:])).index_put((positions,), values)
-    return flat.unflatten(0, (s, b)).transpose(0, 1)
+def to_grid(values: Tensor, batch: Batch) -> Tensor:
+    """Values of this rank's response tokens, `[n]`, on the losses' grid, `[b, s]`; 0 elsewhere. Gradients flow back."""
+    shape = batch.loss_mask.shape
+    return values.new_zeros(shape.numel()).index_put((batch.response_places,), values).view(shape)
 
 
 def policy_head(
@@ -146,10 +159,10 @@ def policy_head(
 class PolicyHead:
     """Log-probs of the labels, entropy and, where asked, a divergence per token, from the policy's hidden states.
 
-    Called by Megatron with hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism). Returns fp32
-    `[n, b, s]` with n = 2 or 3 rows: `log_probs`, `entropy` (without gradient), the divergence; 0 outside of the
-    responses. Every tensor-parallel rank returns the same values. Collectives: see `fused_token_terms`. Its context is
-    a `HeadContext`.
+    Called by Megatron with hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism; of a pack b is 1).
+    Returns fp32 `[n, b, s]` on the losses' grid with n = 2 or 3 rows: `log_probs`, `entropy` (without gradient), the
+    divergence; 0 outside of the responses, and where another context-parallel rank predicts. Every tensor-parallel rank
+    returns the same values. Collectives: see `fused_token_terms`. Its context is a `HeadContext`.
 
     Args:
         kind, target: of the divergence; both or neither.
@@ -181,7 +194,7 @@ class PolicyHead:
         batch, checks = context["batch"], context["checks"]
         positions = batch.response_positions
         later = partial(checks.add_tokens, batch)
-        labels = at_positions(batch.labels, positions)
+        labels = batch.labels
         layer, weight = _output_layer(output_layer, output_weight, config)
         target = None
         if self.target is not None:
@@ -206,7 +219,7 @@ class PolicyHead:
                 later=later,
             )
             rows = [log_probs, entropy.detach(), *([divergence] if target is not None else [])]
-        return torch.stack([to_grid(row.float(), positions, batch) for row in rows])
+        return torch.stack([to_grid(row.float(), batch) for row in rows])
 
 
 def _output_layer(layer: Any, tied_weight: Tensor | None, config: Any) -> tuple[OutputLayer, Tensor]:
@@ -251,52 +264,30 @@ class SequenceShard(NamedTuple):
         group = mpu.get_context_parallel_group() if size > 1 else None
         return cls(mpu.get_context_parallel_rank(), size, group)
 
-    def slice(self, batch: Batch) -> Batch:
-        """This rank's positions of a batch, `[b, s / size]`; the batch itself where `size` is 1. Its
-        `response_positions` are this slice's already."""
-        if self.size == 1:
-            return batch
-        own: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in _SEQUENCE_FIELDS}
-        return replace(batch, **own, token_rows={name: self.take(rows) for name, rows in batch.token_rows.items()})
-
-    def take(self, values: Tensor) -> Tensor:
-        """This rank's positions of `[b, s, ...]`, `[b, s / size, ...]`."""
-        if self.size == 1:
-            return values
-        return values.index_select(1, rank_positions(values.shape[1], self.rank, self.size, values.device))
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Per-token values of the whole sequence, the same on every rank.
+    def whole(self, values: Tensor) -> Tensor:
+        """All ranks' values, the same on every rank.
 
         Args:
-            values: `[..., s / size]`, this rank's positions.
+            values: this rank's, and 0 where another rank's belong.
 
         Returns:
-            `[..., s]` in the order of the sequence. One all-gather forward, none backward: every rank computes the
-            same loss from the result and keeps its own slice of the gradient.
+            Their sum. One all-reduce forward, none backward: every rank computes the same loss from the result and
+            keeps the gradient of its own values.
         """
-        return values if self.size == 1 else _Gather.apply(values, self)
+        return values if self.size == 1 else _Sum.apply(values, self.group)
 
 
-_SEQUENCE_FIELDS = ("tokens", "labels", "position_ids", "loss_mask")
-
-
-class _Gather(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shard: SequenceShard) -> Tensor:
-        length = values.shape[-1] * shard.size
-        ctx.positions = rank_positions(length, shard.rank, shard.size, values.device)
-        parts = [torch.empty_like(values) for _ in range(shard.size)]
-        torch.distributed.all_gather(parts, values.contiguous(), group=shard.group)
-        whole = values.new_empty((*values.shape[:-1], length))
-        for other, part in enumerate(parts):
-            whole[..., rank_positions(length, other, shard.size, values.device)] = part
-        return whole
+    def forward(ctx: Any, values: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream.index_select(-1, ctx.positions), None
+        return upstream, None
 
 
 # The loss
@@ -332,8 +323,8 @@ class StepChecks:
 
     def add_tokens(self, batch: Batch, is_bad: Tensor, error: Callable[[], TokenError]) -> None:
         """Keeps whether something of a micro-batch's response tokens is NaN or infinite (`later` of `token_terms`)."""
-        rows, positions = batch.row_indices, batch.response_positions
-        self._kept.append((is_bad, partial(_error_of_tokens, error, rows, positions)))
+        where = batch.row_indices, batch.response_places, batch.loss_mask.shape[1]
+        self._kept.append((is_bad, partial(_error_of_tokens, error, *where)))
 
     def add_loss(self, batch: Batch, loss: Tensor, output: Tensor) -> None:
         """Keeps whether a micro-batch's loss is NaN or infinite, and whose values make it so."""
@@ -347,10 +338,12 @@ class StepChecks:
         return next((error() for is_bad, (_, error) in zip(flags, kept, strict=True) if is_bad), None)
 
 
-def _error_of_tokens(error: Callable[[], TokenError], row_indices: Tensor, positions: Tensor) -> NonFiniteLoss:
+def _error_of_tokens(
+    error: Callable[[], TokenError], row_indices: Tensor, places: Tensor, length: int
+) -> NonFiniteLoss:
     found = error()
-    columns = positions[torch.tensor(found.tokens, device=positions.device)] % len(row_indices)
-    return NonFiniteLoss(str(found), row_indices[columns].tolist())
+    wrong = places[torch.tensor(found.tokens, device=places.device)] // length
+    return NonFiniteLoss(str(found), row_indices[wrong].tolist())
 
 
 def _error_of_loss(loss: Tensor, output: Tensor, loss_mask: Tensor, row_indices: Tensor) -> NonFiniteLoss:
@@ -363,7 +356,7 @@ class HeadContext(TypedDict):
     """What a `PolicyHead` gets with a micro-batch.
 
     Attributes:
-        batch: this context-parallel rank's slice.
+        batch: the micro-batch.
         checks: get what the head finds.
         outputs: of the frozen policies; put there by `forward_stage`.
     """
@@ -376,7 +369,7 @@ class HeadContext(TypedDict):
 def loss_of(
     loss: LossAndMetrics, batch: Batch, checks: StepChecks, output: Tensor, shard: SequenceShard | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What Megatron gets for a micro-batch, from this rank's `[n, b, s / cp]` of the head's values.
+    """What Megatron gets for a micro-batch, from the head's `[n, b, s]`, which holds this rank's values.
 
     Megatron sums gradients, counts and reports over DP x CP. Each rank's gradient holds its own positions' part only,
     so the gradients' sum is right as it is; counts and reports would come out CP times too large, and are those of the
@@ -384,12 +377,12 @@ def loss_of(
 
     Args:
         loss: computed on whole sequences.
-        batch: the whole micro-batch.
+        batch: the micro-batch.
         checks: keep whether the sum of the loss is finite.
         shard: by default this process's.
     """
     shard = SequenceShard.here() if shard is None else shard
-    output = shard.gather(output)
+    output = shard.whole(output)
     total, count, report = loss(batch, output)
     checks.add_loss(batch, total.detach(), output.detach())
     if shard.rank > 0:

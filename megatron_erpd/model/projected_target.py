@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.data.batch import Batch
-from megatron_erpd.model.forward import HiddenStates, at_positions
+from megatron_erpd.model.forward import HiddenStates
 from megatron_erpd.objectives.signals import SignalTerm, combine, parse_signal
 from megatron_erpd.settings import DistillSettings, PrecomputeSettings
 from megatron_erpd.teacher_cache.format import hidden_table
@@ -154,7 +154,7 @@ def hidden_target(
         dtype: of the hidden states, 16 bits per element.
         layers: each policy's output layer, `[v/tp, h]`, in the region's order.
     """
-    rows = [at_positions(batch.token_rows[hidden_table(name)], positions).view(dtype) for name in region.policies]
+    rows = [batch.target_rows[hidden_table(name)].view(dtype) for name in region.policies]
     states = [HiddenStates(row.to(layer.dtype), layer) for row, layer in zip(rows, layers, strict=True)]
     own = torch.arange(len(positions), device=positions.device)
     return ProjectedTarget(region, own, states, shard)

@@ -225,7 +225,7 @@ def _fitting(
         tried = _changed(stage, None, recompute, "use-distributed-optimizer" in megatron)
         tried = tried.changed(layout=layout, megatron=without_virtual_stages(tried.megatron))
         batch = global_batch_size(tried)
-        if batch and batch % (layout.micro_batch_size * layout.data_parallel):
+        if batch and batch % layout.batch_unit:
             return None
         memory = stage_memory(tried, shape, longest)
         if memory.total > gpus.usable:
@@ -290,7 +290,7 @@ def _split_sequence(stage: Stage, shape: ModelShape) -> Changes:
 
 def _smaller_micro_batch(stage: Stage, shape: ModelShape) -> Changes:
     batch, data = global_batch_size(stage) or 0, stage.layout.data_parallel
-    for size in range(stage.layout.micro_batch_size - 1, 0, -1):
+    for size in range(stage.layout.rows - 1, 0, -1):
         if batch % (size * data) == 0:
             yield f"micro_batch_size: {size}", _changed(stage, {"micro_batch_size": size})
 

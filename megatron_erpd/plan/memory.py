@@ -30,6 +30,7 @@ from megatron_erpd.plan.activations import (
 )
 from megatron_erpd.recipe.requests import Distill, Precompute, ReplayRequest, TrainOnPolicy
 from megatron_erpd.recipe.stages import Stage
+from megatron_erpd.settings import Layout
 
 WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = 4
@@ -146,7 +147,7 @@ def _process_memory(
 
 def _activations(stage: Stage, shape: ModelShape, schedule: Schedule, number: int, longest: int) -> int:
     """Of the longest rollouts in one micro-batch; without a backward pass those of a single layer."""
-    layout, batch = stage.layout, MicroBatch(stage.layout.micro_batch_size, longest)
+    layout, batch = stage.layout, _largest_micro_batch(stage.layout, longest)
     is_last, trains = number == layout.pipeline_parallel - 1, stage.command != "precompute"
     hidden = num_policies(stage) if reads_hidden(stage) else frozen_policies(stage)
     head = head_bytes(shape, layout, batch, trains, hidden) if is_last else 0
@@ -158,6 +159,12 @@ def _activations(stage: Stage, shape: ModelShape, schedule: Schedule, number: in
     return head + training_bytes(shape, layout, batch, recompute_of(stage.megatron), layers, waiting)
 
 
+def _largest_micro_batch(layout: Layout, longest: int) -> MicroBatch:
+    if layout.pack_tokens is None:
+        return MicroBatch(layout.rows, longest)
+    return MicroBatch(1, max(layout.pack_tokens, longest))
+
+
 def global_batch_size(stage: Stage) -> int | None:
     """Rollouts in an optimizer step; None for a stage that doesn't train."""
     if isinstance(stage.request, ReplayRequest | TrainOnPolicy):
@@ -167,8 +174,7 @@ def global_batch_size(stage: Stage) -> int | None:
 
 def micro_batches(stage: Stage) -> int:
     """Micro-batches of an optimizer step per data-parallel rank; 1 for a stage that doesn't train."""
-    together = stage.layout.micro_batch_size * stage.layout.data_parallel
-    return max(1, (global_batch_size(stage) or 1) // together)
+    return max(1, (global_batch_size(stage) or 1) // stage.layout.batch_unit)
 
 
 def frozen_policies(stage: Stage) -> int:

@@ -78,7 +78,7 @@ def bubble(stage: Stage, shape: ModelShape, rollouts: RolloutSize) -> float:
     """Time of a pipeline's pass over that without waiting at its ends: 1 + (PP - 1) / (micro-batches x virtual stages)
     (Narayanan et al., 2021, arXiv 2104.04473, section 2.2). A pass is an optimizer step; of precompute, all
     rollouts."""
-    together = stage.layout.micro_batch_size * stage.layout.data_parallel
+    together = stage.layout.batch_unit
     count = micro_batches(stage) if global_batch_size(stage) else math.ceil(rollouts.count / together)
     stages = stage.layout.pipeline_parallel
     chunks = read_schedule(stage.megatron, shape.num_layers, stages).virtual_stages

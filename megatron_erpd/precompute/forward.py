@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.batch import Batch, BatchSource, length_groups, pad_multiple
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.mapping.parameter_count import attention_length
+from megatron_erpd.data.batch import Batch, BatchSource, Padding, length_groups, packer
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError
 from megatron_erpd.model.forward import Hidden, HiddenStates, SequenceShard, forward_stage, join, unwrap, vocab_shard
@@ -31,12 +33,22 @@ class Stored(Protocol):
     def hidden_row(self, policy: str, sample_id: str) -> Tensor: ...
 
 
-def batch_groups(layout: Layout, rollouts: Rollouts) -> list[np.ndarray]:
-    """Rows of a batch each, of similar length, longest first. None has more tokens with padding than a micro-batch of
-    the longest rollouts, which a training has to hold as well."""
-    multiple = pad_multiple(layout)
+def batch_groups(layout: Layout, rollouts: Rollouts, hf_folder: Path) -> list[np.ndarray]:
+    """Rows of a batch each, the most work first.
+
+    Padded batches hold rows of similar length. None has more tokens with padding than a micro-batch of the longest
+    rollouts, which a training has to hold as well.
+
+    Args:
+        hf_folder: with the model's `config.json`.
+    """
+    if layout.pack_tokens is not None:
+        pack = packer(layout, rollouts.lengths, attention_length(read_model_shape(hf_folder)))
+        every = np.arange(len(rollouts))
+        return [group for (group,) in pack.deal(every, 1, pack.packs_per_rank(every, 1))]
+    multiple = Padding.of(layout).total
     longest = -(-(int(rollouts.lengths.max()) - 1) // multiple) * multiple
-    return length_groups(rollouts.lengths, layout.micro_batch_size * longest, multiple)
+    return length_groups(rollouts.lengths, layout.rows * longest, multiple)
 
 
 def run_forward(
@@ -57,14 +69,13 @@ def run_forward(
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    sequence = SequenceShard.here()
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    source = BatchSource(rollouts, pad_multiple(layout), {}, {}, context_parallel=sequence[:2])
+    source = BatchSource(rollouts, layout, SequenceShard.here()[:2])
     progress = Progress(what, sum(len(group) for group in groups[index::size]), lines)
 
     def forward_step(data_iterator: Iterator[Batch], model: Any) -> Any:
         batch = next(data_iterator)
-        outputs = forward_stage([model], sequence.slice(batch), [Hidden()])
+        outputs = forward_stage([model], batch, [Hidden()])
 
         def collect(output: Tensor, non_loss_data: bool = True) -> None:
             if not is_filler(batch):
@@ -80,7 +91,7 @@ def run_forward(
             model=model,
             num_microbatches=-(-len(groups) // size),
             seq_length=int(rollouts.lengths.max()),
-            micro_batch_size=layout.micro_batch_size,
+            micro_batch_size=1,  # of no effect: stages tell each other their shapes
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -105,7 +116,7 @@ def run_stored(
 
     if not mpu.is_pipeline_last_stage():
         return
-    source = BatchSource(rollouts, pad_multiple(layout), {}, {}, context_parallel=SequenceShard.here()[:2])
+    source = BatchSource(rollouts, layout, SequenceShard.here()[:2])
     size, index = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     progress = Progress(what, sum(len(group) for group in groups[index::size]))
     with torch.no_grad():
@@ -119,7 +130,7 @@ def from_store(stored: Stored, policy: str, batch: Batch, rollouts: Rollouts, we
     """A policy's hidden states of a batch, this context-parallel rank's."""
     ids = rollouts.sample_ids
     rows = [stored.hidden_row(policy, ids[i]) for i in batch.row_indices.tolist()]
-    return hidden_states(batch, rows, weight, SequenceShard.here())
+    return hidden_states(batch, rows, weight)
 
 
 def is_filler(batch: Batch) -> bool:

@@ -87,7 +87,7 @@ class CachePasses:
         self._global = settings.has_signal and settings.projection == "global"
         self._model = _build_model()
         # The same whatever is missing: a row's last digits depend on the rows that it shares a batch with.
-        self._groups = batch_groups(layout, rollouts)
+        self._groups = batch_groups(layout, rollouts, policies["base"] / "hf")
         self._is_last = mpu.is_pipeline_last_stage()
         self._scores: Scores | None = None
         if self._is_last:
@@ -138,7 +138,7 @@ class CachePasses:
         if found is None:
             raise CacheError(
                 f"{self.output}: {int(free) / 2**30:.1f} GiB are free, not enough for the hidden states of a single "
-                "batch; free space there, or lower micro_batch_size"
+                "batch; free space there, or lower micro_batch_size or micro_batch_tokens"
             )
         return found
 

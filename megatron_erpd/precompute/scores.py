@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.batch import Batch, gather_response_rows
-from megatron_erpd.model.forward import HiddenStates, SequenceShard, at_positions, to_grid
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.model.forward import HiddenStates, SequenceShard
 from megatron_erpd.model.projected_target import TrustRegion
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import (
@@ -54,14 +54,11 @@ class Scores:
 
     def log_probs(self, batch: Batch, hidden: HiddenStates) -> list[np.ndarray]:
         """Each rollout's log-probs of its response tokens, `[R]`."""
-        local = self.sequence.slice(batch)
-        positions = local.response_positions
-        labels = at_positions(local.labels, positions)
         parts = [
-            token_terms(logits[0], self.shard, labels[part], with_entropy=False).log_probs
-            for part, logits in self.chunks(positions, [hidden])
+            token_terms(logits[0], self.shard, batch.labels[part], with_entropy=False).log_probs
+            for part, logits in self.chunks(batch.response_positions, [hidden])
         ]
-        return _rows(torch.cat(parts), positions, local, batch, self.sequence)
+        return _arrays(torch.cat(parts), batch, self.sequence)
 
     def target(
         self, batch: Batch, policies: Sequence[HiddenStates], with_log_probs: bool = False
@@ -73,17 +70,14 @@ class Scores:
             policies: in the order of the names.
             with_log_probs: `policy_log_probs` too, what `log_probs` gives of the last policy, from the same logits.
         """
-        local = self.sequence.slice(batch)
-        positions = local.response_positions
-        labels = at_positions(local.labels, positions)
         parts = []
-        for part, logits in self.chunks(positions, policies):
+        for part, logits in self.chunks(batch.response_positions, policies):
             parts.append(self._target(logits))
             if with_log_probs:
-                terms = token_terms(logits[-1], self.shard, labels[part], with_entropy=False)
+                terms = token_terms(logits[-1], self.shard, batch.labels[part], with_entropy=False)
                 parts[-1]["policy_log_probs"] = terms.log_probs
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {name: _rows(values, positions, local, batch, self.sequence) for name, values in columns.items()}
+        return {name: _arrays(values, batch, self.sequence) for name, values in columns.items()}
 
     def chunks(self, positions: Tensor, policies: Sequence[HiddenStates]) -> Iterator[tuple[slice, list[Tensor]]]:
         """Each policy's logits `[c, v/tp]` of some of the response tokens, until all have been seen."""
@@ -119,22 +113,29 @@ class Scores:
         return Projection(eta, log_q, kl_from_base(log_q, base, self.shard).clamp(min=0))
 
 
+def rows_of(values: Tensor, batch: Batch, sequence: SequenceShard = WHOLE) -> list[Tensor]:
+    """Values of this context-parallel rank's response tokens, `[n, ...]`, as one tensor `[R, ...]` per rollout, on the
+    CPU; the same on all ranks. One all-reduce where sequences are split."""
+    counts = (batch.loss_mask > 0).sum(dim=1).tolist()
+    whole = values.new_zeros((sum(counts), *values.shape[1:]))
+    whole[batch.response_order()] = values
+    return list(sequence.whole(whole).cpu().split(counts))
+
+
+def _arrays(values: Tensor, batch: Batch, sequence: SequenceShard) -> list[np.ndarray]:
+    return [row.numpy() for row in rows_of(values, batch, sequence)]
+
+
 def response_states(batch: Batch, hidden: HiddenStates, sequence: SequenceShard = WHOLE) -> list[Tensor]:
     """Each rollout's hidden states from which its response tokens are predicted, `[R, h]`, on the CPU."""
-    grid = hidden.rows.unflatten(0, (batch.tokens.shape[1] // sequence.size, -1)).transpose(0, 1)
-    whole = _whole(grid, sequence)
-    return [whole[b][mask].cpu() for b, mask in enumerate(batch.loss_mask > 0)]
+    return rows_of(hidden.rows[batch.response_positions], batch, sequence)
 
 
-def hidden_states(
-    batch: Batch, rows: Sequence[Tensor], weight: Tensor, sequence: SequenceShard = WHOLE
-) -> HiddenStates:
+def hidden_states(batch: Batch, rows: Sequence[Tensor], weight: Tensor) -> HiddenStates:
     """The inverse of `response_states`: this context-parallel rank's `[s * b, h]`, 0 where no response is predicted."""
-    mask = batch.loss_mask > 0
-    grid = weight.new_zeros((*mask.shape, weight.shape[1]))
-    for b, row in enumerate(rows):
-        grid[b, mask[b]] = row.to(weight.device, weight.dtype)
-    return HiddenStates(sequence.take(grid).transpose(0, 1).flatten(0, 1), weight)
+    found = weight.new_zeros((batch.tokens.numel(), weight.shape[1]))
+    found[batch.response_positions] = torch.cat(list(rows)).to(weight.device, weight.dtype)[batch.response_order()]
+    return HiddenStates(found, weight)
 
 
 def output_layer_digest(weight: Tensor, shard: VocabShard) -> str:
@@ -149,15 +150,3 @@ def output_layer_digest(weight: Tensor, shard: VocabShard) -> str:
     crcs[shard.start : shard.start + len(own)] = own  # whole numbers below 2^32, and zeros of the other ranks
     summed = shard.all_reduce_sum(crcs.to(weight.device)).cpu().numpy().astype("<u4")
     return hashlib.sha256(summed.tobytes()).hexdigest()
-
-
-def _rows(values: Tensor, positions: Tensor, local: Batch, batch: Batch, sequence: SequenceShard) -> list[np.ndarray]:
-    """Values of response tokens `[n, ...]` as one array per rollout."""
-    return gather_response_rows(_whole(to_grid(values, positions, local), sequence), batch)
-
-
-def _whole(grid: Tensor, sequence: SequenceShard) -> Tensor:
-    """`[b, s / cp, ...]` of this rank as `[b, s, ...]`; one all-gather where sequences are split."""
-    if sequence.size == 1:
-        return grid
-    return sequence.gather(grid.movedim(1, -1).contiguous()).movedim(-1, 1)

@@ -37,6 +37,7 @@ from megatron_erpd.settings import (
     Settings,
     SlurmSettings,
     error_lines,
+    over_layout,
 )
 
 _OF_A_RUN = (".lock", "slurm/jobs.json", "round-00", "round-01")
@@ -71,7 +72,7 @@ def load_recipe(
     for text in overrides:
         _override(values, text)
     if layout:
-        values["layout"] = {**(values.get("layout") or {}), **layout}
+        values["layout"] = {**(values.get("layout") or {}), **over_layout(layout)}
     try:
         recipe = Recipe(**values)
     except ValidationError as error:

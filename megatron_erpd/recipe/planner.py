@@ -333,7 +333,7 @@ class _Planner:
         more: dict[str, Any] = {"verify_inputs": True}
         if isinstance(request, ModelRequest):
             given = override.layout.model_dump(include=override.layout.model_fields_set)
-            more["layout"] = self.recipe.layout.model_copy(update=given)
+            more["layout"] = self.recipe.layout.changed(given)
             more["megatron"] = request.taken_flags(flags_of({**self.recipe.megatron, **override.megatron}))
         elif override.megatron:
             raise RecipeError(f"stages.{key}.megatron: this stage trains no model; remove the flags")

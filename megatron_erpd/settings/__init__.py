@@ -6,7 +6,7 @@ key, its default, its check and its help text have one home.
 artifact's identity.
 """
 
-from megatron_erpd.settings.base import Layout, Settings, error_lines, parse_settings
+from megatron_erpd.settings.base import Layout, Settings, error_lines, over_layout, parse_settings
 from megatron_erpd.settings.distillation import AUTO_SIGNAL, NO_SIGNAL, DistillSettings, PrecomputeSettings
 from megatron_erpd.settings.monitoring import Monitoring
 from megatron_erpd.settings.sampling import (
@@ -53,5 +53,6 @@ __all__ = [
     "TemplateSettings",
     "TrainingSettings",
     "error_lines",
+    "over_layout",
     "parse_settings",
 ]

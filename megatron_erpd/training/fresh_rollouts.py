@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch.distributed as dist
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import export_hf_weights, parameter_group
-from megatron_erpd.data.batch import Batch, BatchSource
+from megatron_erpd.data.batch import Batch, BatchSource, packer
+from megatron_erpd.data.packs import Packer
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.errors import StageError
 from megatron_erpd.meeting import gather_objects
@@ -23,7 +25,7 @@ from megatron_erpd.sampling.engine import TransformersEngine
 from megatron_erpd.sampling.policy import load_policy, reload_weights
 from megatron_erpd.sampling.prompts import PromptRecord
 from megatron_erpd.sampling.verifiers import Verifier
-from megatron_erpd.settings import OnPolicySettings
+from megatron_erpd.settings import Layout, OnPolicySettings
 
 
 @dataclass(frozen=True)
@@ -191,25 +193,34 @@ class FreshBatches:
     Args:
         rollouts: of the first update.
         settings: how rewards become advantages, and the seed.
-        pad_multiple, micro_batch_size, dp_rank, dp_size, context_parallel: as in `BatchSource`.
+        place: this rank's number among the data-parallel ranks, and theirs.
+        context_parallel: as in `BatchSource`.
+        attention_length: as in `data.batch.packer`.
     """
 
     def __init__(
         self,
         rollouts: FreshRollouts,
         settings: OnPolicySettings,
-        pad_multiple: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
+        layout: Layout,
+        place: tuple[int, int],
         context_parallel: tuple[int, int] = (0, 1),
+        attention_length: float = math.inf,
     ) -> None:
         self.rollouts = rollouts
         self.settings = settings
-        self.pad_multiple = pad_multiple
-        self.place = (micro_batch_size, dp_rank, dp_size)
+        self.layout = layout
+        self.place = place
         self.context_parallel = context_parallel
-        self.num_micro_batches = settings.global_batch_size // (micro_batch_size * dp_size)
+        self.attention_length = attention_length
+
+    def packs_per_rank(self) -> int:
+        """Packs that the present rollouts need, where the layout packs."""
+        return self._packer.packs_per_rank(np.arange(len(self.rollouts)), self.place[1])
+
+    @property
+    def _packer(self) -> Packer:
+        return packer(self.layout, self.rollouts.lengths, self.attention_length)
 
     def __iter__(self) -> Iterator[Batch]:
         done: int | None = None
@@ -228,7 +239,13 @@ class FreshBatches:
             "truncated": np.array([response.truncated for response in rollouts.responses], dtype=np.float32),
         }
         # Without a verdict there is nothing to learn from a rollout; the batches stay of one size.
-        source = BatchSource(rollouts, self.pad_multiple, {}, rows, verified, self.context_parallel)
-        order = BatchOrder(rollouts.lengths, self.settings.global_batch_size, self.settings.seed)
-        for indices in itertools.islice(order.micro_batches(0, *self.place), self.num_micro_batches):
+        source = BatchSource(rollouts, self.layout, self.context_parallel, sequence_rows=rows, trained=verified)
+        order, size = BatchOrder(rollouts.lengths, self.settings.global_batch_size, self.settings.seed), self.place[1]
+        if self.layout.pack_tokens is not None:
+            count = self.packs_per_rank()
+            micro_batches = order.packs(0, self._packer, count, *self.place)
+        else:
+            count = self.settings.global_batch_size // (self.layout.rows * size)
+            micro_batches = order.micro_batches(0, self.layout.rows, *self.place)
+        for indices in itertools.islice(micro_batches, count):
             yield source.batch(indices)

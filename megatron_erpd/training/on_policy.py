@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_erpd.checkpoint.mapping.config import model_flags
-from megatron_erpd.data.batch import Batch, pad_multiple
+from megatron_erpd.data.batch import Batch
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.held_out import too_few
 from megatron_erpd.model.arguments import (
@@ -68,6 +68,11 @@ class OnPolicyRun(TrainingRun):
                 f"{self.max_length} tokens, the model has {positions} positions; lower it or drop long prompts"
             )
 
+    def packs_of_step(self) -> int:
+        """As many as this update's rollouts need: how long they are shows when they are drawn."""
+        assert self._fresh is not None
+        return self.packs_for(self._fresh.packs_per_rank())
+
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
 
@@ -82,11 +87,10 @@ class OnPolicyRun(TrainingRun):
         self._fresh = FreshBatches(
             self.sampler.draw(chunks, args.iteration),
             self.settings,
-            pad_multiple(self.layout),
-            self.layout.micro_batch_size,
-            mpu.get_data_parallel_rank(),
-            mpu.get_data_parallel_world_size(),
+            self.layout,
+            (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()),
             SequenceShard.here()[:2],
+            self.attention_length,
         )
         # With no evaluation steps, an evaluation after every step is `after_step` and nothing else.
         args.do_valid = True

@@ -17,7 +17,9 @@ import numpy as np
 
 from megatron_erpd import platform
 from megatron_erpd.checkpoint import copy_sidecar
-from megatron_erpd.checkpoint.mapping.parameter_count import parameters_of
+from megatron_erpd.checkpoint.mapping.config import read_model_shape
+from megatron_erpd.checkpoint.mapping.parallel_layout import read_schedule
+from megatron_erpd.checkpoint.mapping.parameter_count import attention_length, parameters_of
 from megatron_erpd.checkpoint.torch_dist.iterations import (
     TRACKER,
     SaveIntervals,
@@ -27,7 +29,8 @@ from megatron_erpd.checkpoint.torch_dist.iterations import (
     saved_iterations,
 )
 from megatron_erpd.checkpoint.torch_dist.recovery import recover
-from megatron_erpd.data.batch import Batch, BatchSource, TokenRow, pad_multiple, repeated
+from megatron_erpd.data.batch import Batch, BatchSource, TokenRow, packer, repeated
+from megatron_erpd.data.packs import Packer
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollout_warnings import groups_warning
 from megatron_erpd.data.rollouts import Rollouts
@@ -95,6 +98,10 @@ class TrainingRun(ABC):
         """The longest rollout there may be, in tokens."""
 
     @abstractmethod
+    def packs_of_step(self) -> int:
+        """Packs of the next optimizer step on each data-parallel rank, where the layout packs."""
+
+    @abstractmethod
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         """This rank's micro-batches, without end, from where `args` says that the training stands."""
 
@@ -117,6 +124,17 @@ class TrainingRun(ABC):
     def name_of(self, row: int) -> str:
         """What a rollout is called, by its number in a batch's `row_indices`."""
         return f"rollout number {row}"
+
+    @property
+    def attention_length(self) -> float:
+        """Tokens of a sequence whose attention costs what the rest of the model does."""
+        return attention_length(read_model_shape(self.base / "hf"))
+
+    def packs_for(self, least: int) -> int:
+        """At least so many packs, as many as Megatron's schedule of virtual pipeline stages wants."""
+        layers, stages = read_model_shape(self.base / "hf").num_layers, self.layout.pipeline_parallel
+        group = read_schedule(self.pass_through, layers, stages).group
+        return -(-least // group) * group
 
     @property
     def save_intervals(self) -> SaveIntervals:
@@ -212,6 +230,8 @@ class TrainingRun(ABC):
             (lambda: 0.0) if args.async_save else (lambda: get_timers()("save-checkpoint", log_level=0).active_time())
         )
         platform.wrap_tensorboard_writer(partial(JsonLinesWriter, self.output / METRICS, save_seconds=waited))
+        if self.layout.pack_tokens is not None:
+            platform.run_micro_batches(self.packs_of_step)
         hooks = StepHooks()
         of_chunks: list[Iterator[Batch]] = []
 
@@ -349,7 +369,8 @@ class ReplayRun(TrainingRun):
     Args:
         rollouts: the data, unverified rollouts left out where rewards are needed.
         advantages: of these rollouts.
-        token_rows: what else the batches carry.
+        token_rows: what else the losses get of each response token.
+        target_rows: what else the policy's head gets of it.
         imitated: bool `[N]`, the rollouts that the loss imitates, where it imitates some; None where it takes all.
     """
 
@@ -357,6 +378,7 @@ class ReplayRun(TrainingRun):
     rollouts: Rollouts
     advantages: Advantages
     token_rows: dict[str, TokenRow] = field(default_factory=dict)
+    target_rows: dict[str, TokenRow] = field(default_factory=dict)
     imitated: np.ndarray | None = None
 
     @cached_property
@@ -413,26 +435,33 @@ class ReplayRun(TrainingRun):
             return groups_warning(groups.groups, groups.without_signal, groups.single)
         return []
 
+    @cached_property
+    def _packer(self) -> Packer:
+        return packer(self.layout, self.rollouts.lengths, self.attention_length)
+
+    @cached_property
+    def _most_packs(self) -> int:
+        most = self._order().most_packs(self._packer, self.num_iterations, self.layout.data_parallel)
+        return self.packs_for(most)
+
+    def packs_of_step(self) -> int:
+        """One number for the whole training: the largest that any step needs."""
+        return self._most_packs
+
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
 
         sequence_rows = {"rewards": self.rollouts.rewards, "advantages": self.advantages.values}
         # Losses are computed on the last stage: no other reads the cached rows.
-        token_rows = self.token_rows if mpu.is_pipeline_last_stage() else {}
+        token_rows, target_rows = (self.token_rows, self.target_rows) if mpu.is_pipeline_last_stage() else ({}, {})
         source = BatchSource(
-            self.rollouts,
-            pad_multiple(self.layout),
-            token_rows,
-            sequence_rows,
-            context_parallel=SequenceShard.here()[:2],
+            self.rollouts, self.layout, SequenceShard.here()[:2], token_rows, target_rows, sequence_rows
         )
-        return source.replay(
-            self._order(),
-            args.consumed_train_samples,
-            self.layout.micro_batch_size,
-            mpu.get_data_parallel_rank(),
-            mpu.get_data_parallel_world_size(),
-        )
+        place = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        order, consumed = self._order(), args.consumed_train_samples
+        if self.layout.pack_tokens is not None:
+            return source.replay(order.packs(consumed, self._packer, self._most_packs, *place))
+        return source.replay(order.micro_batches(consumed, self.layout.rows, *place))
 
 
 def with_rates[S: TrainingSettings](settings: S, base: Path) -> S:

@@ -27,10 +27,8 @@ from megatron_erpd.model.forward import (
     Hidden,
     HiddenStates,
     PolicyHead,
-    SequenceShard,
     StepChecks,
     TargetOf,
-    at_positions,
     forward_stage,
     join,
     loss_of,
@@ -92,9 +90,8 @@ class ForwardStep:
         number = unwrap(model).vp_stage or 0
         models = [model, *(chunks[number] for chunks in self.frozen)]
         processors = [self._head, *(Hidden() for _ in self.frozen)]
-        local = SequenceShard.here().slice(batch)
-        context = HeadContext(batch=local, checks=self.checks)
-        outputs = forward_stage(models, local, processors, context)
+        context = HeadContext(batch=batch, checks=self.checks)
+        outputs = forward_stage(models, batch, processors, context)
         return join(outputs, model), partial(loss_of, self.loss_and_metrics, batch, self.checks)
 
     def loss_and_metrics(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -209,8 +206,7 @@ class DistillStep(ForwardStep):
 
 def cached_target(batch: Batch, positions: Tensor, outputs: Sequence[HiddenStates], shard: VocabShard) -> TopKTarget:
     """q as the cache holds it, unpacked on the device."""
-    names = ("topk_scores", "topk_ids_low", "topk_ids_high", "log_normalizer", "tail_log_prob")
-    columns = {name: at_positions(batch.token_rows[name], positions) for name in names if name in batch.token_rows}
+    columns = batch.target_rows
     ids = unpack_ids(columns["topk_ids_low"], columns.get("topk_ids_high"), shard.vocab_size)
     log_probs = unpack_log_probs(columns["topk_scores"], columns["log_normalizer"])
     return TopKTarget(ids, log_probs, columns["tail_log_prob"])

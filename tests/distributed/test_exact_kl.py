@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.batches import grid_batch
 from tests.distributed.harness import run_ranks
 from tests.tolerances import FP32_PARALLEL
 from tests.unit.vocab_parallel.oracles import buckets, policy_probs, probs_divergence
@@ -48,7 +49,6 @@ def dense(k: int, aggregation: str) -> tuple[Tensor, Tensor]:
 
 def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Tensor, Tensor, float]:
     """The same by the replay step, whose policy loss is 0 here: sum, gradient of this rank's rows, measured KL."""
-    from megatron_erpd.data.batch import Batch
     from megatron_erpd.model.forward import PolicyHead
     from megatron_erpd.objectives.divergences import topk_with_tail
     from megatron_erpd.objectives.replay import ppo_loss
@@ -68,9 +68,8 @@ def penalised(rank: int, world_size: int, k: int, aggregation: str) -> tuple[Ten
         "log_normalizer": torch.full_like(LOSS_MASK, 2.0),
         "tail_log_prob": top.tail_log_prob.float(),
     }
-    rows["old_log_probs"] = torch.zeros_like(LOSS_MASK)
-    advantages = torch.zeros(len(LOSS_MASK))
-    batch = Batch(labels, labels, labels, LOSS_MASK, torch.arange(3), rows, {"rewards": advantages})
+    old, advantages = {"old_log_probs": torch.zeros_like(LOSS_MASK)}, torch.zeros(len(LOSS_MASK))
+    batch = grid_batch(labels, LOSS_MASK, token_rows=old, seq_rows={"rewards": advantages}, target_rows=rows)
     step = ReplayStep(
         prefix="stage1",
         loss=ppo_loss,

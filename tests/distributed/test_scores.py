@@ -7,23 +7,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_erpd.data.batch import Batch, flat_positions, rank_positions
+from megatron_erpd.data.batch import Batch, rank_positions
 from megatron_erpd.model.forward import HiddenStates, SequenceShard
 from megatron_erpd.precompute.scores import Scores, hidden_states, output_layer_digest, response_states
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import VocabShard
+from tests.batches import grid_batch
 from tests.distributed.harness import run_ranks
 from tests.tolerances import FP32
 
 S, B, H, VOCAB = 16, 3, 5, 11
 
 
-def make_batch() -> Batch:
+def make_batch(rank: int, world_size: int) -> Batch:
     """The second row's response lies in one rank's positions alone; the third has none."""
     labels = torch.arange(B * S).reshape(B, S) % VOCAB
     mask = torch.zeros(B, S)
     mask[0, 3:14], mask[1, 4:7] = 1, 1
-    return Batch(labels, labels, labels, mask, torch.arange(B))
+    return grid_batch(labels, mask, context_parallel=(rank, world_size))
 
 
 def rows_of_a_rank(rank: int, world_size: int) -> dict[str, Any]:
@@ -35,13 +36,12 @@ def rows_of_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     weight = torch.randn(VOCAB, H, generator=generator)
     whole = [torch.randn(B, S, H, generator=generator) for _ in range(2)]
     own = [grid[:, rank_positions(S, rank, world_size)] for grid in whole]
-    batch = make_batch()
-    batch.response_positions = flat_positions(sequence.take(batch.loss_mask))
+    batch = make_batch(rank, world_size)
     states = [HiddenStates(grid.transpose(0, 1).flatten(0, 1), weight) for grid in own]
     scores = Scores(PrecomputeSettings(k=4, delta=0.1), ["base", "teacher"], VocabShard.dense(VOCAB, VOCAB), sequence)
     found = scores.target(batch, states) | {"teacher": scores.log_probs(batch, states[1])}
     kept = response_states(batch, states[1], sequence)
-    again = hidden_states(batch, kept, weight, sequence)
+    again = hidden_states(batch, kept, weight)
     positions = batch.response_positions
     assert torch.equal(again.rows[positions], states[1].rows[positions])
     parallel_state.destroy_model_parallel()

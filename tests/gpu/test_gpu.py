@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_erpd.data.batch import Batch
 from megatron_erpd.model.forward import HeadContext, PolicyHead, SequenceShard, loss_of
 from megatron_erpd.objectives.types import DivergenceKind
 from megatron_erpd.training.step import DistillStep, cached_target
@@ -25,6 +24,7 @@ from megatron_erpd.vocab_parallel import (
     triton_passes,
 )
 from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax, add_product
+from tests.batches import grid_batch
 from tests.tolerances import BF16, BF16_GRADIENT, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
 
 pytestmark = [
@@ -151,9 +151,9 @@ def test_our_part_of_a_step_waits_for_nothing(kernels: str, monkeypatch: pytest.
         "topk_ids_low": top.indices.short(),
         "log_normalizer": torch.zeros(4, 16),
         "tail_log_prob": torch.log1p(-top.values.exp().sum(-1)),
-        "old_log_probs": torch.zeros(4, 16),
     }
-    batch = Batch(labels, labels, labels, mask, torch.arange(4), rows).to("cuda")
+    old = {"old_log_probs": torch.zeros(4, 16)}
+    batch = grid_batch(labels, mask, token_rows=old, target_rows=rows).to("cuda")
     step = DistillStep(kind="reverse_kl", target=cached_target, vocab_size=VOCAB)
     head = PolicyHead(VocabShard.dense(VOCAB), step.kind, step.target)
     layer = SimpleNamespace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from megatron_erpd.checkpoint.torch_dist.iterations import latest_iteration
-from megatron_erpd.data.batch import Batch, BatchSource
-from megatron_erpd.data.replay_dataset import BatchOrder
+from megatron_erpd.data.batch import Batch
+from megatron_erpd.training.run import ReplayRun
 from tests.distributed.harness import RankError, run_ranks
 from tests.integration.stages import make_round, run_stages
 from tests.tolerances import LAYOUT
@@ -126,14 +127,16 @@ def rollouts_of_steps(folder: Path) -> dict[int, list[int]]:
 
 def _train_until(rank: int, world_size: int, form: str, argv: list[str], folder: Path, stop: str, at: int) -> None:
     """A rank that writes down which rollouts it is given, and is stopped in a step."""
-    replay = BatchSource.replay
+    from megatron.core import mpu
 
-    def noted(
-        self: BatchSource, order: BatchOrder, consumed: int, size: int, data_rank: int, data_size: int
-    ) -> Iterator[Batch]:
-        per_step = BATCH // (size * data_size)
+    batches = ReplayRun.batches
+
+    def noted(self: ReplayRun, args: argparse.Namespace) -> Iterator[Batch]:
+        packed, data_rank = self.layout.pack_tokens is not None, mpu.get_data_parallel_rank()
+        per_step = self.packs_of_step() if packed else BATCH // self.layout.batch_unit
+        consumed = args.consumed_train_samples
         with (folder / f"seen-{rank}").open("w") as file:
-            for number, batch in enumerate(replay(self, order, consumed, size, data_rank, data_size)):
+            for number, batch in enumerate(batches(self, args)):
                 step = consumed // BATCH + number // per_step + 1
                 file.write(json.dumps([step, data_rank, batch.row_indices.tolist()]) + "\n")
                 file.flush()
@@ -141,7 +144,7 @@ def _train_until(rank: int, world_size: int, form: str, argv: list[str], folder:
                     os.kill(os.getpid(), signal.SIGKILL if stop == "kill" else signal.SIGTERM)
                 yield batch
 
-    BatchSource.replay = noted  # type: ignore[method-assign]
+    ReplayRun.batches = noted  # type: ignore[method-assign]
     run_stages(rank, world_size, [(form, argv)])
 
 

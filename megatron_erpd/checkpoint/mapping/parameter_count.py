@@ -50,6 +50,13 @@ def active_parameters(shape: ModelShape) -> int:
     return dense + (experts // shape.num_experts * shape.experts_per_token if shape.num_experts else 0)
 
 
+def attention_length(shape: ModelShape) -> float:
+    """Tokens of a sequence whose attention costs as many operations as all of the model's parameters: 2 per parameter
+    and token, and 2 per query element and earlier token for each of attention's two products, half of which are masked.
+    """
+    return active_parameters(shape) / (shape.num_layers * shape.query_size)
+
+
 @cache
 def parameters_per_stage(
     shape: ModelShape,

@@ -14,12 +14,13 @@ from megatron_erpd.data.batch import Batch
 from megatron_erpd.errors import TokenError
 from megatron_erpd.model.forward import NonFiniteLoss, SequenceShard, StepChecks, loss_of
 from megatron_erpd.vocab_parallel import VocabShard, token_terms
+from tests.batches import grid_batch
 
 
 def batch() -> Batch:
     grid = torch.zeros(3, 4, dtype=torch.int64)
     mask = torch.tensor([[0.0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]])
-    return Batch(grid, grid, grid, mask, torch.tensor([7, 3, 9]))
+    return grid_batch(grid, mask, torch.tensor([7, 3, 9]))
 
 
 def total(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_erpd.settings import OnPolicySettings
+from megatron_erpd.settings import Layout, OnPolicySettings
 from megatron_erpd.training.fresh_rollouts import FreshBatches, FreshRollouts, Response
 
 SETTINGS = OnPolicySettings(prompts_per_update=2, num_rollouts=4, advantage="group_mean")
@@ -21,7 +21,7 @@ def rollouts(step: int, rewards: list[float]) -> FreshRollouts:
 
 
 def batches(fresh: FreshRollouts, rank: int = 0, size: int = 1) -> FreshBatches:
-    return FreshBatches(fresh, SETTINGS, 1, micro_batch_size=2, dp_rank=rank, dp_size=size)
+    return FreshBatches(fresh, SETTINGS, Layout(micro_batch_size=2), (rank, size))
 
 
 def test_ranks_share_an_update() -> None:

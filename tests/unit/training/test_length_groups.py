@@ -9,6 +9,7 @@ import pytest
 
 from megatron_erpd.data.batch import BatchSource, length_groups
 from megatron_erpd.data.rollouts import read_rollouts
+from megatron_erpd.settings import Layout
 from tests.integration.tiny import write_random_rollouts
 
 
@@ -29,7 +30,7 @@ def test_groups_fit_and_hold_every_row_once(budget: int, multiple: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_ranks_share_the_rows_and_have_equally_many_batches(size: int, tmp_path: Path) -> None:
     rollouts = read_rollouts(write_random_rollouts(tmp_path / "r.parquet"))
-    source = BatchSource(rollouts, 1, {}, {})
+    source = BatchSource(rollouts, Layout())
     groups = length_groups(rollouts.lengths, 60, 1)
     batches = [list(source.once(groups, rank, size)) for rank in range(size)]
     assert len({len(own) for own in batches}) == 1

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from megatron_erpd.data.batch import Batch
 from megatron_erpd.objectives.replay import sft_loss
 from megatron_erpd.training.step import ReplayStep
+from tests.batches import grid_batch
 from tests.tolerances import FLOAT64
 
 
@@ -19,12 +19,9 @@ def test_penalty_of_imitation_is_a_mean_over_the_imitated_tokens() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     rewards = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     zeros = torch.zeros(4, 5, dtype=torch.int64)
-    batch = Batch(
-        tokens=zeros,
-        labels=zeros,
-        position_ids=zeros,
-        loss_mask=mask,
-        row_indices=torch.arange(4),
+    batch = grid_batch(
+        zeros,
+        mask,
         token_rows={"old_log_probs": old},
         seq_rows={"rewards": rewards, "advantages": rewards},
     )

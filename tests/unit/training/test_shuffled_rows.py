@@ -11,6 +11,7 @@ import torch
 from megatron_erpd.data.batch import BatchSource, TokenRow
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts
 from megatron_erpd.objectives.signals import combine, parse_signal
+from megatron_erpd.settings import Layout
 from megatron_erpd.teacher_cache.rows import shuffled_rows
 from tests.integration.tiny import write_random_rollouts
 
@@ -35,7 +36,7 @@ def log_probs(rollouts: Rollouts) -> dict[str, TokenRow]:
 
 def signals(rollouts: Rollouts, rows: dict[str, TokenRow], batch_size: int) -> dict[int, np.ndarray]:
     """The signal of every rollout's response, as batches of this size give it."""
-    source = BatchSource(rollouts, 1, rows, {})
+    source = BatchSource(rollouts, Layout(), token_rows=rows)
     found = {}
     for start in range(0, len(rollouts), batch_size):
         batch = source.batch(np.arange(start, min(start + batch_size, len(rollouts)))[::-1])

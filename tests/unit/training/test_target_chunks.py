@@ -16,6 +16,7 @@ from megatron_erpd.precompute.scores import Scores, hidden_states, response_stat
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import VocabShard
 from megatron_erpd.vocab_parallel import shard as chunks
+from tests.batches import grid_batch
 from tests.tolerances import FP32, PROJECTION_KL_FP32
 
 S, B, VOCAB, PADDED = 5, 3, 30, 32
@@ -43,10 +44,10 @@ def states(logits: list[Tensor]) -> list[HiddenStates]:
 
 
 def make_batch(mask: Tensor) -> Batch:
-    labels = torch.arange(B * S).reshape(B, S)
-    return Batch(labels, labels, labels, mask, torch.arange(B))
+    return grid_batch(LABELS, mask)
 
 
+LABELS = torch.arange(B * S).reshape(B, S)
 MASK = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.float32)
 TRAINED = MASK > 0
 
@@ -92,7 +93,7 @@ def test_cached_target(clip: float | None, eta: float | None, monkeypatch: pytes
         else:
             assert torch.equal(found["eta"], torch.full((6,), eta))
         whole = logits[1][..., :VOCAB].log_softmax(-1).transpose(0, 1)
-        picked = whole.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
+        picked = whole.gather(-1, LABELS.unsqueeze(-1)).squeeze(-1)
         FP32.assert_close(found["teacher"], picked[TRAINED])
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_erpd.data.batch import Batch
 from megatron_erpd.model.forward import HiddenStates
 from megatron_erpd.precompute.scores import Scores
 from megatron_erpd.settings import PrecomputeSettings
 from megatron_erpd.vocab_parallel import HiddenTarget, OutputLayer, VocabShard, fused_token_terms, output_logits
 from megatron_erpd.vocab_parallel import shard as chunks
 from megatron_erpd.vocab_parallel.passes import add_product, hidden_gradient, logits_of
+from tests.batches import grid_batch
 from tests.tolerances import BF16_GRADIENT, BF16_ROUNDING, FP32, VOCAB_PARALLEL
 from tests.unit.vocab_parallel.oracles import policy_probs, probs_divergence
 
@@ -129,7 +129,7 @@ def test_precompute() -> None:
     """The log-probs of a teacher cache, from bf16 hidden states."""
     hidden, weight = make(1, TOKENS, HIDDEN), make(2, VOCAB, HIDDEN)
     labels = torch.arange(TOKENS).view(1, -1)
-    batch = Batch(labels, labels, labels, torch.ones(1, TOKENS), torch.zeros(1, dtype=torch.int64))
+    batch = grid_batch(labels, torch.ones(1, TOKENS))
     scores = Scores(PrecomputeSettings(), ["base"], SHARD)
     (found,) = scores.log_probs(batch, HiddenStates(hidden, weight))
     FP32.assert_close(torch.from_numpy(found), dense("js", labels[0])[0])
