@@ -480,8 +480,10 @@ def packer(layout: Layout, lengths: np.ndarray, attention_length: float) -> Pack
         attention_length: tokens of a sequence whose attention costs what everything else of the model costs.
     """
     assert layout.pack_tokens is not None
-    tokens = Padding.of(layout).pack_lengths(lengths - 1)
-    return Packer(tokens, tokens * (1 + tokens / attention_length), layout.pack_tokens)
+    padding = Padding.of(layout)
+    tokens = padding.pack_lengths(lengths - 1)
+    # A pack is rounded up as a whole as well.
+    return Packer(tokens, tokens * (1 + tokens / attention_length), layout.pack_tokens // padding.total * padding.total)
 
 
 def _to_device(batch: Batch) -> Batch:

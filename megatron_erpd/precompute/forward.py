@@ -44,8 +44,7 @@ def batch_groups(layout: Layout, rollouts: Rollouts, hf_folder: Path) -> list[np
     """
     if layout.pack_tokens is not None:
         pack = packer(layout, rollouts.lengths, attention_length(read_model_shape(hf_folder)))
-        every = np.arange(len(rollouts))
-        return [group for (group,) in pack.deal(every, 1, pack.packs_per_rank(every, 1))]
+        return pack.fill(np.arange(len(rollouts)))
     multiple = Padding.of(layout).total
     longest = -(-(int(rollouts.lengths.max()) - 1) // multiple) * multiple
     return length_groups(rollouts.lengths, layout.rows * longest, multiple)
