@@ -51,13 +51,14 @@ LAYOUTS = {
     "tp2-sequence-parallel": (2, ["--tensor-parallel", "2", "--sequence-parallel", "--micro-batch-size", "16"]),
     "pp2": (2, ["--pipeline-parallel", "2", "--micro-batch-size", "8"]),
     "cp2": (2, ["--context-parallel", "2", "--micro-batch-size", "16"]),
+    "packed-cp2": (2, ["--context-parallel", "2", "--micro-batch-tokens", "128"]),
     "tp2-pp2": (
         4,
         ["--tensor-parallel", "2", "--sequence-parallel", "--pipeline-parallel", "2", "--micro-batch-size", "16"],
     ),
 }
 EXPERTS = (2, [*LAYOUTS["tp2-sequence-parallel"][1], "--expert-parallel", "2"])
-SHORT = ("dp2", "tp2-sequence-parallel")
+SHORT = ("packed-cp2", "tp2-sequence-parallel")
 LONG = [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
 
 
