@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ class FreshBatches:
         place: this rank's number among the data-parallel ranks, and theirs.
         context_parallel: as in `BatchSource`.
         attention_length: as in `data.batch.packer`.
+        packs_for: how many packs there are where at least so many are needed.
     """
 
     def __init__(
@@ -206,6 +207,7 @@ class FreshBatches:
         place: tuple[int, int],
         context_parallel: tuple[int, int] = (0, 1),
         attention_length: float = math.inf,
+        packs_for: Callable[[int], int] = int,
     ) -> None:
         self.rollouts = rollouts
         self.settings = settings
@@ -213,10 +215,11 @@ class FreshBatches:
         self.place = place
         self.context_parallel = context_parallel
         self.attention_length = attention_length
+        self._packs_for = packs_for
 
     def packs_per_rank(self) -> int:
         """Packs that the present rollouts need, where the layout packs."""
-        return self._packer.packs_per_rank(np.arange(len(self.rollouts)), self.place[1])
+        return self._packs_for(self._packer.packs_per_rank(np.arange(len(self.rollouts)), self.place[1]))
 
     @property
     def _packer(self) -> Packer:

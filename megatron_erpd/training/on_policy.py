@@ -71,7 +71,7 @@ class OnPolicyRun(TrainingRun):
     def packs_of_step(self) -> int:
         """As many as this update's rollouts need: how long they are shows when they are drawn."""
         assert self._fresh is not None
-        return self.packs_for(self._fresh.packs_per_rank())
+        return self._fresh.packs_per_rank()
 
     def batches(self, args: argparse.Namespace) -> Iterator[Batch]:
         from megatron.core import mpu
@@ -91,6 +91,7 @@ class OnPolicyRun(TrainingRun):
             (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()),
             SequenceShard.here()[:2],
             self.attention_length,
+            self.packs_for,
         )
         # With no evaluation steps, an evaluation after every step is `after_step` and nothing else.
         args.do_valid = True

@@ -120,13 +120,14 @@ def test_steps_read_what_is_listed(made: Path) -> None:
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet"]
     train = [*data, "--base-log-probs", f"{made}/base-log-probs", "--global-batch-size", "8", "--micro-batch-size", "4"]
     train += ["--epochs", "1"]
+    packed = [*train[:-4], "--micro-batch-tokens", "60", "--epochs", "1"]
     stopping = ["--max-kl", "100", "--min-entropy", "1e-9"]
     teacher = ["--policy", f"teacher={made}/teacher"]
     budget = ["--form", "policy_gradient", "--signal-weight", "0", "--advantage-weight", "1", "--kl-budget", "0.1"]
     stages: Stages = [
         ("train", [*train, "--loss", "ce", "--kl-coefficient", "0.1", *stopping, "--output", f"{made}/teacher"]),
         ("precompute", [*data, *teacher, "--k", "4", "--delta", "0.05", "--output", f"{made}/cache"]),
-        ("distill", [*train, "--cache", f"{made}/cache", "--output", f"{made}/student"]),
+        ("distill", [*packed, "--cache", f"{made}/cache", "--output", f"{made}/student"]),
         ("distill", [*train, *budget, "--output", f"{made}/surrogate"]),
         ("distill", [*train, "--teacher", "live", *teacher, "--delta", "0.05", "--output", f"{made}/live"]),
     ]

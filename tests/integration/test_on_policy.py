@@ -27,7 +27,7 @@ VERIFIER = (
 UPDATES, PROMPTS, GROUP = 8, 4, 8
 FLAGS = [
     *("--prompts-per-update", str(PROMPTS), "--num-rollouts", str(GROUP), "--max-new-tokens", "8"),
-    *("--learning-rate", "1e-2", "--micro-batch-size", "8"),
+    *("--learning-rate", "1e-2"),
 ]
 
 
@@ -173,11 +173,17 @@ def test_a_resumed_training_is_the_uninterrupted_one(made: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "layout",
-    ["data-parallel", "tensor-parallel", "pipeline-parallel", pytest.param("context-parallel", marks=pytest.mark.long)],
+    ("layout", "micro_batch"),
+    [
+        # Packs, of as many as an update's responses need.
+        ("data-parallel", ["--micro-batch-tokens", "30"]),
+        ("tensor-parallel", ["--micro-batch-size", "4"]),
+        ("pipeline-parallel", ["--micro-batch-size", "4"]),
+        pytest.param("context-parallel", ["--micro-batch-tokens", "20"], marks=pytest.mark.long),
+    ],
 )
-def test_two_ranks_give_the_same(layout: str, made: Path) -> None:
-    flags = ["--updates", "3", "--kl-coefficient", "0.5", "--micro-batch-size", "4", f"--{layout}", "2"]
+def test_two_ranks_give_the_same(layout: str, micro_batch: list[str], made: Path) -> None:
+    flags = ["--updates", "3", "--kl-coefficient", "0.5", *micro_batch, f"--{layout}", "2"]
     run_ranks(run_stages, 2, [("on-policy", command(made, layout, *flags))], timeout=400)
     for step, (ours, theirs) in enumerate(zip(metrics(made / layout), metrics(made / "penalised"), strict=True)):
         for key in ("stage1/loss", "stage1/reward", "stage1/response_length", "stage1/policy_base_kl", "grad-norm"):

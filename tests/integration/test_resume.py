@@ -29,14 +29,17 @@ from tests.forked import REPOSITORY
 from tests.integration.stages import Stages, make_round, run_stages
 
 FORMS = {
-    "replay": ("train_teacher.py", ["--loss", "sapo", "--kl-coefficient", "0.1"]),
+    "replay": ("train_teacher.py", ["--loss", "sapo", "--kl-coefficient", "0.1", "--micro-batch-size", "16"]),
     "budget": (
         "distill.py",
-        ["--form", "policy_gradient", "--signal-weight", "0", "--advantage-weight", "1", "--kl-budget", "0.001"],
+        [
+            *["--form", "policy_gradient", "--signal-weight", "0", "--advantage-weight", "1", "--kl-budget", "0.001"],
+            *["--micro-batch-tokens", "300"],
+        ],
     ),
 }
 # About 50 steps of some 20 ms: long enough to be caught in the middle.
-STEPS = ["--epochs", "40", "--global-batch-size", "32", "--micro-batch-size", "16", "--learning-rate", "1e-3"]
+STEPS = ["--epochs", "40", "--global-batch-size", "32", "--learning-rate", "1e-3"]
 
 
 @pytest.fixture(scope="module")

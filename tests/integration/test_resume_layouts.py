@@ -48,10 +48,12 @@ ONE = (1, ["--micro-batch-size", "16"])
 DP = (2, ["--data-parallel", "2", "--micro-batch-size", "4"])
 TP = (2, ["--tensor-parallel", "2", "--micro-batch-size", "8"])
 PP = (2, ["--pipeline-parallel", "2", "--micro-batch-size", "4"])
-CP = (2, ["--context-parallel", "2", "--micro-batch-size", "8"])
+CP = (2, ["--context-parallel", "2", "--micro-batch-tokens", "50"])
+PACKED = (1, ["--micro-batch-tokens", "60"])
+PACKED_DP = (2, ["--data-parallel", "2", "--micro-batch-tokens", "90"])
 PARTS = {
     "train": [Part(*ONE, "signal", 3, 3), Part(*DP, "kill", 6, 4), Part(*TP, "signal", 7, 7), Part(*PP)],
-    "distill": [Part(*PP, "kill", 4, 2), Part(*TP, "signal", 5, 5), Part(*CP, "kill", 8, 6), Part(*ONE)],
+    "distill": [Part(*PACKED_DP, "kill", 4, 2), Part(*PACKED, "signal", 5, 5), Part(*CP, "kill", 8, 6), Part(*ONE)],
 }
 
 
