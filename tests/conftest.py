@@ -28,13 +28,18 @@ if not torch.cuda.is_available():
 
 TIERS = ("slurm", "integration", "distributed", "gpu", "unit")
 """Folders of tests, those first whose files take longest: `make test` deals files to its workers in this order."""
+LONG_UNITS = (
+    *("report/test_render.py", "launch/test_preflight.py", "vocab_parallel/test_triton_passes.py"),
+    *("sampling/test_verifiers.py", "sampling/test_parts.py", "launch/test_local.py", "teacher_cache/test_faults.py"),
+)
+"""Of the unit tests, the files of ten seconds and more, which come first, so that no worker ends with one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything under tests/gpu is a GPU test; without a CUDA device the GPU tests are skipped."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
     tests = Path(__file__).parent
-    items.sort(key=lambda item: (TIERS.index(item.path.relative_to(tests).parts[0]), item.path not in slow))
+    early = {item.path for item in items if item.get_closest_marker("slow")} | {tests / "unit" / f for f in LONG_UNITS}
+    items.sort(key=lambda item: (TIERS.index(item.path.relative_to(tests).parts[0]), item.path not in early))
     has_gpu = torch.cuda.is_available()
     for item in items:
         if "gpu" in item.path.parent.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_erpd.commands import report as commands
 from megatron_erpd.evaluation.mismatch import measure_mismatch
@@ -61,6 +63,17 @@ def page(run_folder: Path) -> str:
     return path.read_text()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and not drawn, for what the text of a page says: drawing takes nearly all of its seconds."""
+
+    def save_nothing(figure: Figure, file: Path | io.BytesIO, **_: object) -> None:
+        if isinstance(file, Path):
+            file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", save_nothing)
+
+
 def test_page_needs_nothing_but_itself(page: str) -> None:
     structure = Structure(page)
     assert structure.sources and all(s.startswith("data:image/svg+xml;base64,") for s in structure.sources)
@@ -109,6 +122,7 @@ def test_a_run_that_has_only_begun_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["cache", "rollouts", "evaluation", "base/hf", "controls", "unlearned"])
+@pytest.mark.usefixtures("undrawn")
 def test_each_piece_may_be_missing(run_folder: Path, tmp_path: Path, missing: str) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
     shutil.rmtree(folder / "round-01" / missing)
@@ -117,6 +131,7 @@ def test_each_piece_may_be_missing(run_folder: Path, tmp_path: Path, missing: st
     assert ("Accuracy against KL" in headings) == (missing != "evaluation")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_rounds_are_shown_together(run_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
     evaluations(folder / "round-02" / "evaluation", before=0.1)
@@ -154,6 +169,7 @@ def test_text_on_every_tint_is_readable(signal: float) -> None:
     assert (background + 0.05) / (luminance([17, 17, 17]) + 0.05) >= 4.5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_selection_of_the_teacher(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     assert "validation prompts" not in render_report(folder).read_text()
@@ -169,6 +185,7 @@ def test_selection_of_the_teacher(tmp_path: Path) -> None:
     assert summary["stages"]["round-01/selection"]["recommended_signal"] == "strong"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_mismatch_of_sampler_and_training_engine(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     heading = "Sampler against training engine"
@@ -186,6 +203,7 @@ def test_the_mismatch_of_sampler_and_training_engine(tmp_path: Path) -> None:
     assert summary["mismatches"]["round-01"]["mult_error"] == pytest.approx(np.exp(0.03))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_verdicts_and_warnings_stand_at_the_top(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
