@@ -21,7 +21,7 @@ model: prepare/model
 warm_up: {rollouts: prepare/demonstrations.parquet, loss: sft, epochs: 1, global_batch_size: 32, learning_rate: 1e-3}
 rollouts:
   prompts: prepare/prompts.jsonl
-  verifier: python:tests/integration/test_run.py:score
+  verifier: python:VERIFIER:score
   num_rollouts: 8
   max_new_tokens: 6
 teacher: {loss: mse, epochs: 2, global_batch_size: 16, checkpoints: 2}
@@ -39,10 +39,11 @@ stages: {student: {layout: {tensor_parallel: 2}}}
 """
 
 
-def score(record: dict[str, object], response: str) -> float:
-    """A verifier that mixes rewards whatever the policy says: even lengths are right."""
+VERIFIER = """
+def score(record, response):
     return float(len(response) % 2 == 0)
-
+"""
+"""It mixes rewards whatever the policy says: even lengths are right. Many processes load it: it imports nothing."""
 
 RUN = """
 import subprocess, sys
@@ -73,8 +74,9 @@ def run(recipe: Path, output: Path, *flags: str, as_users_do: str = "") -> subpr
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
-    recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(RECIPE)
+    recipe, output, verifier = tmp_path / "recipe.yaml", tmp_path / "run", tmp_path / "verifier.py"
+    verifier.write_text(VERIFIER)
+    recipe.write_text(RECIPE.replace("VERIFIER", str(verifier)))
     first = run(recipe, output, as_users_do="tools/sample.py")
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
 

@@ -20,32 +20,33 @@ from megatron_erpd.errors import StageError
 from megatron_erpd.evaluation.strength import read_selection
 from megatron_erpd.manifest import verify_manifest
 from megatron_erpd.teacher_cache.reader import CacheReader
-from tests.distributed.harness import REPOSITORY, run_ranks
+from tests.distributed.harness import run_ranks
 from tests.integration.stages import Stages, run_stages
 from tests.integration.tiny import VOCAB_SIZE, write_model
 
 WORD = 5
 STOP = 1
-
-
-def likes(record: dict[str, object], response: str) -> float:
-    """The share of the word in the response."""
+VERIFIER = f"""
+def likes(record, response):
     words = response.split()
-    return words.count(f"w{WORD}") / max(1, len(words))
+    return words.count("w{WORD}") / max(1, len(words))
 
 
-def dislikes(record: dict[str, object], response: str) -> float:
+def dislikes(record, response):
     return 1.0 - likes(record, response)
+"""
+"""`likes`: the share of the word in the response. A file that imports nothing: each of many processes loads it."""
 
 
 def inputs(folder: Path) -> None:
-    """`hf` with a tokenizer of words, `rollouts.parquet` that hold the one word, `prompts.jsonl`."""
+    """`hf` with a tokenizer of words, `rollouts.parquet` that hold the one word, `prompts.jsonl`, `verifier.py`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
     write_model(folder / "hf")
+    (folder / "verifier.py").write_text(VERIFIER)
     backend = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     backend.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token=f"w{STOP}").save_pretrained(
@@ -69,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = ["--global-batch-size", "16", "--micro-batch-size", "16"]
     select = ["--model", f"{folder}/hf", "--teacher", f"{folder}/teacher", "--candidates", f"{folder}/candidates"]
     select += ["--prompts", f"{folder}/prompts.jsonl", "--num-samples", "2", "--max-new-tokens", "8"]
-    verifier = f"python:{REPOSITORY}/tests/integration/test_selection.py"
+    verifier = f"python:{folder}/verifier.py"
     up, down = f"{folder}/up", f"{folder}/down"
     unlearned = ["--policy", f"unlearned={folder}/teacher"]
     cache = [*data, *unlearned, "--signal", "auto"]
