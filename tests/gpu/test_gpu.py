@@ -25,7 +25,7 @@ from megatron_erpd.vocab_parallel import (
 )
 from megatron_erpd.vocab_parallel.passes import DivergenceGradient, RowGradient, Softmax, add_product
 from tests.batches import grid_batch
-from tests.tolerances import BF16, BF16_GRADIENT, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
+from tests.tolerances import BF16, BF16_GRADIENT, BF16_LOSS, BF16_ROUNDING, FP32, FP32_PARALLEL, Tolerance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -190,3 +190,22 @@ def test_a_round_on_nccl(tmp_path: Path) -> None:
     distill([*train, "--cache", f"{tmp_path}/cache", "--epochs", "8", "--output", f"{tmp_path}/student"])
     rows = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["stage2/reverse_kl"] < rows[0]["stage2/reverse_kl"]
+
+
+def test_packs_on_a_device_give_what_padded_batches_do(tmp_path: Path) -> None:
+    """Losses and gradient norms of a replay, with Transformer Engine's attention where it is installed."""
+    from megatron_erpd.commands.import_checkpoint import import_checkpoint
+    from megatron_erpd.commands.train import train_teacher
+    from tests.integration.tiny import write_model, write_random_rollouts
+
+    write_model(tmp_path / "hf")
+    rollouts = write_random_rollouts(tmp_path / "rollouts.parquet")
+    import_checkpoint(["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"])
+    train = ["--base", f"{tmp_path}/base", "--rollouts", str(rollouts), "--loss", "sft", "--epochs", "0.8"]
+    train += ["--global-batch-size", "16", "--precision", "bf16"]
+    found = []
+    for flag, size in (("--micro-batch-size", "8"), ("--micro-batch-tokens", "64")):
+        train_teacher([*train, flag, size, "--output", f"{tmp_path}/{flag}"])
+        lines = (tmp_path / flag / "metrics.jsonl").read_text().splitlines()
+        found.append([[row["stage1/loss"], row["grad-norm"]] for row in map(json.loads, lines)])
+    BF16_LOSS.assert_close(found[1], found[0])
