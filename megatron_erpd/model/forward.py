@@ -106,7 +106,9 @@ def _packed_params(batch: Batch, config: Any) -> Any:
     if config.transformer_impl != "transformer_engine":
         ends = torch.tensor([0, *accumulate(batch.segments)], dtype=torch.int32)
     longest = max(batch.segments)
-    return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+    # Padding at the end of a segment counts as its own tokens, which no other token sees.
+    sizes = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
+    return PackedSeqParams("thd", ends, ends, **sizes, pad_between_seqs=False)
 
 
 @dataclass(frozen=True)
