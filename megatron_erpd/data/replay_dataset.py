@@ -157,9 +157,15 @@ class BatchOrder:
         Yields:
             int64 arrays of row numbers, some of them empty; `count` of them make one step.
         """
+        for step in self.dealt(consumed_samples, packer, count, dp_size):
+            yield from (ranks[dp_rank] for ranks in step)
+
+    def dealt(
+        self, consumed_samples: int, packer: Packer, count: int, dp_size: int
+    ) -> Iterator[list[list[np.ndarray]]]:
+        """The packs of all ranks: of each step, without end, for each micro-step a pack for each rank."""
         while True:
-            for ranks in packer.deal(self.global_batch(consumed_samples), dp_size, count):
-                yield ranks[dp_rank]
+            yield packer.deal(self.global_batch(consumed_samples), dp_size, count)
             consumed_samples += self.global_batch_size
 
     def most_packs(self, packer: Packer, num_steps: int, dp_size: int) -> int:

@@ -435,18 +435,21 @@ def count_rollouts(path: Path | Sequence[Path], prompt: str = PROMPT, response: 
     return RolloutCount(rollouts, tokens, answers) if paths else None
 
 
-def longest_rollout(path: Path | Sequence[Path], prompt: str = PROMPT, response: str = RESPONSE) -> int:
-    """Tokens of the longest rollout, prompt and response. Reads the two columns, a batch of rows at a time.
+def rollout_lengths(
+    path: Path | Sequence[Path], prompt: str = PROMPT, response: str = RESPONSE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each prompt and of each response, int64 `[N]`. Reads the two columns, a batch of rows at a time.
 
     Args:
         path, prompt, response: as in `count_rollouts`, which has found something there.
     """
-    longest = 0
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([np.empty(0, np.int64)], [np.empty(0, np.int64)])
     for file in _parquet_files(path):
         for batch in pq.ParquetFile(file).iter_batches(columns=[prompt, response]):
-            lengths = pc.add(*(pc.fill_null(pc.list_value_length(batch[name]), 0) for name in (prompt, response)))
-            longest = max(longest, pc.max(lengths).as_py() or 0)
-    return longest
+            for name, lengths in zip((prompt, response), found, strict=True):
+                of_rows = pc.fill_null(pc.list_value_length(batch[name]), 0)
+                lengths.append(of_rows.to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(found[0]), np.concatenate(found[1])
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -153,7 +153,7 @@ def _layout_problems(stages: Sequence[Stage], model: Path | None) -> Iterator[tu
             model_flags(model, layout.tensor_parallel, stages_of, layout.expert_parallel, virtual_stages=chunks)
             if isinstance(stage.request, ModelRequest):
                 check_expert_groups(shape, layout, trains)
-                check_schedule(schedule, stages_of, micro_batches(stage))
+                check_schedule(schedule, stages_of, micro_batches(stage, schedule))
         except ErpdError as error:
             yield stage, str(error)
 

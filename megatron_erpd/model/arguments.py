@@ -115,8 +115,9 @@ def own_flags(
             raise LayoutError(
                 f"global batch size {batch} isn't a multiple of {layout.batch_unit_words}; change one of them"
             )
-        if layout.pack_tokens is None:  # packs are made as many as a schedule wants
-            check_schedule(schedule, layout.pipeline_parallel, batch // layout.batch_unit)
+        # Packs are made as many as a schedule wants.
+        count = batch // layout.batch_unit if layout.pack_tokens is None else schedule.group
+        check_schedule(schedule, layout.pipeline_parallel, count)
     fixed = {
         **model_flags(
             hf_folder,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
+from megatron_erpd.data.batch import Padding
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.recipe.recipe import MegatronFlags
 from megatron_erpd.settings import Layout
@@ -43,10 +44,25 @@ class Recompute:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The largest micro-batch of a stage: `rollouts` of `length` tokens, before context parallelism splits them."""
+    """The largest micro-batch of a stage, before context parallelism splits it.
 
-    rollouts: int
-    length: int
+    Attributes:
+        tokens: that the model reads, padding among them.
+        longest: of them in one sequence.
+    """
+
+    tokens: int
+    longest: int
+
+    @classmethod
+    def largest(cls, layout: Layout, longest: int) -> MicroBatch:
+        """Of rollouts of at most `longest` tokens: so many of these as it holds, or a full pack, or the pack of the one
+        that is longer."""
+        padding = Padding.of(layout)
+        if layout.pack_tokens is None:
+            each = -(-longest // padding.total) * padding.total
+            return cls(layout.rows * each, each)
+        return cls(-(-max(layout.pack_tokens, longest) // padding.total) * padding.total, longest)
 
 
 def recompute_of(megatron: tuple[str, ...]) -> Recompute:
@@ -71,12 +87,17 @@ def recompute_of(megatron: tuple[str, ...]) -> Recompute:
     return Recompute("full", method, int(layers))
 
 
-def layer_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, recompute: Recompute | None = None) -> int:
+def layer_bytes(
+    shape: ModelShape, layout: Layout, batch: MicroBatch, recompute: Recompute | None = None, on_gpu: bool = True
+) -> int:
     """What one layer keeps of one micro-batch in one process.
 
     Without sequence parallelism, the activations between the layers are replicated over the tensor-parallel ranks.
-    Experts are taken to get equal numbers of tokens. In fp32 attention isn't fused, and its probabilities are kept
-    unless they are recomputed (`selective`).
+    Experts are taken to get equal numbers of tokens.
+
+    Attention is fused but for fp32 on a GPU: there Transformer Engine has no fused kernel, and PyTorch none for grouped
+    heads. Its probabilities are then kept unless they are recomputed (`selective`); of a pack those of each segment,
+    counted as if all were as long as the longest.
     """
     size, tokens, shards = ELEMENT_BYTES[layout.precision], _tokens(layout, batch), layout.tensor_parallel
     own = -(-tokens // _sequence_shards(layout))  # tokens of this rank between the layers
@@ -88,8 +109,9 @@ def layer_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, recompute:
     kept += tokens * (size * (2 * query + 2 * key_value) + 4 * heads)
     if shape.family.qk_norm:
         kept += size * tokens * (query + key_value)
-    if layout.precision == "fp32" and (recompute is None or recompute.granularity != "selective"):
-        kept += size * heads * tokens * batch.length
+    recomputed = recompute is not None and recompute.granularity == "selective"
+    if layout.precision == "fp32" and on_gpu and not recomputed:
+        kept += size * heads * tokens * batch.longest
     if not shape.num_experts:
         return kept + size * tokens * 3 * (shape.ffn_hidden_size // shards)  # gate, up, and their product
     # Logits and probabilities of the router in fp32; of each token's experts the input, gate, up and product, output.
@@ -102,7 +124,13 @@ def layer_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, recompute:
 
 
 def training_bytes(
-    shape: ModelShape, layout: Layout, batch: MicroBatch, recompute: Recompute, num_layers: int, in_flight: int
+    shape: ModelShape,
+    layout: Layout,
+    batch: MicroBatch,
+    recompute: Recompute,
+    num_layers: int,
+    in_flight: int,
+    on_gpu: bool = True,
 ) -> int:
     """What the layers of a pipeline stage keep of the micro-batches whose backward pass is still to come.
 
@@ -111,7 +139,7 @@ def training_bytes(
         in_flight: micro-batches between their forward and backward pass; with virtual stages, of all chunks together.
             See `in_flight`.
     """
-    layer = layer_bytes(shape, layout, batch, recompute)
+    layer = layer_bytes(shape, layout, batch, recompute, on_gpu)
     if recompute.granularity != "full":
         return in_flight * num_layers * layer
     entry = ELEMENT_BYTES[layout.precision] * -(-_tokens(layout, batch) // _sequence_shards(layout)) * shape.hidden_size
@@ -153,10 +181,8 @@ def head_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, trains: boo
 
 
 def _tokens(layout: Layout, batch: MicroBatch) -> int:
-    """Of a micro-batch in one process, with the padding that makes its shards equal."""
-    unit = 2 * layout.context_parallel * (layout.tensor_parallel if layout.sequence_parallel else 1)
-    padded = -(-batch.length // unit) * unit
-    return batch.rollouts * padded // layout.context_parallel
+    """Of a micro-batch in one process."""
+    return -(-batch.tokens // layout.context_parallel)
 
 
 def _sequence_shards(layout: Layout) -> int:

@@ -9,13 +9,9 @@ from typing import Any
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, check_layout
 from megatron_erpd.checkpoint.mapping.shape import ModelShape
 from megatron_erpd.errors import LayoutError, RecipeError
-from megatron_erpd.plan.activations import Recompute, recompute_of
-from megatron_erpd.plan.memory import (
-    DISTRIBUTED_OPTIMIZER,
-    global_batch_size,
-    micro_batches,
-    stage_memory,
-)
+from megatron_erpd.plan.activations import MicroBatch, Recompute, recompute_of
+from megatron_erpd.plan.budgets import budgets, least_budget, usable_bytes, waiting, with_budget
+from megatron_erpd.plan.memory import DISTRIBUTED_OPTIMIZER, global_batch_size, stage_memory
 from megatron_erpd.recipe.recipe import MegatronFlags
 from megatron_erpd.recipe.stages import Stage, flags_of
 from megatron_erpd.settings import Layout
@@ -23,13 +19,10 @@ from megatron_erpd.settings.megatron_flags import without_virtual_stages
 
 GPU_GIB = {"h100": 79.6, "h200": 140.4, "a100-80": 80.0, "b200": 179.1}
 """Memory that nvidia-smi shows, in GiB."""
-SPARE = 0.1
-"""Part of it that stays free: CUDA's context, NCCL's buffers, fragments, and what the formulas leave out."""
 NODE_GPUS = 8
 """Tensor parallelism stays inside a node: it exchanges activations in every layer."""
 SHORTEST_SHARD = 2048
 """Tokens: context parallelism with less per process waits for its exchanges."""
-MICRO_BATCH_SIZES = (16, 8, 4, 2, 1)
 SHOWN = 5
 """Proposals at most."""
 MOST_GPUS = 4096
@@ -49,7 +42,7 @@ class Gpus:
     @property
     def usable(self) -> int:
         """Bytes that a process may plan to use."""
-        return int(self.memory * (1 - SPARE))
+        return usable_bytes(self.memory)
 
 
 @dataclass(frozen=True)
@@ -124,45 +117,56 @@ def parse_gpus(name: str, count: int) -> Gpus:
     return Gpus(kind if kind in GPU_GIB else f"{gib:g} GiB", int(gib * 2**30), count)
 
 
-def gpu_fit(stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus) -> GpuFit:
+def gpu_fit(
+    stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus, mean_tokens: float | None = None
+) -> GpuFit:
     """Checks the stages that run a model, and looks for layouts.
 
     Args:
         longest: tokens of the longest rollout.
+        mean_tokens: of a rollout; None: all are taken to be that long.
     """
     fits = [_stage_fit(stage, shape, longest, gpus) for stage in stages]
-    proposals = propose(stages, shape, longest, gpus)
+    proposals = propose(stages, shape, longest, gpus, mean_tokens)
     enough, count = (gpus.count if proposals else None), gpus.count
     while enough is None and (count := 2 * count) <= MOST_GPUS:
-        if propose(stages, shape, longest, replace(gpus, count=count), most=1):
+        if propose(stages, shape, longest, replace(gpus, count=count), mean_tokens, most=1):
             enough = count
     return GpuFit(gpus, fits, proposals, enough)
 
 
-def propose(stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus, most: int = SHOWN) -> list[Proposal]:
+def propose(
+    stages: Sequence[Stage],
+    shape: ModelShape,
+    longest: int,
+    gpus: Gpus,
+    mean_tokens: float | None = None,
+    most: int = SHOWN,
+) -> list[Proposal]:
     """Layouts of exactly `gpus.count` processes under which every stage fits with `SPARE` left, the best first.
 
-    The best has the least work: full recomputation costs a third more, and a pipeline's ends cost (PP - 1) /
-    micro-batches; what processes exchange is not counted. Among equals it is that with the most DP (so the fewest
-    processes for a copy of the model), then the least TP, PP, CP and EP, then the largest micro-batch. TP stays within
-    a node and gets sequence parallelism; the distributed optimizer is on wherever there is another copy to share with;
-    there are no virtual pipeline stages.
+    Micro-batches are packs, whose budget holds the longest rollout. The best has the least work: full recomputation
+    costs a third more, and a pipeline's ends cost (PP - 1) / packs; what processes exchange is not counted. Among
+    equals it is that with the most DP (so the fewest processes for a copy of the model), then the least TP, PP, CP and
+    EP, then the largest budget. TP stays within a node and gets sequence parallelism; the distributed optimizer is on
+    wherever there is another copy to share with; there are no virtual pipeline stages.
     """
     found: list[tuple[tuple[float, ...], Proposal]] = []
+    mean_tokens = mean_tokens or longest
     for layout in _layouts(stages, shape, longest, gpus.count):
         for recompute in (Recompute(), _FULL):
-            proposal = _largest_micro_batch(stages, shape, longest, gpus, layout, recompute)
+            proposal = _best_budget(stages, shape, longest, gpus, mean_tokens, layout, recompute)
             if proposal:
                 chosen = proposal.layout
                 names = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
                 sizes = [chosen[name] for name in names]
-                key = (round(proposal.work, 9), -chosen["data_parallel"], *sizes, -chosen["micro_batch_size"])
+                key = (round(proposal.work, 9), -chosen["data_parallel"], *sizes, -chosen["micro_batch_tokens"])
                 found.append((key, proposal))
     return [proposal for _, proposal in sorted(found, key=lambda pair: pair[0])[:most]]
 
 
 def _layouts(stages: Sequence[Stage], shape: ModelShape, longest: int, count: int) -> Iterator[Layout]:
-    """Layouts of `count` processes that the model can be split by; their micro-batch size is still open."""
+    """Layouts of `count` processes that the model can be split by; their token budget is still open."""
     first = stages[0].layout
     for tensor in (n for n in (1, 2, 4, 8) if n <= min(NODE_GPUS, count)):
         for pipeline in (n for n in range(1, shape.num_layers + 1) if count % (tensor * n) == 0):
@@ -200,21 +204,34 @@ def _can_be(shape: ModelShape, layout: Layout) -> bool:
     return True
 
 
-def _largest_micro_batch(
-    stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus, layout: Layout, recompute: Recompute
+def _best_budget(
+    stages: Sequence[Stage],
+    shape: ModelShape,
+    longest: int,
+    gpus: Gpus,
+    mean_tokens: float,
+    layout: Layout,
+    recompute: Recompute,
 ) -> Proposal | None:
-    """The layout with the least work among those that fit, one for each micro-batch size; the largest of equals."""
+    """The layout with the least work among those that fit, one for each token budget; the largest of equals."""
     best: Proposal | None = None
-    for size in MICRO_BATCH_SIZES:
-        tried = layout.model_copy(update={"micro_batch_size": size})
-        proposal = _fitting(stages, shape, longest, gpus, tried, recompute)
-        if proposal and (best is None or proposal.work < best.work):
+    largest = max(stages, key=lambda stage: global_batch_size(stage) or 0)
+    for budget in budgets(largest.changed(layout=layout), longest, mean_tokens):
+        tried = layout.changed({"micro_batch_tokens": budget})
+        proposal = _fitting(stages, shape, longest, gpus, mean_tokens, tried, recompute)
+        if proposal and (best is None or proposal.work <= best.work):
             best = proposal
     return best
 
 
 def _fitting(
-    stages: Sequence[Stage], shape: ModelShape, longest: int, gpus: Gpus, layout: Layout, recompute: Recompute
+    stages: Sequence[Stage],
+    shape: ModelShape,
+    longest: int,
+    gpus: Gpus,
+    mean_tokens: float,
+    layout: Layout,
+    recompute: Recompute,
 ) -> Proposal | None:
     """This layout for all stages, if they fit."""
     megatron: MegatronFlags = dict(recompute.flags())
@@ -232,13 +249,13 @@ def _fitting(
             return None
         largest = memory if largest is None or memory.total > largest.total else largest
         if batch:
-            waiting = (layout.pipeline_parallel - 1) / micro_batches(tried)
-            work = max(work, (4 / 3 if recompute.granularity == "full" else 1.0) * (1 + waiting))
+            ends = waiting(tried, shape, mean_tokens)
+            work = max(work, (4 / 3 if recompute.granularity == "full" else 1.0) * (1 + ends))
     if largest is None:
         return None
     named = {name: value for name, value in layout if value != Layout.model_fields[name].default}
     sizes = {"tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel", "expert_parallel"}
-    kept = named | {name: getattr(layout, name) for name in (*sizes, "micro_batch_size", "precision")}
+    kept = named | {name: getattr(layout, name) for name in (*sizes, "micro_batch_tokens", "precision")}
     ordered = {name: kept[name] for name in Layout.model_fields if name in kept}
     return Proposal(ordered, megatron, largest.stage, largest.total, work)
 
@@ -260,12 +277,12 @@ def _remedies(stage: Stage, shape: ModelShape, longest: int, gpus: Gpus) -> list
         except LayoutError:  # virtual pipeline stages want other numbers of micro-batches
             return False
 
-    alone = [next((words for words, c in kind(stage, shape) if fits(c)), None) for kind in _CHANGES]
+    alone = [next((words for words, c in kind(stage, shape, longest) if fits(c)), None) for kind in _CHANGES]
     if any(alone):
         return [words for words in alone if words]
     together, said = stage, []
     for kind in _CHANGES:
-        for words, changed in list(kind(together, shape))[-1:]:
+        for words, changed in list(kind(together, shape, longest))[-1:]:
             together = changed
             said.append(words)
             if fits(together):
@@ -277,31 +294,43 @@ Changes = Iterator[tuple[str, Stage]]
 """What is changed, as a recipe has it, and the stage with it; the smallest change first."""
 
 
-def _share_optimizer(stage: Stage, shape: ModelShape) -> Changes:
+def _share_optimizer(stage: Stage, shape: ModelShape, longest: int) -> Changes:
     copies = stage.layout.data_parallel * stage.layout.context_parallel
     if stage.command != "precompute" and copies > 1 and DISTRIBUTED_OPTIMIZER not in stage.megatron:
         yield "use-distributed-optimizer: true", _changed(stage, shares=True)
 
 
-def _split_sequence(stage: Stage, shape: ModelShape) -> Changes:
+def _split_sequence(stage: Stage, shape: ModelShape, longest: int) -> Changes:
     if stage.layout.tensor_parallel > 1 and not stage.layout.sequence_parallel:
         yield "sequence_parallel: true", _changed(stage, {"sequence_parallel": True})
 
 
-def _smaller_micro_batch(stage: Stage, shape: ModelShape) -> Changes:
+def _smaller_micro_batch(stage: Stage, shape: ModelShape, longest: int) -> Changes:
     batch, data = global_batch_size(stage) or 0, stage.layout.data_parallel
+    if stage.layout.pack_tokens is not None:
+        return
     for size in range(stage.layout.rows - 1, 0, -1):
         if batch % (size * data) == 0:
             yield f"micro_batch_size: {size}", _changed(stage, {"micro_batch_size": size})
 
 
-def _recompute(stage: Stage, shape: ModelShape) -> Changes:
+def _smaller_budget(stage: Stage, shape: ModelShape, longest: int) -> Changes:
+    """Down to the one that holds the longest rollout."""
+    held = -(-MicroBatch.largest(stage.layout, longest).tokens // stage.layout.context_parallel)
+    budget = 2 ** (held - 1).bit_length() if held > 1 else 1
+    while (budget := budget // 2) > least_budget(stage.layout, longest):
+        yield f"micro_batch_tokens: {budget}", with_budget(stage, budget)
+    if (budget := least_budget(stage.layout, longest)) < held:
+        yield f"micro_batch_tokens: {budget}", with_budget(stage, budget)
+
+
+def _recompute(stage: Stage, shape: ModelShape, longest: int) -> Changes:
     if stage.command != "precompute" and recompute_of(stage.megatron).granularity != "full":
         words = ", ".join(f"{name}: {value}" for name, value in _FULL.flags().items())
         yield words, _changed(stage, recompute=_FULL)
 
 
-def _more_tensor_parallel(stage: Stage, shape: ModelShape) -> Changes:
+def _more_tensor_parallel(stage: Stage, shape: ModelShape, longest: int) -> Changes:
     sizes = stage.layout
     for size in (2, 4, 8):
         data, rest = divmod(sizes.data_parallel * sizes.tensor_parallel, size)
@@ -312,7 +341,9 @@ def _more_tensor_parallel(stage: Stage, shape: ModelShape) -> Changes:
                 yield words, _changed(stage, update)
 
 
-_CHANGES = (_share_optimizer, _split_sequence, _smaller_micro_batch, _recompute, _more_tensor_parallel)
+_CHANGES = (
+    *(_share_optimizer, _split_sequence, _smaller_micro_batch, _smaller_budget, _recompute, _more_tensor_parallel),
+)
 
 
 def _changed(
@@ -329,4 +360,4 @@ def _changed(
     gone = (DISTRIBUTED_OPTIMIZER, "--recompute-activations", *ours)
     kept = [w for w, last in zip(stage.megatron, before, strict=False) if w not in gone and last not in ours]
     wanted = flags_of({**recompute.flags(), "use-distributed-optimizer": shares})
-    return stage.changed(layout=stage.layout.model_copy(update=dict(layout or {})), megatron=(*kept, *wanted))
+    return stage.changed(layout=stage.layout.changed(layout or {}), megatron=(*kept, *wanted))

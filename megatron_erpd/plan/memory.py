@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,7 +31,6 @@ from megatron_erpd.plan.activations import (
 )
 from megatron_erpd.recipe.requests import Distill, Precompute, ReplayRequest, TrainOnPolicy
 from megatron_erpd.recipe.stages import Stage
-from megatron_erpd.settings import Layout
 
 WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = 4
@@ -87,11 +87,12 @@ class StageMemory:
         return known + (self.activations or 0)
 
 
-def stage_memory(stage: Stage, shape: ModelShape, longest: int | None = None) -> StageMemory:
+def stage_memory(stage: Stage, shape: ModelShape, longest: int | None = None, on_gpu: bool = True) -> StageMemory:
     """The memory of a stage that runs the model.
 
     Args:
         longest: tokens of the longest rollout; None leaves the activations open.
+        on_gpu: whether it runs on GPUs, where attention in fp32 keeps more.
 
     Raises:
         LayoutError: its layout doesn't fit the model; names the stage.
@@ -103,15 +104,21 @@ def stage_memory(stage: Stage, shape: ModelShape, longest: int | None = None) ->
         sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
         held = parameters_per_stage(shape, *sizes, schedule.virtual_stages)
         check_expert_groups(shape, layout, stage.command != "precompute")
-        check_schedule(schedule, layout.pipeline_parallel, micro_batches(stage))
+        check_schedule(schedule, layout.pipeline_parallel, micro_batches(stage, schedule))
     except LayoutError as error:
         raise LayoutError(f"{stage.name}: {error}") from None
-    found = [_process_memory(stage, shape, schedule, number, here, longest) for number, here in enumerate(held)]
+    found = [_process_memory(stage, shape, schedule, number, here, longest, on_gpu) for number, here in enumerate(held)]
     return max(reversed(found), key=lambda process: process.total)
 
 
 def _process_memory(
-    stage: Stage, shape: ModelShape, schedule: Schedule, number: int, held: ProcessParameters, longest: int | None
+    stage: Stage,
+    shape: ModelShape,
+    schedule: Schedule,
+    number: int,
+    held: ProcessParameters,
+    longest: int | None,
+    on_gpu: bool,
 ) -> StageMemory:
     """Of a process of one pipeline stage."""
     layout = stage.layout
@@ -141,28 +148,22 @@ def _process_memory(
         num_frozen=num_frozen,
         frozen=weight_bytes * (models * parameters + sampler + layers * output_layer),
         output_layer=is_last * layout.head_chunk_mib * 2**20 + trains * 4 * output_layer,
-        activations=None if longest is None else _activations(stage, shape, schedule, number, longest),
+        activations=None if longest is None else _activations(stage, shape, schedule, number, longest, on_gpu),
     )
 
 
-def _activations(stage: Stage, shape: ModelShape, schedule: Schedule, number: int, longest: int) -> int:
-    """Of the longest rollouts in one micro-batch; without a backward pass those of a single layer."""
-    layout, batch = stage.layout, _largest_micro_batch(stage.layout, longest)
+def _activations(stage: Stage, shape: ModelShape, schedule: Schedule, number: int, longest: int, on_gpu: bool) -> int:
+    """Of the largest micro-batch; without a backward pass those of a single layer."""
+    layout, batch = stage.layout, MicroBatch.largest(stage.layout, longest)
     is_last, trains = number == layout.pipeline_parallel - 1, stage.command != "precompute"
     hidden = num_policies(stage) if reads_hidden(stage) else frozen_policies(stage)
     head = head_bytes(shape, layout, batch, trains, hidden) if is_last else 0
     if not trains:
-        return head + layer_bytes(shape, layout, batch)
+        return head + layer_bytes(shape, layout, batch, on_gpu=on_gpu)
     chunks = stage_layers(shape.num_layers, layout.pipeline_parallel, schedule.virtual_stages)[number]
     layers = max(map(len, chunks))
-    waiting = in_flight(layout.pipeline_parallel, number, micro_batches(stage), *schedule)
-    return head + training_bytes(shape, layout, batch, recompute_of(stage.megatron), layers, waiting)
-
-
-def _largest_micro_batch(layout: Layout, longest: int) -> MicroBatch:
-    if layout.pack_tokens is None:
-        return MicroBatch(layout.rows, longest)
-    return MicroBatch(1, max(layout.pack_tokens, longest))
+    waiting = in_flight(layout.pipeline_parallel, number, micro_batches(stage, schedule), *schedule)
+    return head + training_bytes(shape, layout, batch, recompute_of(stage.megatron), layers, waiting, on_gpu)
 
 
 def global_batch_size(stage: Stage) -> int | None:
@@ -172,9 +173,22 @@ def global_batch_size(stage: Stage) -> int | None:
     return None
 
 
-def micro_batches(stage: Stage) -> int:
-    """Micro-batches of an optimizer step per data-parallel rank; 1 for a stage that doesn't train."""
-    return max(1, (global_batch_size(stage) or 1) // stage.layout.batch_unit)
+def micro_batches(stage: Stage, schedule: Schedule, mean_tokens: float | None = None) -> int:
+    """Micro-batches of an optimizer step per data-parallel rank; 1 for a stage that doesn't train.
+
+    Args:
+        schedule: for which packs are made as many as it wants.
+        mean_tokens: of a rollout, by which packs are estimated; None: the most that there may be, one of each rollout.
+    """
+    batch, layout = global_batch_size(stage), stage.layout
+    if batch is None:
+        return 1
+    if layout.pack_tokens is None:
+        return max(1, batch // layout.batch_unit)
+    count = -(-batch // layout.data_parallel)
+    if mean_tokens is not None:
+        count = min(count, math.ceil(batch * mean_tokens / (layout.data_parallel * layout.pack_tokens)))
+    return schedule.whole_groups(max(1, count))
 
 
 def frozen_policies(stage: Stage) -> int:

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_erpd import platform
 from megatron_erpd.checkpoint.mapping.config import ModelShape, read_model_shape
 from megatron_erpd.checkpoint.mapping.parameter_count import active_parameters, count_parameters
-from megatron_erpd.errors import RecipeError
+from megatron_erpd.data.pack_figures import PackFigures
+from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.manifest import MANIFEST
+from megatron_erpd.plan.budgets import (
+    StageRollouts,
+    check_prompts,
+    chosen_budget,
+    has_no_size,
+    least_budget,
+    over_budget,
+    precision_warning,
+    with_budget,
+)
 from megatron_erpd.plan.cache import (
     CacheOption,
     Speed,
@@ -28,6 +40,7 @@ from megatron_erpd.plan.cache import (
 from megatron_erpd.plan.disk import DiskPlan, disk_plan
 from megatron_erpd.plan.gpu_fit import GpuFit, Gpus, gpu_fit
 from megatron_erpd.plan.memory import StageMemory, frozen_policies, reads_hidden, stage_memory, uncounted_flags
+from megatron_erpd.plan.packs import imported_files, reads_the_rollouts, stage_packs
 from megatron_erpd.plan.saves import SaveTime, save_times
 from megatron_erpd.plan.times import RolloutSize, StageTime, measured_speed, stage_times
 from megatron_erpd.recipe.artifacts import Artifacts
@@ -38,7 +51,7 @@ from megatron_erpd.recipe.requests import Import, ImportRollouts, ModelRequest, 
 from megatron_erpd.recipe.stages import Stage, dependencies
 from megatron_erpd.recipe.verdicts import Verdict, judge_all
 from megatron_erpd.settings.learning_rates import describe_rates
-from megatron_erpd.sources.names import is_there, local_path
+from megatron_erpd.sources.names import is_there
 
 TERAFLOPS_PER_DEVICE = 400.0
 """What an H100 reaches in bf16 at 40% of its peak of 989."""
@@ -104,6 +117,8 @@ class Resources:
     model: ModelSize | None
     data: DataSize | None
     memory: list[StageMemory]
+    packs: dict[str, PackFigures]
+    """Of stages with a token budget, where the rollouts are there."""
     times: list[StageTime]
     gpus: GpuFit | None
     """Where GPUs were asked about."""
@@ -162,14 +177,21 @@ def estimate(
     # What comes back from `replaced/` is counted as if it were still to be made.
     done = {stage.name for stage in stages if verdicts[stage.name].folder == stage.output}
     shape, hf_dtype, context = _model(stages, notes)
-    data = _data(recipe, stages, verdicts, notes, context)
+    data, lengths = _data(recipe, stages, verdicts, notes, context)
     longest = sequence_length or (data.longest if data else None)
+    mean = data.mean_tokens if data else None
+    on_gpus = {s.name for s in stages if gpus or s.slurm.gpus_per_node or not platform.is_cpu()}
+    stages = _with_budgets(stages, shape, longest, mean, gpus, on_gpus, notes)
     counts = (data.num_rollouts, data.response_tokens) if data else None
     disk = disk_plan(recipe.folder, stages, done, shape, hf_dtype, counts)
     rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
     speed, source = _speed(teraflops_per_device, [stage for stage in stages if stage.name in done], shape, rollouts)
     cache, advice = _cache(recipe, stages, shape, data, disk, speed)
     with_model = [stage for stage in stages if isinstance(stage.request, ModelRequest)]
+    packs = stage_packs(with_model, shape, lengths.lengths) if shape and lengths else {}
+    notes += _budget_notes(with_model, shape, lengths)
+    if warning := precision_warning([stage for stage in with_model if stage.name in on_gpus]):
+        notes.append(warning)
     if ignored := uncounted_flags(stages):
         notes.append(f"{', '.join(ignored)} of Megatron's change the memory in ways that are not counted")
     return Resources(
@@ -179,9 +201,12 @@ def estimate(
         if shape
         else None,
         data=data,
-        memory=[stage_memory(stage, shape, longest) for stage in with_model] if shape else [],
-        times=stage_times(stages, done, shape, rollouts, speed) if shape else [],
-        gpus=_gpus(with_model, shape, longest, gpus, notes),
+        memory=[_memory(stage, shape, longest, stage.name in on_gpus) for stage in with_model] if shape else [],
+        packs=packs,
+        times=stage_times(stages, done, shape, rollouts, speed, {name: row.packs for name, row in packs.items()})
+        if shape
+        else [],
+        gpus=_gpus(with_model, shape, longest, mean, gpus, notes),
         teraflops_per_device=speed,
         speed_source=source,
         cache=cache,
@@ -191,6 +216,68 @@ def estimate(
         learning_rates=_learning_rates(stages, shape),
         notes=notes,
     )
+
+
+def _with_budgets(
+    stages: Sequence[Stage],
+    shape: ModelShape | None,
+    longest: int | None,
+    mean_tokens: float | None,
+    gpus: Gpus | None,
+    on_gpus: Collection[str],
+    notes: list[str],
+) -> list[Stage]:
+    """The stages, those on GPUs that leave the size of their micro-batches open with the budget that they would take
+    by the memory of these GPUs."""
+    chosen, left_open = dict[str, Stage](), list[str]()
+    for stage in stages:
+        if not isinstance(stage.request, ModelRequest) or not has_no_size(stage.layout) or stage.name not in on_gpus:
+            continue
+        if gpus is None or shape is None or longest is None:
+            left_open.append(stage.name)
+            continue
+        budget = chosen_budget(stage, shape, longest, mean_tokens, gpus.memory)
+        chosen[stage.name] = with_budget(stage, budget or least_budget(stage.layout, longest))
+    sizes: dict[int, list[str]] = {}
+    for name, stage in chosen.items():
+        sizes.setdefault(stage.layout.micro_batch_tokens or 0, []).append(name)
+    notes += [
+        f"{', '.join(names)}: no size of micro-batches is given; by the memory of {gpus and gpus.name} it is "
+        f"micro_batch_tokens {size}"
+        for size, names in sizes.items()
+    ]
+    if left_open:
+        notes.append(
+            f"{', '.join(left_open)}: no size of micro-batches is given; on a GPU a token budget is chosen by its "
+            "memory, and --gpu says which"
+        )
+    return [chosen.get(stage.name, stage) for stage in stages]
+
+
+def _memory(stage: Stage, shape: ModelShape, longest: int | None, on_gpu: bool) -> StageMemory:
+    """Without activations where the size of micro-batches shows only on the GPU."""
+    is_open = on_gpu and has_no_size(stage.layout)
+    return stage_memory(stage, shape, None if is_open else longest, on_gpu)
+
+
+def _budget_notes(stages: Sequence[Stage], shape: ModelShape | None, rollouts: StageRollouts | None) -> list[str]:
+    """On rollouts that are longer than a stage's budget.
+
+    Raises:
+        LayoutError: a prompt is; names the stage.
+    """
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        if shape is None or rollouts is None or not reads_the_rollouts(stage):
+            continue
+        try:
+            check_prompts(stage.layout, rollouts)
+            line = over_budget(stage, shape, rollouts, None)
+        except LayoutError as error:
+            raise LayoutError(f"{stage.name}: {error}") from None
+        if line:
+            found.setdefault(line, []).append(stage.name)
+    return [f"{', '.join(names)}: {line}" for line, names in found.items()]
 
 
 def _learning_rates(stages: Sequence[Stage], shape: ModelShape | None) -> dict[str, str]:
@@ -219,7 +306,12 @@ def _speed(
 
 
 def _gpus(
-    stages: Sequence[Stage], shape: ModelShape | None, longest: int | None, gpus: Gpus | None, notes: list[str]
+    stages: Sequence[Stage],
+    shape: ModelShape | None,
+    longest: int | None,
+    mean_tokens: float | None,
+    gpus: Gpus | None,
+    notes: list[str],
 ) -> GpuFit | None:
     if gpus is None:
         return None
@@ -227,7 +319,7 @@ def _gpus(
         missing = "model" if shape is None else "length of the rollouts (--sequence-length)"
         notes.append(f"whether the stages fit {gpus.count} x {gpus.name} can't be known without the {missing}")
         return None
-    return gpu_fit(stages, shape, longest, gpus)
+    return gpu_fit(stages, shape, longest, gpus, mean_tokens)
 
 
 def _row(stage: Stage, stages: Sequence[Stage], verdict: Verdict) -> StageRow:
@@ -271,43 +363,42 @@ def _data(
     verdicts: Mapping[str, Verdict],
     notes: list[str],
     context: int | None,
-) -> DataSize | None:
-    """A round's rollouts: counted where they are there, else bounded by what is to be sampled."""
-    from megatron_erpd.data.rollouts import PROMPT, RESPONSE, count_rollouts, longest_rollout
-    from megatron_erpd.sources.files import source_files
+) -> tuple[DataSize | None, StageRollouts | None]:
+    """A round's rollouts: counted where they are there, else bounded by what is to be sampled; and each one's length
+    where they are there."""
+    from megatron_erpd.data.rollouts import count_rollouts, rollout_lengths
 
     stage = next(s for s in stages if isinstance(s.request, Sample | ImportRollouts))
-    section, place, columns = recipe.rollouts, str(stage.output), {}
+    section, place, columns = recipe.rollouts, str(stage.output), dict[str, str]()
     # Imported rollouts count without the file that they came from.
     finished = (stage.output / MANIFEST).is_file() and verdicts[stage.name].word in ("done", "blocked")
     files: Any = stage.output
     if isinstance(section, Imported) and not finished:
-        names = {"prompt": PROMPT, "response": RESPONSE}
         place = str(stage.inputs["source"])
-        columns = {name: section.fields.get(ours, ours) for name, ours in names.items()}
-        path = local_path(place)
-        files = source_files(place) if path is None or path.exists() else []
+        files, columns = imported_files(section, place)
     if finished or isinstance(section, Imported):
         count = count_rollouts(files, **columns)
         if count:
-            sizes = (count.num_rollouts, count.prompt_tokens, count.response_tokens, longest_rollout(files, **columns))
-            return DataSize(*sizes, is_upper_bound=False, source=place)
+            prompts, responses = rollout_lengths(files, **columns)
+            found = StageRollouts(prompts, prompts + responses, lambda row: f"row {row} of {place}")
+            sizes = (count.num_rollouts, count.prompt_tokens, count.response_tokens, found.longest)
+            return DataSize(*sizes, is_upper_bound=False, source=place), found
         why = "hold no columns of token ids to count" if files else "are not there yet"
         notes.append(f"the rollouts {place} {why}: the size of the whole data set can't be known")
-        return None
-    prompts, longest_prompt = _prompts(stage)
-    if prompts is None:
+        return None, None
+    num_prompts, longest_prompt = _prompts(stage)
+    if num_prompts is None:
         notes.append(
             f"the prompts {stage.inputs['prompts']} are not there yet, and rollouts.num_prompts is not given: the size "
             "of the whole data set can't be known"
         )
-        return None
+        return None, None
     if longest_prompt is None:
         notes.append(f"the prompts {stage.inputs['prompts']} are not there yet: sequences are taken without them")
-    rollouts, response = prompts * section.num_rollouts, section.max_new_tokens
+    rollouts, response = num_prompts * section.num_rollouts, section.max_new_tokens
     longest = min((longest_prompt or 0) + response, context or sys.maxsize)
-    source = f"{prompts} prompts x {section.num_rollouts} rollouts x {response} tokens"
-    return DataSize(rollouts, None, rollouts * response, longest, is_upper_bound=True, source=source)
+    source = f"{num_prompts} prompts x {section.num_rollouts} rollouts x {response} tokens"
+    return DataSize(rollouts, None, rollouts * response, longest, is_upper_bound=True, source=source), None
 
 
 def _prompts(stage: Stage) -> tuple[int | None, int | None]:

@@ -22,7 +22,8 @@ _MANY = 4
 
 def tables(found: Resources) -> RenderableType:
     """All of a plan, one table under the other."""
-    sections = [_stages(found), *_learning_rates(found), *_data(found), *_memory(found), *_gpus(found), *_times(found)]
+    sections = [_stages(found), *_learning_rates(found), *_data(found), *_memory(found)]
+    sections += [*_packs(found), *_gpus(found), *_times(found)]
     sections += [*_cache(found), *_disk(found), *_saves(found)]
     sections += [Text(f"not known or assumed: {note}", "yellow") for note in found.notes]
     return Group(*(piece for section in sections for piece in (section, Text())))
@@ -101,8 +102,25 @@ def _memory(found: Resources) -> list[RenderableType]:
         "data-parallel ranks with --use-distributed-optimizer). Frozen: policies that only run forward; on policy also "
         "the model of the sampler. Output layer: a chunk of logits (head_chunk_mib), in training also the fp32 "
         "gradient of its weight, unless it is added to the buffer (with Transformer Engine or Apex). Activations: of "
-        "micro-batches of the longest rollouts, in Transformer Engine's fused layers (in bf16 without attention "
-        "scores). The largest process is of the first pipeline stage or of the last."
+        "micro-batches of the longest rollouts, or of packs (micro_batch_tokens), in Transformer Engine's fused "
+        "layers; attention's scores count in fp32 on GPUs alone. The largest process is of the first pipeline stage or "
+        "of the last."
+    )
+    return [table, Text(legend, "dim")]
+
+
+def _packs(found: Resources) -> list[RenderableType]:
+    if not found.packs:
+        return []
+    columns = ("stage", "tokens", "packs", "full", "padding", "longest / mean", "over budget")
+    table = _table("packs of a rank and step, of the rollouts that are there", *columns)
+    for name, row in found.packs.items():
+        shares = (f"{row.filled:.1%}", f"{row.padding:.1%}", f"{row.spread:.3f}")
+        table.add_row(name, f"{row.budget:,}", str(row.packs), *shares, f"{row.over_budget:,}")
+    legend = (
+        "Tokens: that a pack may hold, micro_batch_tokens x context_parallel. Packs: as many as the step that needs "
+        "the most; of precompute, of its one pass. Full: tokens of all packs over what they may hold. Longest / mean: "
+        "work of the data-parallel rank with the most over that of all. Over budget: rollouts with a pack of their own."
     )
     return [table, Text(legend, "dim")]
 
@@ -129,17 +147,18 @@ def _proposals(fit: GpuFit) -> list[RenderableType]:
     if not fit.proposals:
         more = f"{fit.enough} are enough" if fit.enough else "nor do more of them up to 4,096"
         return [Text(f"No layout of {gpus.count} x {gpus.name} fits every stage; {more}.", "bold red")]
-    columns = ("TP", "PP", "CP", "EP", "DP", "micro-batch", "recompute", "GiB", "of stage", "work")
+    columns = ("TP", "PP", "CP", "EP", "DP", "tokens", "recompute", "GiB", "of stage", "work")
     table = _table("layouts that fit, the best first", *columns)
     for option in fit.proposals:
         sizes = [option.layout[f"{name}_parallel"] for name in ("tensor", "pipeline", "context", "expert", "data")]
         recompute = option.megatron.get("recompute-granularity", "none")
-        cells = [*sizes, option.layout["micro_batch_size"], recompute, _gib(option.total), option.stage]
+        cells = [*sizes, option.layout["micro_batch_tokens"], recompute, _gib(option.total), option.stage]
         table.add_row(*map(str, cells), f"{option.work:.2f}")
     best = fit.proposals[0]
     legend = (
-        "Least work first (a full recomputation is a third more, the ends of a pipeline are (PP - 1) / micro-batches; "
-        "exchanges are not counted); then the most DP, the least TP, PP, CP and EP, and the largest micro-batch. TP "
+        "Least work first (a full recomputation is a third more, the ends of a pipeline are (PP - 1) / packs; "
+        "exchanges are not counted); then the most DP, the least TP, PP, CP and EP, and the most tokens in a rank's "
+        "forward pass (micro_batch_tokens), which hold the longest rollout. TP "
         "stays within a node of 8 and has sequence parallelism, the distributed optimizer is on with data or "
         "context parallelism, and a tenth of the memory stays free."
     )

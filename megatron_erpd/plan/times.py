@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.plan.activations import recompute_of
 from megatron_erpd.plan.cache import forward_flop, training_flop
 from megatron_erpd.plan.memory import frozen_policies, global_batch_size, micro_batches
+from megatron_erpd.plan.packs import num_steps
 from megatron_erpd.recipe.requests import ReplayRequest
 from megatron_erpd.recipe.stages import Stage
-from megatron_erpd.settings import OptimizerSettings
 
 ITERATION_TIME, WORLD_SIZE = "iteration-time", "world-size"
 """Names of Megatron's in a training's `metrics.jsonl`: seconds of a step, and processes."""
@@ -74,15 +74,25 @@ def stage_flop(stage: Stage, shape: ModelShape, rollouts: RolloutSize) -> float 
     return tokens * (per_token + (3 + again + frozen) * attention)
 
 
-def bubble(stage: Stage, shape: ModelShape, rollouts: RolloutSize) -> float:
+def bubble(stage: Stage, shape: ModelShape, rollouts: RolloutSize, packs: int | None = None) -> float:
     """Time of a pipeline's pass over that without waiting at its ends: 1 + (PP - 1) / (micro-batches x virtual stages)
     (Narayanan et al., 2021, arXiv 2104.04473, section 2.2). A pass is an optimizer step; of precompute, all
-    rollouts."""
-    together = stage.layout.batch_unit
-    count = micro_batches(stage) if global_batch_size(stage) else math.ceil(rollouts.count / together)
-    stages = stage.layout.pipeline_parallel
-    chunks = read_schedule(stage.megatron, shape.num_layers, stages).virtual_stages
-    return 1 + (stages - 1) / (max(1, count) * chunks)
+    rollouts.
+
+    Args:
+        packs: of a rank in a pass, where they are counted; None estimates them by the mean of the rollouts.
+    """
+    layout, stages = stage.layout, stage.layout.pipeline_parallel
+    schedule = read_schedule(stage.megatron, shape.num_layers, stages)
+    if packs is not None:
+        count = packs
+    elif global_batch_size(stage):
+        count = micro_batches(stage, schedule, rollouts.mean_tokens)
+    elif layout.pack_tokens is None:
+        count = math.ceil(rollouts.count / layout.batch_unit)
+    else:
+        count = math.ceil(rollouts.count * rollouts.mean_tokens / (layout.data_parallel * layout.pack_tokens))
+    return 1 + (stages - 1) / (max(1, count) * schedule.virtual_stages)
 
 
 def stage_times(
@@ -91,19 +101,22 @@ def stage_times(
     shape: ModelShape,
     rollouts: RolloutSize | None,
     teraflops: float,
+    packs: Mapping[str, int],
 ) -> list[StageTime]:
     """Times of all stages; done ones as their manifests have them.
 
     Args:
         done: names of those.
         teraflops: that a device reaches.
+        packs: of a rank in a pass, by the names of stages for which they are counted.
     """
     found = []
     for stage in stages:
         took = _took(stage.output) if stage.name in done else None
         flop, estimated = stage_flop(stage, shape, rollouts) if rollouts else None, None
         if rollouts and flop is not None:
-            estimated = flop * bubble(stage, shape, rollouts) / (teraflops * 1e12 * stage.num_processes)
+            waits = bubble(stage, shape, rollouts, packs.get(stage.name))
+            estimated = flop * waits / (teraflops * 1e12 * stage.num_processes)
         found.append(StageTime(stage.name, estimated if took is None else took, took is not None, flop))
     return found
 
@@ -122,7 +135,7 @@ def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSi
         if not rows or flop is None or any(WORLD_SIZE not in row for row in rows):
             continue
         seconds = statistics.median(row[ITERATION_TIME] * row[WORLD_SIZE] for row in rows)
-        step = flop * bubble(stage, shape, rollouts) / _iterations(stage.request.settings, rollouts)
+        step = flop * bubble(stage, shape, rollouts) / num_steps(stage.request.settings, rollouts.count)
         return MeasuredSpeed(stage.name, step / seconds / 1e12)
     return None
 
@@ -133,12 +146,8 @@ def _tokens(stage: Stage, rollouts: RolloutSize) -> float | None:
         return rollouts.count * rollouts.mean_tokens
     if isinstance(stage.request, ReplayRequest) and stage.name != "warm-up":  # which reads other rollouts
         settings = stage.request.settings
-        return _iterations(settings, rollouts) * settings.global_batch_size * rollouts.mean_tokens
+        return num_steps(settings, rollouts.count) * settings.global_batch_size * rollouts.mean_tokens
     return None  # on policy the sampling takes most of the time
-
-
-def _iterations(settings: OptimizerSettings, rollouts: RolloutSize) -> int:
-    return max(1, math.ceil(settings.epochs * rollouts.count / settings.global_batch_size))
 
 
 def _took(output: Path) -> float | None:

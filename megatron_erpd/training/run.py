@@ -30,6 +30,7 @@ from megatron_erpd.checkpoint.torch_dist.iterations import (
 )
 from megatron_erpd.checkpoint.torch_dist.recovery import recover
 from megatron_erpd.data.batch import Batch, BatchSource, TokenRow, packer, repeated
+from megatron_erpd.data.pack_figures import PackFigures, training_packs
 from megatron_erpd.data.packs import Packer
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.data.rollout_warnings import groups_warning
@@ -113,7 +114,7 @@ class TrainingRun(ABC):
         """What people should know of the data; printed before the training."""
         return None
 
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, float]:
         """What the manifest's summary says of the data."""
         return {}
 
@@ -133,8 +134,7 @@ class TrainingRun(ABC):
     def packs_for(self, least: int) -> int:
         """At least so many packs, as many as Megatron's schedule of virtual pipeline stages wants."""
         layers, stages = read_model_shape(self.base / "hf").num_layers, self.layout.pipeline_parallel
-        group = read_schedule(self.pass_through, layers, stages).group
-        return -(-least // group) * group
+        return read_schedule(self.pass_through, layers, stages).whole_groups(least)
 
     @property
     def save_intervals(self) -> SaveIntervals:
@@ -411,6 +411,10 @@ class ReplayRun(TrainingRun):
         return self.settings.advantages_for is not None and self.settings.advantage != "raw"
 
     def note(self) -> str | None:
+        lines = [self._note_of_rollouts(), self._packs and self._packs.describe()]
+        return "\n".join(filter(None, lines)) or None
+
+    def _note_of_rollouts(self) -> str | None:
         groups = self.advantages
         if self.imitated is not None:
             left_out = self._num_batches - self.num_iterations
@@ -419,10 +423,12 @@ class ReplayRun(TrainingRun):
             return text + none * bool(left_out)
         return groups.describe() if self.compares_within_groups and groups.without_signal else None
 
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, float]:
+        packs = self._packs.summary() if self._packs else {}
         if self.imitated is not None:
-            return {"imitated": int(self.imitated.sum()), "batches_left_out": self._num_batches - self.num_iterations}
-        return self.advantages.figures() if self.compares_within_groups else {}
+            left_out = self._num_batches - self.num_iterations
+            return {"imitated": int(self.imitated.sum()), "batches_left_out": left_out, **packs}
+        return {**(self.advantages.figures() if self.compares_within_groups else {}), **packs}
 
     def warnings(self) -> list[str]:
         left_out, groups = self._num_batches - self.num_iterations, self.advantages
@@ -443,6 +449,13 @@ class ReplayRun(TrainingRun):
     def _most_packs(self) -> int:
         most = self._order().most_packs(self._packer, self.num_iterations, self.layout.data_parallel)
         return self.packs_for(most)
+
+    @cached_property
+    def _packs(self) -> PackFigures | None:
+        """What is said of the packs, where there are any."""
+        if self.layout.pack_tokens is None:
+            return None
+        return training_packs(self._order(), self._packer, self.layout, self._most_packs, self.num_iterations)
 
     def packs_of_step(self) -> int:
         """One number for the whole training: the largest that any step needs."""

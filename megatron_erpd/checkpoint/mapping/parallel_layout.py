@@ -28,6 +28,10 @@ class Schedule(NamedTuple):
     group: int = 1
     """Micro-batches that run through a chunk before the next chunk; of the interleaved schedule alone."""
 
+    def whole_groups(self, num_micro_batches: int) -> int:
+        """At least so many micro-batches, with which the schedule runs."""
+        return -(-num_micro_batches // self.group) * self.group
+
 
 def check_layout(
     shape: ModelShape,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_erpd.data.rollouts import RolloutCount, count_rollouts, longest_rollout, read_rollouts, write_rollouts
+from megatron_erpd.data.rollouts import RolloutCount, count_rollouts, read_rollouts, rollout_lengths, write_rollouts
 from megatron_erpd.errors import RolloutError
 
 
@@ -21,14 +21,16 @@ def test_a_folder_of_parts(tmp_path: Path, rows: Callable[..., list[dict[str, An
     both = read_rollouts(tmp_path)
     expected = RolloutCount(35, int(both.prompt_lengths.sum()), int(both.response_lengths.sum()))
     assert count_rollouts(tmp_path) == expected
-    assert longest_rollout(tmp_path) == int(both.lengths.max())
+    prompts, responses = rollout_lengths(tmp_path)
+    assert prompts.tolist() == both.prompt_lengths.tolist() and responses.tolist() == both.response_lengths.tolist()
 
 
 def test_other_columns(tmp_path: Path) -> None:
     table = pa.table({"p": [[1, 2], [3]], "r": pa.array([[4], [5, 6, 7]], pa.large_list(pa.int64())), "rr": [1, 2]})
     pq.write_table(table, tmp_path / "f.parquet")
     assert count_rollouts(tmp_path / "f.parquet", prompt="p", response="r") == RolloutCount(2, 3, 4)
-    assert longest_rollout(tmp_path / "f.parquet", prompt="p", response="r") == 4
+    lengths = rollout_lengths(tmp_path / "f.parquet", prompt="p", response="r")
+    assert [column.tolist() for column in lengths] == [[2, 1], [1, 3]]
     assert count_rollouts(tmp_path / "f.parquet") is None
 
 

@@ -40,7 +40,7 @@ SHAPE = ModelShape(
     vocab_size=1000,
     tied_embeddings=False,
 )
-BATCH = MicroBatch(rollouts=2, length=64)
+BATCH = MicroBatch(tokens=128, longest=64)
 LAYER = 128 * (4 * 2 * 512 + 2 * (2 * 512 + 2 * 256) + 4 * 8 + 2 * 3 * 1536)
 """One process: norms and their outputs; query, key, value, attention's output and log-sums; gate, up, product."""
 
@@ -62,10 +62,29 @@ def test_key_value_heads_are_whole_where_they_are_fewer_than_the_ranks() -> None
     assert found == LAYER // 8 + 128 * 2 * 2 * (64 - 32)
 
 
-def test_attention_keeps_its_probabilities_in_fp32_unless_they_are_recomputed() -> None:
+def test_attention_keeps_its_probabilities_in_fp32_on_a_gpu_unless_they_are_recomputed() -> None:
     fused = 128 * (4 * 4 * 512 + 4 * (2 * 512 + 2 * 256) + 4 * 8 + 4 * 3 * 1536)
     assert layer_bytes(SHAPE, Layout(), BATCH, Recompute("selective")) == fused
+    assert layer_bytes(SHAPE, Layout(), BATCH, on_gpu=False) == fused
     assert layer_bytes(SHAPE, Layout(), BATCH) == fused + 4 * 2 * 8 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("sizes", "longest", "tokens"),
+    [
+        ({"micro_batch_size": 4}, 30, 4 * 30),
+        ({"micro_batch_size": 4, "context_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True}, 30, 4 * 32),
+        ({"micro_batch_tokens": 100}, 30, 100),
+        ({"micro_batch_tokens": 100, "context_parallel": 2}, 30, 200),
+        # A longer rollout has a pack of its own; a pack is rounded up as a whole.
+        ({"micro_batch_tokens": 100}, 130, 130),
+        ({"micro_batch_tokens": 101, "tensor_parallel": 4, "sequence_parallel": True}, 30, 104),
+    ],
+)
+def test_the_largest_micro_batch(sizes: dict[str, Any], longest: int, tokens: int) -> None:
+    batch = MicroBatch.largest(layout(**sizes), longest)
+    assert batch.tokens == tokens
+    assert batch.longest == (longest if "micro_batch_tokens" in sizes else tokens // 4)
 
 
 def test_experts_get_equal_shares_of_the_tokens() -> None:
@@ -202,7 +221,8 @@ def test_activations_differ_from_megatrons_report_by_what_it_counts_otherwise(na
     theirs = compute_activation_memory(arguments, num_microbatches=64)
     theirs -= (8 * tokens * pp + tokens * width * pp) / tp  # the embedding's input and dropout mask
     layers = shape.num_layers // pp
-    ours = training_bytes(shape, sizes, MicroBatch(2, 4096), Recompute(), layers, in_flight(pp, 0, 64))
+    batch = MicroBatch(2 * 4096, 4096)
+    ours = training_bytes(shape, sizes, batch, Recompute(), layers, in_flight(pp, 0, 64))
     fewer = 2 * tokens * width + 2 * 2 * tokens * (width - shape.key_value_size)
     more = 4 * tokens * shape.num_heads + 2 * tokens * shape.ffn_hidden_size
     FLOAT64.assert_close(float(ours), theirs + shape.num_layers * (more - fewer) / tp)
@@ -210,5 +230,5 @@ def test_activations_differ_from_megatrons_report_by_what_it_counts_otherwise(na
     interleaved = megatron_arguments(tmp_path, sizes, virtual_pipeline_model_parallel_size=2)
     times = [compute_activation_memory(given, num_microbatches=64) for given in (arguments, interleaved)]
     waiting = in_flight(pp, 0, 64, 2, pp)
-    virtual = training_bytes(shape, sizes, MicroBatch(2, 4096), Recompute(), layers // 2, waiting)
+    virtual = training_bytes(shape, sizes, batch, Recompute(), layers // 2, waiting)
     FLOAT64.assert_close(virtual / ours, times[1] / times[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ LONGEST = 4096
 
 
 def stage(megatron: dict[str, Any] | None = None, batch: int = 256, **sizes: Any) -> Stage:
-    layout = Layout(**{"precision": "bf16", "micro_batch_size": 1, **sizes})
+    layout = Layout(precision="bf16", micro_batch_size=1).changed(sizes)
     flags = flags_of({"use-distributed-optimizer": True} if megatron is None else megatron)
     return Stage(
         "teacher",
@@ -82,7 +83,8 @@ def test_every_proposal_fits_by_the_same_arithmetic(shape: ModelShape, count: in
         again = tried(proposal, batch=192)
         assert again.num_processes == count
         assert stage_memory(again, shape, LONGEST).total == proposal.total <= gpus.usable
-        assert 192 % (again.layout.micro_batch_size * again.layout.data_parallel) == 0
+        assert 192 % again.layout.data_parallel == 0
+        assert again.layout.pack_tokens is not None and again.layout.pack_tokens >= LONGEST
         assert again.layout.tensor_parallel <= 8
         assert again.layout.sequence_parallel == (again.layout.tensor_parallel > 1)
 
@@ -94,17 +96,22 @@ def test_the_least_work_comes_first_then_the_most_data_parallelism() -> None:
     # A GPU holds 6 of 18 bytes per parameter of 8.03e9 alone, and its eighth of the other 12: 56 GiB.
     wide = propose([stage()], EIGHT_B, LONGEST, parse_gpus("b200", 8))[0]
     assert (wide.layout["tensor_parallel"], wide.layout["pipeline_parallel"], wide.layout["data_parallel"]) == (1, 1, 8)
-    assert wide.layout["micro_batch_size"] > 1
+    budget = wide.layout["micro_batch_tokens"]
+    larger = stage(**{**wide.layout, "micro_batch_tokens": 2 * budget})
+    assert budget == 16_384 and stage_memory(larger, EIGHT_B, LONGEST).total > parse_gpus("b200", 8).usable
 
 
 def test_recomputation_and_the_pipeline_are_work() -> None:
     # What 24 GiB and two GPUs leave: nothing. With 16 of them and a batch of 16, pipelines wait.
     assert propose([stage()], EIGHT_B, LONGEST, parse_gpus("24", 2)) == []
-    for proposal in propose([stage(batch=16)], EIGHT_B, 32768, parse_gpus("32", 16)):
-        layout = proposal.layout
-        waiting = (layout["pipeline_parallel"] - 1) * layout["micro_batch_size"] * layout["data_parallel"] / 16
-        again = 4 / 3 if "recompute-granularity" in proposal.megatron else 1
-        assert proposal.work == pytest.approx(again * (1 + waiting))
+    for mean in (None, 8192.0):
+        for proposal in propose([stage(batch=16)], EIGHT_B, 32768, parse_gpus("32", 16), mean):
+            layout = proposal.layout
+            pack = layout["micro_batch_tokens"] * layout["context_parallel"]
+            # A pack for each rollout at the most; by the mean, a quarter of these or less.
+            packs = math.ceil(min(16, 16 * (mean or 32768) / pack) / layout["data_parallel"])
+            again = 4 / 3 if "recompute-granularity" in proposal.megatron else 1
+            assert proposal.work == pytest.approx(again * (1 + (layout["pipeline_parallel"] - 1) / packs))
 
 
 def test_context_parallelism_waits_for_long_sequences() -> None:
@@ -121,7 +128,8 @@ def test_remedies_do_what_they_say() -> None:
     row = gpu_fit([crowded], EIGHT_B, 16384, gpus).stages[0]
     assert not row.fits and row.enough_gpus
     # No change alone is enough; these are, one after another.
-    assert row.remedies == ["use-distributed-optimizer: true, sequence_parallel: true, micro_batch_size: 1"]
+    together = "use-distributed-optimizer: true, sequence_parallel: true, "
+    assert row.remedies == [together + "micro_batch_size: 1"]
     good = stage(tensor_parallel=2, data_parallel=4, sequence_parallel=True, micro_batch_size=1)
     assert stage_memory(good, EIGHT_B, 16384).total <= gpus.usable
     close = stage(tensor_parallel=2, data_parallel=4, sequence_parallel=True, micro_batch_size=16)
@@ -137,6 +145,9 @@ def test_remedies_do_what_they_say() -> None:
     ]
     assert row.remedies[0] == f"micro_batch_size: {max(fitting)}"
     assert "recompute-granularity: full, recompute-method: uniform, recompute-num-layers: 1" in row.remedies
+    assert row.remedies[1] == f"micro_batch_tokens: {2 ** int(math.log2(max(fitting) * LONGEST))}"
+    packed = close.changed(layout=close.layout.changed({"micro_batch_tokens": 16 * LONGEST}))
+    assert gpu_fit([packed], EIGHT_B, LONGEST, gpus).stages[0].remedies == row.remedies[1:]
 
 
 def test_virtual_pipeline_stages_are_not_proposed_and_keep_their_micro_batches() -> None:
@@ -170,4 +181,6 @@ def test_a_layout_of_more_gpus_than_there_are() -> None:
 def test_a_step_has_whole_micro_batches() -> None:
     found = propose([stage(batch=12)], EIGHT_B, LONGEST, parse_gpus("b200", 8), most=1000)
     assert {proposal.layout["data_parallel"] for proposal in found} == {1, 2, 4}
-    assert all(12 % (p.layout["micro_batch_size"] * p.layout["data_parallel"]) == 0 for p in found)
+    # None larger than what a rank has in a step.
+    held = (p.layout["micro_batch_tokens"] * p.layout["context_parallel"] * p.layout["data_parallel"] for p in found)
+    assert max(held) <= 2 * 12 * LONGEST

@@ -362,6 +362,56 @@ def test_imported_rollouts_are_counted(plan_of: Callable[..., Resources]) -> Non
     assert plan_of(**sections).data.response_tokens == 12  # type: ignore[union-attr]
 
 
+def test_packs_of_rollouts_that_are_there(plan_of: Callable[..., Resources]) -> None:
+    rollouts(Path("dump.parquet"), 1000)
+    layout = {"data_parallel": 4, "precision": "bf16", "micro_batch_tokens": 100}
+    sections = {"rollouts": {"file": "dump.parquet"}, "layout": layout}
+    found = plan_of(**sections)
+    # A model reads 7 of 8 tokens: 14 rollouts in a pack, 64 in a step of a rank; 250 and 250 in precompute.
+    assert {name: row.packs for name, row in found.packs.items()} == {
+        **{"base-log-probs": 18, "teacher": 5, "cache": 18, "student": 5}
+    }
+    assert found.packs["teacher"].filled == pytest.approx(7 * 256 / (4 * 5 * 100))
+    assert ["teacher", "100", "5", "89.6%", "0.0%", "1.000", "0"] in [
+        line.split() for line in shown(found).splitlines()
+    ]
+    assert json.loads(json.dumps(found.to_json()))["packs"]["cache"]["filled"] == pytest.approx(7000 / (4 * 18 * 100))
+    # By the same packs the pipeline waits.
+    stages = {"stages": {"teacher": {"layout": {"pipeline_parallel": 4, "data_parallel": 1}}}}
+    waits = {row.stage: row.seconds for row in plan_of(**sections, **stages).times}
+    assert waits["teacher"] == pytest.approx((1 + 3 / 19) * {row.stage: row.seconds for row in found.times}["teacher"])
+    # Nothing is said of what is padded, or not sampled yet.
+    assert plan_of(rollouts=sections["rollouts"]).packs == {} == plan_of(layout=layout).packs
+    over = plan_of(**{**sections, "layout": {**layout, "micro_batch_tokens": 6}})
+    assert over.packs["student"].over_budget == 1000
+    (note,) = (note for note in over.notes if "longer" in note)
+    assert note.startswith("base-log-probs, teacher, cache, student: 1,000 rollouts of 1,000 are longer than")
+    with pytest.raises(
+        LayoutError, match=r"^base-log-probs: micro_batch_tokens 1: the prompt of row 0 of dump.parquet"
+    ):
+        plan_of(**{**sections, "layout": {**layout, "micro_batch_tokens": 1}})
+
+
+def test_micro_batches_that_are_left_open_on_gpus(plan_of: Callable[..., Resources]) -> None:
+    """Are packs, of a budget by the memory of the GPUs; and fp32 is not for them."""
+    layout = {"tensor_parallel": 8, "sequence_parallel": True, "data_parallel": 8}
+    found = plan_of(layout={**layout, "precision": "bf16"}, gpus=parse_gpus("b200", 64))
+    assert any(note.startswith("teacher, student: no size of micro-batches is given; by the") for note in found.notes)
+    assert all(row.activations for row in found.memory) and not any("fp32" in note for note in found.notes)
+    jobs = plan_of(layout=layout, slurm={"gpus_per_node": 8})
+    assert [row.activations for row in jobs.memory] == [None] * 4
+    (note,) = (note for note in jobs.notes if "left" not in note and "size of micro-batches" in note)
+    assert note.startswith("base-log-probs, teacher, cache, student: no size of micro-batches is given; on a GPU")
+    assert any(note.startswith("base-log-probs, teacher, cache, student: fp32 on GPUs") for note in jobs.notes)
+    # On CPUs they have 32 rollouts, and attention keeps no scores.
+    here = plan_of(layout=layout)
+    same = plan_of(layout={**layout, "micro_batch_size": 32})
+    assert here.memory == same.memory and not any("fp32" in note for note in here.notes)
+    on_gpus = plan_of(layout={**layout, "micro_batch_size": 32}, slurm={"gpus_per_node": 8})
+    more = [(a.activations or 0) - (b.activations or 0) for a, b in zip(on_gpus.memory, here.memory, strict=True)]
+    assert more == [4 * 8 * n * 32 * 2056**2 for n in (1, 80, 1, 80)]
+
+
 def test_rollouts_that_can_not_be_counted(plan_of: Callable[..., Resources]) -> None:
     Path("dump.jsonl").write_text("{}")
     found = plan_of(rollouts={"file": "dump.jsonl", "format": "verl"})
@@ -458,7 +508,8 @@ def test_time_at_a_measured_speed(plan_of: Callable[..., Resources]) -> None:
 
 
 def test_gpus_in_the_table_and_in_json(plan_of: Callable[..., Resources]) -> None:
-    found = plan_of(gpus=parse_gpus("h100", 64))
+    padded = {"layout": {**recipe_of().layout.model_dump(exclude_unset=True), "micro_batch_size": 32}}
+    found = plan_of(gpus=parse_gpus("h100", 64), **padded)
     text = shown(found)
     assert "64 x h100: 71.64 of 79.60 GiB" in text and "micro_batch_size: 2" in text and "layouts that fit" in text
     figures = json.loads(json.dumps(found.to_json()))["gpus"]
@@ -467,7 +518,9 @@ def test_gpus_in_the_table_and_in_json(plan_of: Callable[..., Resources]) -> Non
     found = plan_of(gpus=parse_gpus("24", 8))
     assert "No layout of 8 x 24 GiB fits every stage" in shown(found) and "are enough" in shown(found)
     given = plan_of(gpus=parse_gpus("h100", 64), rollouts={"file": "later.parquet"}, sequence_length=2054)
-    assert given.gpus and given.gpus.proposals == plan_of(gpus=parse_gpus("h100", 64)).gpus.proposals  # type: ignore[union-attr]
+    same = plan_of(gpus=parse_gpus("h100", 64))
+    assert given.gpus and same.gpus
+    assert [p.layout for p in given.gpus.proposals] == [p.layout for p in same.gpus.proposals]
     with pytest.raises(RecipeError, match="--sequence-length 0: give 1 or more"):
         plan_of(sequence_length=0)
     unknown = plan_of(gpus=parse_gpus("h100", 64), rollouts={"file": "later.parquet"})

@@ -10,9 +10,14 @@ import pytest
 from megatron_erpd.data.rollouts import Rollouts, read_rollouts, write_rollouts
 from megatron_erpd.data.schema import Rollout
 from megatron_erpd.errors import RolloutError
+from megatron_erpd.plan.packs import stage_packs
+from megatron_erpd.recipe.requests import TrainTeacher
+from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings import DistillSettings, Layout, ReplaySettings
+from megatron_erpd.training import run as run_module
 from megatron_erpd.training.advantages import advantages_of
 from megatron_erpd.training.run import ReplayRun
+from tests.unit.plan.test_gpu_fit import EIGHT_B
 
 Groups = dict[int, list[float]]
 ONES: Groups = {1: [1.0], 2: [0.0], 3: [0.5]}
@@ -72,6 +77,31 @@ def test_people_are_told_where_it_matters(settings, groups: Groups, told: bool, 
     )
     assert run.note() == (found.describe() if told else None)
     assert bool(run.figures()) == (settings.loss == "sapo" and settings.advantage != "raw")
+
+
+def test_packs_are_told_and_kept_beside_the_groups(rollouts, tmp_path: Path, monkeypatch) -> None:
+    """The same that a plan says of these rollouts."""
+    monkeypatch.setattr(run_module, "read_model_shape", lambda folder: EIGHT_B)
+    data, settings = rollouts(MIXED), ReplaySettings(loss="sapo", global_batch_size=6, epochs=1.5)
+    layout = Layout(micro_batch_tokens=5, data_parallel=2)
+    run = ReplayRun(
+        stage="train-teacher",
+        prefix="stage1",
+        settings=settings,
+        layout=layout,
+        base=tmp_path,
+        output=tmp_path,
+        inputs={},
+        pass_through=[],
+        make_step=lambda run, args: lambda batches, model: None,
+        rollouts=data,
+        advantages=advantages_of(data, settings, tmp_path),
+    )
+    request = TrainTeacher(base=tmp_path, rollouts=tmp_path, settings=settings, output=tmp_path, layout=layout)
+    (planned,) = stage_packs([Stage("teacher", request)], EIGHT_B, data.lengths).values()
+    assert (run.note() or "").split("\n") == [run.advantages.describe(), planned.describe()]
+    assert run.figures() == run.advantages.figures() | planned.summary()
+    assert planned.packs == 2 and planned.filled == 0.6  # in both steps 6 rollouts of 2 tokens, in 4 packs of 5
 
 
 SINGLE = r"r: each of the 3 groups holds one scored rollout \(group_id\)"
