@@ -21,7 +21,7 @@ from tests.integration.test_layouts import assert_same_training
 from tests.integration.test_on_policy import VERIFIER, command, write_tokenizer
 from tests.integration.test_resume_layouts import Part, metrics, train
 from tests.integration.tiny import write_mixture, write_model, write_random_rollouts
-from tests.tolerances import BF16_LOSS, LAYOUT_PROJECTION, SECOND_STEP
+from tests.tolerances import BF16_LOSS, LAYOUT, SECOND_STEP
 
 SELECTIVE = ["--recompute-granularity", "selective"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
@@ -43,7 +43,8 @@ MODELS = {
     "mixture": functools.partial(write_mixture, num_layers=4),
 }
 LAYOUTS = {
-    "pp2": ("tied", 2, TWO, []),
+    # As many packs as the schedule's groups want.
+    "pp2": ("tied", 2, ["--pipeline-parallel", "2", "--micro-batch-tokens", "60"], []),
     "pp2-tp2": ("untied", 4, [*TWO, *SEQUENCE_PARALLEL], FULL),
     "pp2-cp2": ("tied", 4, [*TWO, "--context-parallel", "2"], SELECTIVE),
     "pp2-tp2-ep2": ("mixture", 4, [*TWO, *SEQUENCE_PARALLEL, "--expert-parallel", "2"], []),
@@ -72,7 +73,7 @@ def trainings(made: Path) -> dict[str, list[str]]:
 
 def caching(made: Path, teacher: Path) -> list[str]:
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet", "--policy", f"teacher={teacher}"]
-    return [*data, "--k", "8", "--delta", "0.002", "--topk-dtype", "float32", "--keep-hidden"]
+    return [*data, "--k", "8", "--delta", "0.05", "--topk-dtype", "float32", "--keep-hidden"]
 
 
 def to_folders(folder: Path, layout: list[str], names: dict[str, list[str]], more: dict[str, list[str]]) -> Stages:
@@ -132,7 +133,7 @@ def test_training_is_that_of_one_process(layout: str, made_of: Callable[[str], P
         ours, theirs = (states(folder / output, "exp_avg", iteration=1) for folder in (tmp_path, made))
         assert ours.keys() == theirs.keys()
         for parameter, gradient in theirs.items():
-            LAYOUT_PROJECTION.assert_close(ours[parameter], gradient, f"{name}, gradient of {parameter}")
+            LAYOUT.assert_close(ours[parameter], gradient, f"{name}, gradient of {parameter}")
     exported = [load_file(tmp_path / "export" / name / "model.safetensors") for name in ("one", "two")]
     assert exported[0].keys() == exported[1].keys()
     for tensor, values in exported[0].items():
