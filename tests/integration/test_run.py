@@ -54,7 +54,8 @@ popen = subprocess.Popen
 
 def start(command, **options):
     program = command[1]
-    if command[0] != sys.executable or not program.startswith("tools/") or program == {as_users_do!r}:
+    forks = program.startswith(("tools/", "examples/")) or command[2:3] == ["torch.distributed.run"]
+    if command[0] != sys.executable or not forks or {as_users_do!r} in (program, "all"):
         return popen(command, **options)
     options.pop("pass_fds")  # the run's lock
     return forked.Popen(command, **options)
@@ -65,19 +66,20 @@ cli.main(["run", *sys.argv[1:]])
 
 
 def run(recipe: Path, output: Path, *flags: str, as_users_do: str = "") -> subprocess.CompletedProcess[str]:
-    """`megatron-erpd run`, whose stages are forked (`tests.forked`). A torchrun is a program as always, and so are the
-    stages of the script `as_users_do`."""
+    """`megatron-erpd run`, whose stages, torchrun and its workers are forked (`tests.forked`), but for the stages of
+    the script `as_users_do`, or `all`."""
     command = [sys.executable, "-c", RUN.format(as_users_do=as_users_do), str(recipe), "--output", str(output), *flags]
     return forked.run(command, cwd=REPOSITORY, timeout=500)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_round_from_recipe_to_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_users_do", ["tools/sample.py", pytest.param("all", marks=pytest.mark.long)])
+def test_a_round_from_recipe_to_report(tmp_path: Path, as_users_do: str) -> None:
     recipe, output, verifier = tmp_path / "recipe.yaml", tmp_path / "run", tmp_path / "verifier.py"
     verifier.write_text(VERIFIER)
     recipe.write_text(RECIPE.replace("VERIFIER", str(verifier)))
-    first = run(recipe, output, as_users_do="tools/sample.py")
+    first = run(recipe, output, as_users_do=as_users_do)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
 
     summary = json.loads((output / "report" / "summary.json").read_text())["policies"]
