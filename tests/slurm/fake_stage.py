@@ -17,7 +17,7 @@ output, first = Path(job["output"]), os.environ.get("RANK", "0") == "0"
 restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 inputs = {name: input_digest(Path(path)) for name, path in job["inputs"].items()}
 if first:
-    begin_artifact(output, "train-teacher", job["settings"], inputs)
+    begin_artifact(output, "precompute", job["settings"], inputs)
 
 
 def save(number, frame):

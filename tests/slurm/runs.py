@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_erpd.launch.display import Display
-from megatron_erpd.recipe.requests import TrainTeacher
+from megatron_erpd.recipe.requests import Precompute
 from megatron_erpd.recipe.stages import Stage
-from megatron_erpd.settings import Layout, ReplaySettings, SlurmSettings
+from megatron_erpd.settings import Layout, PrecomputeSettings, SlurmSettings
 from megatron_erpd.slurm.queue import queued, slurm, state_of
 from megatron_erpd.slurm.status import show_jobs
 from megatron_erpd.slurm.submit import cancel, read_submitted, submit_stages
@@ -44,13 +44,14 @@ class Run:
         self.said: list[str] = []
 
     def stage(self, name: str, needs: tuple[str, ...] = (), processes: int = 1, **behavior: Any) -> FakeStage:
-        """A stage, with `slurm` and `settings` besides what `fake_stage.py` knows."""
+        """A stage, with `slurm` and `settings` besides what `fake_stage.py` knows; no training, for which the program
+        around it would import torch first."""
         slurm_settings = {"signal_seconds": 20, "requeues": 3, **behavior.pop("slurm", {})}
-        settings = ReplaySettings(learning_rate=1, **behavior.pop("settings", {}))
+        settings = PrecomputeSettings(**behavior.pop("settings", {}))
         base, rollouts = [*(self.root / other for other in needs), SCRIPT, SCRIPT][:2]
         return FakeStage(
             name=name,
-            request=TrainTeacher(
+            request=Precompute(
                 base=base,
                 rollouts=rollouts,
                 settings=settings,
