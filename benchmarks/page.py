@@ -1,6 +1,7 @@
 """`docs/performance.md`: an introduction, and a section for each device that has been measured.
 
-A run writes the introduction and its own device's section and keeps the other sections as they are.
+A run writes the introduction and its own device's section and keeps the other sections as they are, those of other
+benchmarks (`write_section`) too.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ LONG = 60
 QUIET = 0.3
 """More busy processes per core before the run than this disturb it noticeably."""
 
-INTRODUCTION = """# Speed and memory of the divergences
+INTRODUCTION = """# Speed and memory
+
+Of the divergences, and, at the end of the page, of packs of rollouts.
 
 How long does the divergence between a policy and a target take, how much memory, and how much talk between
-tensor-parallel ranks? This page is written by
+tensor-parallel ranks? This is measured by
 
 ```bash
 python benchmarks/divergences.py --docs docs      # on a GPU; --desk: within an hour without one; --quick: two minutes
 ```
 
-which measures all that is compared in one run, in turns, on the same inputs, and makes sure that all compute the same
-divergence and gradient. A run on another machine adds a section of its own. `--json FILE` writes every figure, `--help`
-says more.
+which measures all that is compared in one run, in turns, on the same inputs, makes sure that all compute the same
+divergence and gradient, and writes this page. A run on another machine adds a section of its own; those of other
+benchmarks stay. `--json FILE` writes every figure, `--help` says more.
 
 ## Targets
 
@@ -118,6 +121,18 @@ def write_page(folder: Path, run: Run, figures: Figures) -> Path:
         f"<!-- begin: {device}, {name} -->\n{body}\n<!-- end: {name} -->\n" for name, (device, body) in sections.items()
     ]
     path.write_text("\n".join(texts), encoding="utf-8")
+    return path
+
+
+def write_section(folder: Path, kind: str, name: str, body: str) -> Path:
+    """Writes another benchmark's section of `performance.md`, in the place of its former one; returns the path."""
+    path = folder / "performance.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    section = f"<!-- begin: {kind}, {name} -->\n{body}\n<!-- end: {name} -->"
+    former = next((found[0] for found in SECTION.finditer(text) if found[2] == name), None)
+    text = f"{text.rstrip()}\n\n{section}\n".lstrip() if former is None else text.replace(former, section)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
