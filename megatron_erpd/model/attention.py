@@ -122,16 +122,19 @@ def causal_attention(
         `[sum(lengths) / cp, b, heads * d]`.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    done, seen, outputs = 0, 0, []
-    for length in lengths:
-        keys, values = k[:, :, seen : seen + length], v[:, :, seen : seen + length]
-        for start, count in _pieces(length, group):
-            piece = q[:, :, done : done + count]
+    pieces = [_pieces(length, group) for length in lengths]
+    queries = iter(_split(q, [count for own in pieces for _, count in own]))
+    outputs = []
+    for keys, values, own in zip(_split(k, lengths), _split(v, lengths), pieces, strict=True):
+        for start, count in own:
             end = start + count
-            outputs.append(_attend(piece, keys[:, :, :end], values[:, :, :end], scale))
-            done += count
-        seen += length
+            outputs.append(_attend(next(queries), keys[:, :, :end], values[:, :, :end], scale))
     return (torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]).permute(2, 0, 1, 3).flatten(2)
+
+
+def _split(values: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """Positions one after another. Slices would each have a gradient as long as all of them together."""
+    return values.split(list(counts), dim=2) if len(counts) > 1 else [values]
 
 
 def _pieces(length: int, group: torch.distributed.ProcessGroup | None) -> list[tuple[int, int]]:

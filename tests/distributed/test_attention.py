@@ -8,6 +8,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 from megatron_erpd.data.batch import rank_positions
 from megatron_erpd.errors import LayoutError
@@ -90,6 +91,19 @@ def test_attention_is_that_of_whole_segments(world_size: int) -> None:
             own = held(case.lengths, rank, world_size)
             for name, a, b in zip(("out", "query", "key", "value"), found[i], expected, strict=True):
                 case.tolerance.assert_close(a, b[own], f"{name} of {case} on rank {rank}")
+
+
+def allocated(lengths: tuple[int, ...]) -> int:
+    """Bytes of all tensors that are made forward and backward."""
+    leaves = [torch.randn(sum(lengths), 1, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
+    with profile(profile_memory=True) as profiler:
+        causal_attention(*leaves, lengths, SCALE).sum().backward()
+    assert profiler.kineto_results is not None
+    return sum(max(0, e.nbytes()) for e in profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def test_a_segments_gradient_is_no_longer_than_the_segment() -> None:
+    assert allocated((32,) * 64) < 3 * allocated((2048,))
 
 
 @pytest.mark.parametrize(
