@@ -71,6 +71,11 @@ def device() -> torch.device:
     return _CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def device_memory() -> int | None:
+    """Bytes of this process's CUDA device; None on a CPU."""
+    return None if is_cpu() else torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
+
+
 def distributed_backend() -> str:
     """The collective library for this machine: `nccl` with CUDA, `gloo` without."""
     return "gloo" if is_cpu() else "nccl"

@@ -169,7 +169,7 @@ def run(argv: list[str]) -> None:
     started_in = os.getcwd()
     recipe = _recipe(given)
     if given.dry_run:
-        from megatron_erpd.launch.preflight import check_recipe
+        from megatron_erpd.launch.preflight import check_recipe, recipe_warnings
         from megatron_erpd.launch.processes import Slots
         from megatron_erpd.recipe import planner
         from megatron_erpd.recipe.replaced import list_replaced
@@ -183,7 +183,10 @@ def run(argv: list[str]) -> None:
                 print(f"# would be removed when all is complete: {one.describe()}")
         for stage in stages:
             print(f"# {stage.name}\n{stage.shown()}\n")
-        check_recipe(recipe, stages, Slots())
+        slots = Slots()
+        check_recipe(recipe, stages, slots)
+        for line in recipe_warnings(recipe, stages, slots):
+            print(f"warning: {line}")
         return
     from megatron_erpd.launch.local import run_recipe
     from megatron_erpd.slurm.submit import refuse_queued_jobs

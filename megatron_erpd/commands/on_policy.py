@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from megatron_erpd.commands.sizes import with_size
 from megatron_erpd.commands.train import training_fields, training_request
 from megatron_erpd.manifest import read_manifest
+from megatron_erpd.plan.budgets import StageRollouts
 from megatron_erpd.recipe.requests import TrainOnPolicy
 from megatron_erpd.sampling.prompts import encode_prompts, load_prompts
 from megatron_erpd.sampling.verifiers import Verifier
@@ -22,6 +26,11 @@ def train_on_policy(argv: list[str]) -> None:
     request = request.model_copy(update={"settings": settings})
     records = load_prompts(request.prompts, request.num_prompts, verifier=request.verifier)
     token_ids = encode_prompts(load_tokenizer(hf_folder), records, settings)
+    prompts = np.array([len(ids) for ids in token_ids])
+    drawn = StageRollouts(
+        prompts, prompts + settings.max_new_tokens, lambda row: f"prompt {row + 1}", what="possible rollout"
+    )
+    request = with_size(request, drawn)
     run = OnPolicyRun(
         **training_fields(request),
         prefix="stage1",

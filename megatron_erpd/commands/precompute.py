@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_erpd.checkpoint.mapping.config import model_flags
+from megatron_erpd.commands.sizes import with_size
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.evaluation.strength import SelectionResult, read_selection
@@ -18,7 +19,14 @@ from megatron_erpd.files import check_output
 from megatron_erpd.manifest import input_digest, read_manifest
 from megatron_erpd.model.arguments import check_arguments, launched_layout, rank
 from megatron_erpd.model.compatible import check_compatible, load_data
-from megatron_erpd.model.runtime import PRECOMPUTE_FLAGS, initialize, prepare_output, stage_process, untrained_flags
+from megatron_erpd.model.runtime import (
+    PRECOMPUTE_FLAGS,
+    check_same_layout,
+    initialize,
+    prepare_output,
+    stage_process,
+    untrained_flags,
+)
 from megatron_erpd.objectives.signals import parse_signal, policies_of
 from megatron_erpd.precompute.passes import CachePasses, hidden_dtype
 from megatron_erpd.precompute.slices import begin_slice, begin_whole, close_cache, merge_slices, rows_of_slice
@@ -35,7 +43,8 @@ def precompute(argv: list[str]) -> None:
     """`megatron-erpd precompute`, in every process of its layout: a cache, a slice, or the merge of all slices."""
     request = read_request(Precompute, argv)
     check_output(request.output)
-    settings, layout, base = request.settings, launched_layout(request.layout), request.base
+    settings, base = request.settings, request.base
+    request = request.model_copy(update={"layout": launched_layout(request.layout)})
     pass_through = list(request.megatron)
     policies = {"base": base, **request.policies}
     selection = read_selection(request.selection) if request.selection else None
@@ -47,6 +56,8 @@ def precompute(argv: list[str]) -> None:
     check_compatible(policies)
     _check_flags(request)
     rollouts = load_data(request.rollouts, base, scored=False)
+    request = request if request.merge_slices else with_size(request, rollouts)
+    layout = request.layout
 
     inputs, whole = request.inputs, request.whole.identity
     meta = _cache_meta(resolved, settings.signal, layout, policies, rollouts)
@@ -63,6 +74,7 @@ def precompute(argv: list[str]) -> None:
     longest = int(rollouts.lengths.max())
     check_arguments(base / "hf", layout, untrained_flags(PRECOMPUTE_FLAGS), pass_through, longest)
     with exclusive(output) if rank() == 0 else nullcontext(), stage_process() as store:
+        check_same_layout(layout)
         prepare_output(output, request.command, request.identity, inputs, request.verify_inputs)
         if selection is not None and rank() == 0:
             print(f"{selection.describe()}\nsignal of this cache: {resolved.signal}", flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_erpd.commands.sizes import with_size
 from megatron_erpd.data.batch import TokenRow
 from megatron_erpd.data.rollouts import Rollouts
 from megatron_erpd.errors import CacheError, RecipeError, RolloutError
@@ -61,7 +62,7 @@ def train_teacher(argv: list[str]) -> None:
         )
     rollouts = load_data(request.rollouts, request.base, rewards=request.rewards)
     settings = with_rates(settings, request.base)
-    request = request.model_copy(update={"settings": settings})
+    request = with_size(request.model_copy(update={"settings": settings}), rollouts)
     if request.base_log_probs is None and settings.max_kl is not None:
         raise RecipeError(
             "--max-kl: the KL to the base policy is measured from its log-probs; make them with `megatron-erpd "
@@ -104,7 +105,7 @@ def distill(argv: list[str]) -> None:
 
     rollouts = load_data(request.rollouts, request.base, rewards=request.rewards)
     settings = with_rates(settings, request.base)
-    request = request.model_copy(update={"settings": settings})
+    request = with_size(request.model_copy(update={"settings": settings}), rollouts)
     advantages = advantages_of(rollouts, settings, request.rollouts)
     cache = open_cache(base_log_probs, rollouts, {"base": request.base}, precision)
     rows: dict[str, TokenRow] = {"old_log_probs": token_row(cache, "base", rollouts)}

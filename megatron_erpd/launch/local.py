@@ -24,7 +24,7 @@ from megatron_erpd.launch.display import Display, findings_lines, summary_table
 from megatron_erpd.launch.failure import describe_code
 from megatron_erpd.launch.interim_report import InterimReport
 from megatron_erpd.launch.outcome import judge
-from megatron_erpd.launch.preflight import check_recipe
+from megatron_erpd.launch.preflight import check_recipe, recipe_warnings
 from megatron_erpd.launch.processes import GRACE_SECONDS, Slots, StageProcess, stop
 from megatron_erpd.locks import RUN_LOCK, Held, file_lock
 from megatron_erpd.manifest import WARNINGS, read_manifest
@@ -63,6 +63,8 @@ def run_recipe(
     slots = Slots()
     stages = [stage.changed(verify_inputs=checksums) for stage in plan(recipe)]
     check_recipe(recipe, stages, slots, prepared=False)
+    for line in recipe_warnings(recipe, stages, slots):
+        console.print(Text(f"warning: {line}"), soft_wrap=True)
     root = recipe.folder
     with locked(root) as lock:
         write_text(root / RECIPE, recipe.of_run())

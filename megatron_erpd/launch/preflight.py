@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_erpd.errors import ErpdError, RecipeError
 from megatron_erpd.files import check_output
@@ -32,6 +33,9 @@ from megatron_erpd.recipe.stages import Stage
 from megatron_erpd.settings.megatron_flags import without_refused
 from megatron_erpd.sources.names import is_there, local_path
 
+if TYPE_CHECKING:
+    from megatron_erpd.plan.budgets import StageRollouts
+
 _TRIED_ROWS = 64
 """Of a file of rollouts, rows that are read for a trial."""
 
@@ -50,10 +54,13 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, *
     Raises:
         RecipeError: a line for each problem.
     """
+    from megatron_erpd.plan.budgets import packed
+
     made = [s.output for s in stages if s.command == "prepare"]
     if prepared or (prepared is None and all((folder / MANIFEST).is_file() for folder in made)):
         made = []
     model = _model(stages, made)
+    asked, stages = stages, [packed(stage) if _runs_on_gpus(stage, slots) else stage for stage in stages]
     problems = [
         *_output_problems(recipe, stages),
         *_told_once(_missing_paths(stages, made)),
@@ -61,6 +68,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, *
         *_told_once(_layout_problems(stages, model)),
         *_disk_problems(recipe, stages, model),
         *_told_once(_batch_problems(stages)),
+        *_told_once(_prompt_problems(recipe, asked, made)),
         *_told_once(_precision_problems(stages)),
         *_told_once(_device_problems(stages, slots)),
         *_interface_problems(stages, slots),
@@ -71,6 +79,21 @@ def check_recipe(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None, *
     if problems:
         lines = "\n".join(f"  {line}" for line in problems)
         raise RecipeError(f"{recipe.name}: the run can't start:\n{lines}")
+
+
+def recipe_warnings(recipe: Recipe, stages: Sequence[Stage], slots: Slots | None) -> list[str]:
+    """What people should know of a recipe that can run: fp32 on GPUs, and imported rollouts over a token budget. Takes
+    what `check_recipe` takes."""
+    from megatron_erpd.plan.budgets import over_budget, precision_warning
+
+    fp32 = precision_warning([stage for stage in stages if _runs_on_gpus(stage, slots)])
+    rollouts = _imported(recipe, stages, ())
+    found = [(stage, over_budget(stage.layout, rollouts)) for stage in _readers(stages) if rollouts]
+    return [*filter(None, [fp32]), *_told_once((stage, line) for stage, line in found if line)]
+
+
+def _runs_on_gpus(stage: Stage, slots: Slots | None) -> bool:
+    return bool(stage.slurm.gpus_per_node if slots is None else slots.gpus)
 
 
 def _told_once(found: Iterable[tuple[Stage, str]]) -> Iterator[str]:
@@ -195,6 +218,48 @@ def _batch_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:
         name = "prompts_per_update x num_rollouts =" if on_policy else "global_batch_size"
         if batch and batch % layout.batch_unit:
             yield stage, f"{name} {batch} is not a multiple of {layout.batch_unit_words}; change one of them"
+
+
+def _prompt_problems(
+    recipe: Recipe, stages: Sequence[Stage], to_be_prepared: Sequence[Path]
+) -> Iterator[tuple[Stage, str]]:
+    """Prompts of imported rollouts that alone are over a stage's token budget."""
+    from megatron_erpd.plan.budgets import check_prompts
+
+    try:
+        rollouts = _imported(recipe, stages, to_be_prepared)
+    except ErpdError:
+        return  # told of the file
+    for stage in _readers(stages) if rollouts else ():
+        try:
+            check_prompts(stage.layout, rollouts)
+        except ErpdError as error:
+            yield stage, str(error)
+
+
+def _readers(stages: Sequence[Stage]) -> list[Stage]:
+    from megatron_erpd.plan.packs import reads_the_rollouts
+
+    return [stage for stage in stages if reads_the_rollouts(stage) and stage.layout.pack_tokens is not None]
+
+
+def _imported(recipe: Recipe, stages: Sequence[Stage], to_be_prepared: Sequence[Path]) -> StageRollouts | None:
+    """The user's rollouts where a stage has a token budget, and they are here in files with columns of token ids."""
+    from megatron_erpd.data.rollouts import count_rollouts, rollout_lengths
+    from megatron_erpd.plan.budgets import StageRollouts
+    from megatron_erpd.plan.packs import imported_files
+
+    section = recipe.rollouts
+    if not isinstance(section, Imported) or not _readers(stages):
+        return None
+    source = next(stage for stage in stages if isinstance(stage.request, ImportRollouts)).inputs["source"]
+    if local_path(source) is None or _is_in(source, to_be_prepared):
+        return None
+    files, columns = imported_files(section, str(source))
+    if not count_rollouts(files, **columns):
+        return None
+    prompts, responses = rollout_lengths(files, **columns)
+    return StageRollouts(prompts, prompts + responses, lambda row: f"row {row} of {source}")
 
 
 def _precision_problems(stages: Sequence[Stage]) -> Iterator[tuple[Stage, str]]:

@@ -15,6 +15,7 @@ import torch
 from megatron_erpd import meeting, platform
 from megatron_erpd.checkpoint.torch_dist.iterations import read_of_latest
 from megatron_erpd.data.batch import close_all
+from megatron_erpd.errors import LayoutError
 from megatron_erpd.manifest import Reads, begin_artifact
 from megatron_erpd.model.arguments import parse_megatron_arguments, process_store, rank
 from megatron_erpd.sampling.inputs import input_digests
@@ -45,6 +46,28 @@ def prepare_output(
     meeting.first(lambda: _begin(output, stage, settings, inputs))
     if verify:
         meeting.verify_inputs_together(inputs.values(), reads)
+
+
+def check_same_layout(layout: Layout) -> None:
+    """Refuses processes whose layouts differ: each may have chosen its token budget by the memory of its own GPU.
+
+    Raises:
+        LayoutError: at the first process, `StageError` at the others.
+    """
+    layouts = meeting.gather(layout.model_dump(mode="json"))
+    meeting.first(lambda: _refuse_others(layouts))
+
+
+def _refuse_others(layouts: list[dict[str, Any]]) -> None:
+    for number, layout in enumerate(layouts):
+        differing = [
+            f"{name} {layout[name]} and not {value}" for name, value in layouts[0].items() if layout[name] != value
+        ]
+        if differing:
+            raise LayoutError(
+                f"rank {number} has {', '.join(differing)}, as rank 0 has: their GPUs differ in memory, or their "
+                "commands do; give micro_batch_tokens, and the same command to all"
+            )
 
 
 def _begin(output: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:

@@ -23,6 +23,7 @@ SPARE = 0.1
 """Part of a GPU's memory that stays free: CUDA's context, NCCL's buffers, fragments, what the formulas leave out."""
 UNIT = 1024
 """Proposed budgets are multiples of it."""
+_ROOM = "raise context_parallel or tensor_parallel, or set recompute-granularity: full under megatron"
 LARGEST = 65_536
 """Tokens of a rank's forward pass beyond which a larger one gains nothing: its products are large enough for a GPU."""
 
@@ -82,6 +83,11 @@ def with_budget(stage: Stage, budget: int) -> Stage:
     return stage.changed(layout=stage.layout.changed({"micro_batch_tokens": budget}))
 
 
+def packed(stage: Stage) -> Stage:
+    """A stage that leaves the size of micro-batches open, as what it is on GPUs before a budget is chosen: packed."""
+    return with_budget(stage, LARGEST) if has_no_size(stage.layout) else stage
+
+
 def has_no_size(layout: Layout) -> bool:
     """Whether a layout leaves the size of micro-batches open."""
     return layout.micro_batch_size is None and layout.micro_batch_tokens is None
@@ -94,15 +100,62 @@ class StageRollouts:
     Attributes:
         prompts, lengths: int64 `[N]`, tokens of the prompt, and of prompt and response.
         name: what a rollout is called.
+        what: they are: `rollout`, or `possible rollout` where responses are still to be drawn.
     """
 
     prompts: np.ndarray
     lengths: np.ndarray
     name: Callable[[int], str]
+    what: str = "rollout"
 
     @property
     def longest(self) -> int:
         return int(self.lengths.max())
+
+    @property
+    def longest_one(self) -> str:
+        return f"{self.name(int(np.argmax(self.lengths)))} with {self.longest:,} tokens"
+
+
+def sized(stage: Stage, shape: ModelShape, rollouts: StageRollouts, memory: int | None) -> tuple[Layout, list[str]]:
+    """A stage's layout with a size of micro-batches, and lines on what was chosen and what is longer than it.
+
+    On GPUs a layout that gives none gets the token budget that its memory is planned to hold; on CPUs it stays as it is
+    (`DEFAULT_MICRO_BATCH_SIZE` rollouts).
+
+    Args:
+        memory: bytes of a GPU; None on CPUs.
+
+    Raises:
+        LayoutError: a prompt is over the budget; a rollout is and has no room in the memory by plan; or no budget that
+            holds the longest rollout has.
+    """
+    lines = []
+    if memory is not None and has_no_size(stage.layout):
+        longest = rollouts.longest
+        budget = chosen_budget(stage, shape, longest, float(rollouts.lengths.mean()), memory)
+        if budget is None:
+            least = with_budget(stage, least_budget(stage.layout, longest))
+            needed = stage_memory(least, shape, longest).total
+            raise LayoutError(
+                f"no size of micro-batches is given, and by plan none fits that holds {rollouts.longest_one}: "
+                f"micro_batch_tokens {least.layout.micro_batch_tokens} takes {needed / 2**30:.1f} GiB of "
+                f"{usable_bytes(memory) / 2**30:.1f} that can be used; {_ROOM}, or give micro_batch_tokens to try it "
+                "all the same"
+            )
+        stage = with_budget(stage, budget)
+        needed = stage_memory(stage, shape, longest).total
+        lines.append(
+            f"micro_batch_tokens {_budget(stage.layout)}: chosen, as no size of micro-batches is given; by plan it "
+            f"takes {needed / 2**30:.1f} GiB of {usable_bytes(memory) / 2**30:.1f} that can be used on this GPU"
+        )
+    check_prompts(stage.layout, rollouts)
+    if line := over_budget(stage.layout, rollouts):
+        lines.append(line)
+    if memory is not None:
+        _check_room(stage, shape, rollouts, memory)
+        lines += [f"warning: {warning}"] if (warning := precision_warning([stage])) else []
+    return stage.layout, lines
 
 
 def check_prompts(layout: Layout, rollouts: StageRollouts) -> None:
@@ -116,38 +169,38 @@ def check_prompts(layout: Layout, rollouts: StageRollouts) -> None:
         )
 
 
-def over_budget(stage: Stage, shape: ModelShape, rollouts: StageRollouts, memory: int | None) -> str | None:
-    """A line on rollouts that are longer than the budget, each of which has a pack of its own; None where none is.
-
-    Args:
-        memory: bytes of a GPU; None where it isn't known, or the stage runs on CPUs.
-
-    Raises:
-        LayoutError: the longest doesn't fit the memory, by plan.
-    """
-    layout = stage.layout
-    if layout.pack_tokens is None:
+def over_budget(layout: Layout, rollouts: StageRollouts) -> str | None:
+    """A line on rollouts that are longer than the budget, each of which has a pack of its own; None where none is."""
+    if not (count := _num_over_budget(layout, rollouts)):
         return None
-    packing = packer(layout, rollouts.lengths, math.inf)
-    count = int((packing.tokens > packing.max_tokens).sum())
-    if not count:
-        return None
-    row = int(np.argmax(rollouts.lengths))
-    longest, least = int(rollouts.lengths[row]), least_budget(layout, rollouts.longest)
-    named = f"{rollouts.name(row)} with {longest:,} tokens"
-    if memory is not None and (needed := stage_memory(stage, shape, longest).total) > usable_bytes(memory):
-        raise LayoutError(
-            f"micro_batch_tokens {_budget(layout)}: {counted(count, 'rollout')} of {len(rollouts.lengths):,} "
-            f"{'has' if count == 1 else 'have'} more, the longest {named}, and a pack of its own takes "
-            f"{needed / 2**30:.1f} GiB by plan, of {usable_bytes(memory) / 2**30:.1f} that can be used; a budget of "
-            f"{least} would hold it: raise context_parallel or tensor_parallel, or set recompute-granularity: full "
-            "under megatron, until that fits, or leave such rollouts out"
-        )
+    is_one = count == 1
     return (
-        f"{counted(count, 'rollout')} of {len(rollouts.lengths):,} {'is' if count == 1 else 'are'} longer than "
-        f"micro_batch_tokens {_budget(layout)} and {'has' if count == 1 else 'have'} a pack of "
-        f"{'its' if count == 1 else 'their'} own; the longest is {named}, for which {least} would do"
+        f"{counted(count, rollouts.what)} of {len(rollouts.lengths):,} {'is' if is_one else 'are'} longer than "
+        f"micro_batch_tokens {_budget(layout)} and {'has' if is_one else 'have'} a pack of "
+        f"{'its' if is_one else 'their'} own; the longest is {rollouts.longest_one}, for which "
+        f"{least_budget(layout, rollouts.longest)} would do"
     )
+
+
+def _check_room(stage: Stage, shape: ModelShape, rollouts: StageRollouts, memory: int) -> None:
+    """Raises `LayoutError` where the longest rollout is over the budget and its pack doesn't fit a GPU, by plan."""
+    count, usable = _num_over_budget(stage.layout, rollouts), usable_bytes(memory)
+    needed = stage_memory(stage, shape, rollouts.longest).total
+    if count and needed > usable:
+        raise LayoutError(
+            f"micro_batch_tokens {_budget(stage.layout)}: {counted(count, rollouts.what)} of "
+            f"{len(rollouts.lengths):,} {'has' if count == 1 else 'have'} more, the longest {rollouts.longest_one}; a "
+            f"pack of its own takes {needed / 2**30:.1f} GiB by plan, of {usable / 2**30:.1f} that can be used; a "
+            f"budget of {least_budget(stage.layout, rollouts.longest)} would hold it: {_ROOM}, until that fits, or "
+            "leave such rollouts out"
+        )
+
+
+def _num_over_budget(layout: Layout, rollouts: StageRollouts) -> int:
+    if layout.pack_tokens is None:
+        return 0
+    packing = packer(layout, rollouts.lengths, math.inf)
+    return int((packing.tokens > packing.max_tokens).sum())
 
 
 def precision_warning(on_gpus: Sequence[Stage]) -> str | None:

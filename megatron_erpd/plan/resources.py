@@ -26,6 +26,7 @@ from megatron_erpd.plan.budgets import (
     has_no_size,
     least_budget,
     over_budget,
+    packed,
     precision_warning,
     with_budget,
 )
@@ -181,15 +182,16 @@ def estimate(
     longest = sequence_length or (data.longest if data else None)
     mean = data.mean_tokens if data else None
     on_gpus = {s.name for s in stages if gpus or s.slurm.gpus_per_node or not platform.is_cpu()}
-    stages = _with_budgets(stages, shape, longest, mean, gpus, on_gpus, notes)
+    stages, left_open = _with_budgets(stages, shape, longest, mean, gpus, on_gpus, notes)
     counts = (data.num_rollouts, data.response_tokens) if data else None
     disk = disk_plan(recipe.folder, stages, done, shape, hf_dtype, counts)
     rollouts = RolloutSize(data.num_rollouts, data.mean_tokens) if data else None
     speed, source = _speed(teraflops_per_device, [stage for stage in stages if stage.name in done], shape, rollouts)
     cache, advice = _cache(recipe, stages, shape, data, disk, speed)
     with_model = [stage for stage in stages if isinstance(stage.request, ModelRequest)]
-    packs = stage_packs(with_model, shape, lengths.lengths) if shape and lengths else {}
-    notes += _budget_notes(with_model, shape, lengths)
+    sized = [stage for stage in with_model if stage.name not in left_open]
+    packs = stage_packs(sized, shape, lengths.lengths) if shape and lengths else {}
+    notes += _budget_notes(sized, lengths)
     if warning := precision_warning([stage for stage in with_model if stage.name in on_gpus]):
         notes.append(warning)
     if ignored := uncounted_flags(stages):
@@ -201,7 +203,12 @@ def estimate(
         if shape
         else None,
         data=data,
-        memory=[_memory(stage, shape, longest, stage.name in on_gpus) for stage in with_model] if shape else [],
+        memory=[
+            stage_memory(stage, shape, None if stage.name in left_open else longest, stage.name in on_gpus)
+            for stage in with_model
+        ]
+        if shape
+        else [],
         packs=packs,
         times=stage_times(stages, done, shape, rollouts, speed, {name: row.packs for name, row in packs.items()})
         if shape
@@ -226,20 +233,23 @@ def _with_budgets(
     gpus: Gpus | None,
     on_gpus: Collection[str],
     notes: list[str],
-) -> list[Stage]:
+) -> tuple[list[Stage], list[str]]:
     """The stages, those on GPUs that leave the size of their micro-batches open with the budget that they would take
-    by the memory of these GPUs."""
+    by the memory of these GPUs; and the names of those for which it isn't known."""
     chosen, left_open = dict[str, Stage](), list[str]()
     for stage in stages:
         if not isinstance(stage.request, ModelRequest) or not has_no_size(stage.layout) or stage.name not in on_gpus:
             continue
         if gpus is None or shape is None or longest is None:
             left_open.append(stage.name)
+            chosen[stage.name] = packed(stage)
             continue
         budget = chosen_budget(stage, shape, longest, mean_tokens, gpus.memory)
         chosen[stage.name] = with_budget(stage, budget or least_budget(stage.layout, longest))
     sizes: dict[int, list[str]] = {}
     for name, stage in chosen.items():
+        if name in left_open:
+            continue
         sizes.setdefault(stage.layout.micro_batch_tokens or 0, []).append(name)
     notes += [
         f"{', '.join(names)}: no size of micro-batches is given; by the memory of {gpus and gpus.name} it is "
@@ -251,16 +261,10 @@ def _with_budgets(
             f"{', '.join(left_open)}: no size of micro-batches is given; on a GPU a token budget is chosen by its "
             "memory, and --gpu says which"
         )
-    return [chosen.get(stage.name, stage) for stage in stages]
+    return [chosen.get(stage.name, stage) for stage in stages], left_open
 
 
-def _memory(stage: Stage, shape: ModelShape, longest: int | None, on_gpu: bool) -> StageMemory:
-    """Without activations where the size of micro-batches shows only on the GPU."""
-    is_open = on_gpu and has_no_size(stage.layout)
-    return stage_memory(stage, shape, None if is_open else longest, on_gpu)
-
-
-def _budget_notes(stages: Sequence[Stage], shape: ModelShape | None, rollouts: StageRollouts | None) -> list[str]:
+def _budget_notes(stages: Sequence[Stage], rollouts: StageRollouts | None) -> list[str]:
     """On rollouts that are longer than a stage's budget.
 
     Raises:
@@ -268,11 +272,11 @@ def _budget_notes(stages: Sequence[Stage], shape: ModelShape | None, rollouts: S
     """
     found: dict[str, list[str]] = {}
     for stage in stages:
-        if shape is None or rollouts is None or not reads_the_rollouts(stage):
+        if rollouts is None or not reads_the_rollouts(stage):
             continue
         try:
             check_prompts(stage.layout, rollouts)
-            line = over_budget(stage, shape, rollouts, None)
+            line = over_budget(stage.layout, rollouts)
         except LayoutError as error:
             raise LayoutError(f"{stage.name}: {error}") from None
         if line:

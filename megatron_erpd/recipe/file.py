@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ def load_recipe(
     values = _read_yaml(path)
     run = _run_given(path, values)
     recorded = values.get("directory")
+    places = {text.partition("=")[0] for text in overrides}
     for text in overrides:
-        _override(values, text)
+        _override(values, text, places)
     if layout:
         values["layout"] = {**(values.get("layout") or {}), **over_layout(layout)}
     try:
@@ -187,7 +188,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def _override(values: dict[str, Any], text: str, places: Collection[str]) -> None:
+    """Puts one value over the file's.
+
+    Args:
+        places: of all that are given so, of which a layout's two sizes may not both be.
+    """
     place, equals, value = text.partition("=")
     keys = place.split(".")
     if not equals or not all(keys):
@@ -203,6 +209,10 @@ def _override(values: dict[str, Any], text: str) -> None:
         section[keys[-1]] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise RecipeError(f"--set {text}: {value!r} is no YAML value; quote it") from None
+    if keys[-2:-1] == ["layout"] and section[keys[-1]] is not None:
+        for other in over_layout({keys[-1]: section[keys[-1]]}):
+            if ".".join([*keys[:-1], other]) not in places:
+                section.pop(other, None)
 
 
 def _explain(where: str, what: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_erpd.errors import StageError
 from megatron_erpd.files import write_json, write_text
-from megatron_erpd.launch.preflight import check_recipe
+from megatron_erpd.launch.preflight import check_recipe, recipe_warnings
 from megatron_erpd.locks import RUN_LOCK, Held, NodeLock, file_lock
 from megatron_erpd.recipe.artifacts import Artifacts
 from megatron_erpd.recipe.planner import plan
@@ -43,7 +43,7 @@ def _check(recipe: Recipe, stages: Sequence[Stage], say: Say) -> None:
     from megatron_erpd.plan.saves import save_warnings
 
     check_recipe(recipe, stages, None)
-    for line in save_warnings(stages):
+    for line in (*recipe_warnings(recipe, stages, None), *save_warnings(stages)):
         say(f"warning: {line}")
 
 

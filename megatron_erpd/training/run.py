@@ -41,6 +41,7 @@ from megatron_erpd.meeting import finish_together, first
 from megatron_erpd.model.arguments import check_arguments, parse_megatron_arguments, rank
 from megatron_erpd.model.forward import NonFiniteLoss, SequenceShard, has_finite_gradients
 from megatron_erpd.model.runtime import (
+    check_same_layout,
     common_flags,
     configure_head,
     prepare_output,
@@ -151,6 +152,7 @@ class TrainingRun(ABC):
         """
         check_arguments(self.base / "hf", self.layout, self.megatron_flags(), self.pass_through, self.max_length)
         with stage_process() as store:
+            check_same_layout(self.layout)
             prepare_output(self.output, self.stage, self.identity, self.inputs, self.verify_inputs)
             first(self._recover)
             flags = self.megatron_flags()

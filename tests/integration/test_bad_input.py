@@ -152,6 +152,16 @@ def test_rollout_longer_than_the_model(fails: Fails, made: Path, tmp_path: Path)
     assert "row 2" in message and "64 positions" in message
 
 
+@pytest.mark.parametrize("command", ["train-teacher", "precompute"])
+def test_prompt_longer_than_the_budget(command: str, fails: Fails, made: Path, tmp_path: Path) -> None:
+    data = rollout_file(tmp_path / "d.parquet", prompt_token_ids=np.arange(1, 6), sample_id="long", group_id=1)
+    unread = {} if command == "train-teacher" else {"base_log_probs": None, "kind": "token"}
+    flags = training(made, tmp_path / "out", rollouts=data, micro_batch_tokens=4, **unread)
+    assert "micro_batch_tokens 4: the prompt of rollout long alone has 5 tokens; give at least 1024" in fails(
+        command, *flags
+    )
+
+
 def test_rewards_that_are_no_probabilities(fails: Fails, made: Path, tmp_path: Path) -> None:
     file = rollout_file(tmp_path / "r.parquet", reward=3.0)
     message = fails("train-teacher", *training(made, tmp_path / "out", rollouts=file), "--loss", "ce")

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer
@@ -17,7 +19,7 @@ from tokenizers.pre_tokenizers import Split
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.launch import flag_check, preflight_tasks
-from megatron_erpd.launch.preflight import check_recipe
+from megatron_erpd.launch.preflight import check_recipe, recipe_warnings
 from megatron_erpd.launch.processes import Slots
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.recipe.planner import plan
@@ -82,6 +84,18 @@ def write_model(folder: Path, **changed: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def recipe_of(**sections: Any) -> Recipe:
+    recipe = {
+        "name": "mine",
+        "model": "model",
+        "rollouts": {**SAMPLED, "verifier": "python:task.py:score"},
+        "teacher": {},
+        "student": {},
+        "evaluation": {"prompts": "prompts.jsonl", "max_new_tokens": 8},
+    }
+    return Recipe(**{**recipe, **sections})
+
+
 @pytest.fixture
 def problems(tmp_path, monkeypatch):
     """Checks a recipe whose inputs are all good but for what a test changes."""
@@ -91,17 +105,7 @@ def problems(tmp_path, monkeypatch):
     (tmp_path / "task.py").write_text(TASK)
 
     def check(gpus: int = 0, jobs: bool = False, **sections: Any) -> str:
-        recipe = Recipe(
-            **{
-                "name": "mine",
-                "model": "model",
-                "rollouts": {**SAMPLED, "verifier": "python:task.py:score"},
-                "teacher": {},
-                "student": {},
-                "evaluation": {"prompts": "prompts.jsonl", "max_new_tokens": 8},
-                **sections,
-            }
-        )
+        recipe = recipe_of(**sections)
         slots = None if jobs else Slots(gpus=[str(i) for i in range(gpus)], cores=2)
         try:
             check_recipe(recipe, plan(recipe), slots)
@@ -335,6 +339,44 @@ def test_the_first_rollouts_of_a_file_are_read(problems):
     )
     Path("r.txt").write_text("{}")
     assert "rollouts.file: r.txt: must end in" in problems(rollouts={"file": "r.txt"}, evaluation=None)
+
+
+def test_token_budgets_that_imported_rollouts_do_not_fit(problems):
+    row = {"response_token_ids": [7] * 3, "reward": 1.0}
+    table = pa.Table.from_pylist([{**row, "prompt_token_ids": [5] * n, "group_id": n} for n in (2, 9, 4)])
+    pq.write_table(table, "r.parquet")
+    given = {"rollouts": {"file": "r.parquet"}, "evaluation": None}
+    stages = {"teacher": {"layout": {"micro_batch_tokens": 8}}, "student": {"layout": {"micro_batch_size": 32}}}
+    text = problems(**given, layout={"micro_batch_tokens": 16}, stages=stages)
+    assert text.splitlines()[1:] == [
+        "  teacher: micro_batch_tokens 8: the prompt of row 1 of r.parquet alone has 9 tokens; give at least 1024, "
+        "which holds every rollout"
+    ]
+    # A rollout over the budget is no problem.
+    assert problems(**given, layout={"micro_batch_tokens": 9}) == ""
+    recipe = recipe_of(**given, layout={"micro_batch_tokens": 9}, stages=stages | {"teacher": {}})
+    (line,) = recipe_warnings(recipe, plan(recipe), Slots(gpus=[], cores=2))
+    assert line.startswith("base-log-probs, teacher, cache: 1 rollout of 3 is longer than micro_batch_tokens 9 and has")
+    assert "the longest is row 1 of r.parquet with 12 tokens, for which 1024 would do" in line
+
+
+def test_fp32_on_gpus_is_warned_of(problems):
+    for gpus, precision, expected in ((0, "fp32", 0), (1, "fp32", 1), (1, "bf16", 0)):
+        recipe = recipe_of(layout={"precision": precision})
+        found = recipe_warnings(recipe, plan(recipe), Slots(gpus=["0"] * gpus, cores=2))
+        assert len(found) == expected and all("set layout.precision: bf16" in line for line in found)
+    jobs = recipe_of(slurm={"gpus_per_node": 1})
+    (line,) = recipe_warnings(jobs, plan(jobs), None)
+    assert line.startswith("base-log-probs, teacher, cache, student: fp32 on GPUs")
+
+
+def test_without_a_size_micro_batches_on_gpus_are_packs(problems):
+    """Whose number the global batch needs no multiple of; on CPUs they are 32 rollouts."""
+    given = {"layout": {"data_parallel": 16}}
+    assert "global_batch_size 256 is not a multiple of micro_batch_size 32 x data_parallel 16" in problems(**given)
+    assert problems(**given, gpus=16) == ""
+    text = problems(layout={"data_parallel": 3}, gpus=3)
+    assert "teacher, student: global_batch_size 256 is not a multiple of data_parallel 3; change one of them" in text
 
 
 def test_only_the_prompts_that_are_used_count(problems):

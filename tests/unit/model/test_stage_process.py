@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_erpd import meeting
+from megatron_erpd.errors import ErpdError
+from megatron_erpd.model import runtime
 from megatron_erpd.model.arguments import own_flags
 from megatron_erpd.settings import Layout
 from tests.distributed.harness import run_ranks
@@ -23,6 +26,22 @@ def test_rollouts_as_long_as_the_context_fit_with_their_padding(layout: dict[str
     length, positions = flags["seq_length"], flags["max_position_embeddings"]
     assert isinstance(length, int) and isinstance(positions, int)
     assert positions == length >= context and length % (2 * Layout(**layout).num_processes) == 0  # type: ignore[arg-type]
+
+
+def one_layout(rank: int, world_size: int) -> str:
+    """What a rank is told whose GPU has less memory than the others'."""
+    with meeting.meeting(None):
+        runtime.check_same_layout(Layout(micro_batch_tokens=4096, data_parallel=2))
+        try:
+            runtime.check_same_layout(Layout(micro_batch_tokens=4096 if rank == 0 else 2048, data_parallel=2))
+        except ErpdError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_of_one_layout() -> None:
+    told = run_ranks(one_layout, 2)
+    assert told[0] == told[1] and "rank 1 has micro_batch_tokens 2048 and not 4096, as rank 0 has" in told[0]
 
 
 def collectives_of_a_stage(rank: int, world_size: int) -> list[str]:

@@ -17,6 +17,7 @@ from megatron_erpd.plan.budgets import (
     chosen_budget,
     over_budget,
     precision_warning,
+    sized,
     usable_bytes,
     with_budget,
 )
@@ -26,6 +27,10 @@ from megatron_erpd.recipe.stages import Stage
 from tests.unit.plan.test_gpu_fit import EIGHT_B, stage
 
 GIB = 2**30
+
+
+def open_stage(**sizes: Any) -> Stage:
+    return stage(**{**sizes, "micro_batch_size": None})
 
 
 def precompute() -> Stage:
@@ -84,30 +89,56 @@ def test_packs_of_a_step() -> None:
 
 
 def test_rollouts_over_the_budget() -> None:
+    """Have a pack of their own where the memory allows it, or isn't known."""
     given = stage(micro_batch_tokens=2048, context_parallel=2, data_parallel=8)
-    assert over_budget(given, EIGHT_B, rollouts((10, 100), (10, 4097)), None) is None  # a model reads one token less
-    assert over_budget(stage(), EIGHT_B, rollouts((10, 9000)), None) is None  # padded
+    assert over_budget(given.layout, rollouts((10, 100), (10, 4097))) is None  # a model reads one token less
+    assert over_budget(stage().layout, rollouts((10, 9000))) is None  # padded
     two = rollouts((10, 100), (10, 5000), (10, 9000))
-    assert over_budget(given, EIGHT_B, two, None) == (
+    line = over_budget(given.layout, two)
+    assert line == (
         "2 rollouts of 3 are longer than micro_batch_tokens 2048 (x context_parallel 2 = 4,096) and have a pack of "
         "their own; the longest is rollout c with 9,000 tokens, for which 5120 would do"
     )
     needed = stage_memory(given, EIGHT_B, 9000).total
     memory = int(needed / 0.9) + 2
-    assert over_budget(given, EIGHT_B, two, memory)
+    for known in (None, memory):
+        assert sized(given, EIGHT_B, two, known) == (given.layout, [line])
     with pytest.raises(LayoutError) as caught:
-        over_budget(given, EIGHT_B, two, memory - 4)
+        sized(given, EIGHT_B, two, memory - 4)
     for words in ("micro_batch_tokens 2048", "the longest rollout c with 9,000 tokens", "a budget of 5120 would hold"):
         assert words in str(caught.value)
 
 
 def test_a_prompt_over_the_budget() -> None:
-    layout = stage(micro_batch_tokens=100).layout
+    given = stage(micro_batch_tokens=100)
+    layout = given.layout
     check_prompts(layout, rollouts((100, 101)))
     check_prompts(stage().layout, rollouts((101, 102)))
     message = "^micro_batch_tokens 100: the prompt of rollout b alone has 101 tokens; give at least 2048, which holds"
-    with pytest.raises(LayoutError, match=message):
-        check_prompts(layout, rollouts((5, 2000), (101, 102)))
+    for memory in (None, 80 * GIB):
+        with pytest.raises(LayoutError, match=message):
+            sized(given, EIGHT_B, rollouts((5, 2000), (101, 102)), memory)
+
+
+def test_a_layout_without_a_size() -> None:
+    """Stays as it is on CPUs; on GPUs it gets the budget that a plan chooses, said with its reason."""
+    sizes = {"tensor_parallel": 8, "sequence_parallel": True}
+    given, data = open_stage(**sizes), rollouts((100, 1000), (100, 3000))
+    assert sized(given, EIGHT_B, data, None) == (given.layout, [])
+    layout, lines = sized(given, EIGHT_B, data, 80 * GIB)
+    assert layout == given.layout.changed({"micro_batch_tokens": 65536})
+    assert layout.micro_batch_tokens == chosen_budget(given, EIGHT_B, 3000, 2000.0, 80 * GIB)
+    needed = stage_memory(with_budget(given, 65536), EIGHT_B, 3000).total / GIB
+    assert lines == [
+        "micro_batch_tokens 65536: chosen, as no size of micro-batches is given; by plan it takes "
+        f"{needed:.1f} GiB of 72.0 that can be used on this GPU"
+    ]
+    with pytest.raises(LayoutError, match=r"by plan none fits that holds rollout b with 3,000 tokens: .* 3072 takes"):
+        sized(given, EIGHT_B, data, 8 * GIB)
+    # What is given is taken, whatever a plan says; in fp32 with a warning.
+    padded = stage(**sizes, micro_batch_size=2, precision="fp32")
+    layout, lines = sized(padded, EIGHT_B, data, 8 * GIB)
+    assert layout == padded.layout and [line[:33] for line in lines] == ["warning: teacher: fp32 on GPUs le"]
 
 
 def test_fp32_on_gpus() -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.recipe.file import load_recipe
+from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Imported, Recipe, Sampled
 from megatron_erpd.settings import TemplateSettings
 
@@ -114,6 +115,22 @@ def test_a_runs_folder_stands_for_its_recipe(read, tmp_path, monkeypatch):
     (tmp_path / "runs/mine/recipe.yaml").write_text(recipe.of_run())
     again = load_recipe(tmp_path / "runs/mine")
     assert again.model_copy(update={"directory": None}) == recipe
+
+
+def test_one_size_of_micro_batches(read):
+    """Of two in a section none is taken; what comes over a recipe takes the place of its other one."""
+    both = "layout: micro_batch_size 4 counts rollouts, micro_batch_tokens 8 counts tokens; give one of them"
+    assert refused(read, MINIMAL + "layout: {micro_batch_size: 4, micro_batch_tokens: 8}") == [both]
+    text = MINIMAL + "layout: {micro_batch_size: 4}\n"
+    assert refused(read, text, "layout.micro_batch_size=4", "layout.micro_batch_tokens=8") == [both]
+    stages = "stages: {teacher: {layout: {micro_batch_size: 4, micro_batch_tokens: 8}}}"
+    assert refused(read, text + stages) == [f"stages.teacher.{both}"]
+    for given in (read(text, "layout.micro_batch_tokens=8"), read(text, micro_batch_tokens=8)):
+        assert (given.layout.micro_batch_size, given.layout.micro_batch_tokens) == (None, 8)
+    teacher = next(
+        s for s in plan(read(text + "stages: {teacher: {layout: {micro_batch_tokens: 8}}}")) if s.name == "teacher"
+    )
+    assert (teacher.layout.micro_batch_size, teacher.layout.micro_batch_tokens) == (None, 8)
 
 
 def test_values_over_the_recipes(read):
