@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks import packing
 from benchmarks.page import write_section
+from megatron_erpd.data.batch import packer
+from megatron_erpd.data.pack_figures import training_packs
+from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.settings import Layout
 from tests.distributed.harness import run_ranks
 
@@ -22,8 +25,12 @@ def test_what_is_read_and_what_ranks_wait_for(tmp_path: Path) -> None:
         return packing.count(packing.Arrangement(name, rollouts, layout, 16, 4, np.inf))
 
     packed, padded = counted("packed"), counted("padded")
+    layout = Layout(data_parallel=2, micro_batch_tokens=16)
+    order = BatchOrder(rollouts.lengths, 4, 0)
+    said = training_packs(order, packer(layout, rollouts.lengths, np.inf), layout, 1, 1)  # as a training says it
     assert (packed.micro_batches, packed.padding, packed.spread, packed.worst) == (1, 0, 1, 1)  # 8 and 4 + 2 + 2
     assert packed.fullness == 0.5
+    assert (said.filled, said.padding, said.spread) == (packed.fullness, packed.padding, packed.spread)
     # Two rows each: 8 and 4 as 8 + 8, beside 2 + 2.
     assert (padded.micro_batches, padded.padding, padded.spread) == (1, pytest.approx(1 - 16 / 20), 1.6)
     # Each of the twos is read as 4 by the two context-parallel ranks, and packs are multiples of 8.
