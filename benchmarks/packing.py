@@ -1,7 +1,7 @@
 """What packs of rollouts save against padded micro-batches: padding, ranks that wait, and the time of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/packing.py --quick --docs docs     four minutes on one core
-    OMP_NUM_THREADS=1 python benchmarks/packing.py --docs docs             half an hour: a larger model and longer rollouts
+    OMP_NUM_THREADS=1 python benchmarks/packing.py --docs docs             half an hour: a larger model, longer rollouts
 
 Lengths are spread as those of reasoning are: log-normal with a median of 1,000 tokens and a sigma of 1, cut at 16,384,
 512 rollouts, the same in every run. The same rollouts are arranged in three ways, each within one budget of tokens:
