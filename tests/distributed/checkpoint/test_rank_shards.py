@@ -6,7 +6,6 @@ Megatron is built rank after rank in one process, over process groups that talk 
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_erpd.checkpoint.mapping.rank_shards import Sharding
 from megatron_erpd.settings import Layout
 from tests.distributed.checkpoint.published import PUBLISHED
 from tests.distributed.checkpoint.tiny_models import build_megatron_model, save_hf_model, set_layout
+from tests.forked import CONTEXT
 
 Shards = list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Key, shape of the whole, shape of the part, and where it begins."""
@@ -111,7 +111,7 @@ def assert_same(ours: list[list[Shards]], theirs: list[list[Shards]], ranks: Seq
 @pytest.fixture(scope="module")
 def megatron() -> Any:
     """A process in which Megatron is built. Its process groups are global."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, CONTEXT) as pool:
         yield lambda *args: pool.submit(megatron_shards, *args).result()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,10 @@ def save_checkpoint(chunks: Sequence[Any], folder: Path) -> None:
     """Has Megatron save this rank's chunks of a model."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # What this process writes itself needs no queue between processes, for which Megatron would start an interpreter.
+    filesystem_async._results_queue = queue.Queue()
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
