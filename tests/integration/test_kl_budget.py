@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_ends_at_its_budget(made: Path, tmp_path: Path) -> None:
     data = ["--base", f"{made}/base", "--rollouts", f"{made}/rollouts.parquet"]
-    data += ["--base-log-probs", f"{made}/base-log-probs", "--global-batch-size", "40", "--micro-batch-size", "20"]
+    data += ["--base-log-probs", f"{made}/base-log-probs", "--global-batch-size", "40", "--micro-batch-size", "40"]
     control = ["--form", "policy_gradient", "--signal-weight", "0", "--advantage-weight", "1"]
     control += ["--kl-budget", str(BUDGET), "--learning-rate", "1e-4", "--epochs", "80"]
     firsts = {"weak": "0.05", "strong": "20"}

@@ -25,7 +25,7 @@ def test_recomputed_activations(context_parallel: int, tmp_path: Path) -> None:
     write_random_rollouts(tmp_path / "rollouts.parquet")
     stages: Stages = [("import", ["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/base"])]
     data = ["--base", f"{tmp_path}/base", "--rollouts", f"{tmp_path}/rollouts.parquet", "--loss", "sft"]
-    settings = ["--learning-rate", "1e-2", "--global-batch-size", "16", "--micro-batch-tokens", "80"]
+    settings = ["--learning-rate", "1e-2", "--global-batch-size", "16", "--micro-batch-tokens", "80", "--epochs", "2"]
     settings += ["--context-parallel", f"{context_parallel}"]
     for name, flags in KINDS.items():
         stages.append(("train", [*data, *settings, "--output", f"{tmp_path}/{name}", "--", *flags]))

@@ -40,7 +40,7 @@ def train(rank: int, world_size: int, folder: str, ends: list[str]) -> dict[str,
     loss = ReplayStep.loss_and_metrics
     data = ["--base", f"{folder}/base", "--rollouts", f"{folder}/rollouts.parquet"]
     data += ["--base-log-probs", f"{folder}/base-log-probs", "--loss", "sapo", "--learning-rate", "1e-3"]
-    data += ["--global-batch-size", "8", "--micro-batch-size", "4"]
+    data += ["--global-batch-size", "8", "--micro-batch-size", "4", "--epochs", "2"]
     found = {}
     for end in ends:
         flags = ENDS[end][0]
