@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +51,15 @@ def get_model() -> ModuleType:
 @pytest.fixture(scope="module")
 def answer(get_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The written folder, and its greedy answer to `QUESTION`; `logits.safetensors` beside it for a short prompt."""
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
-    get_model.write_model(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers reads the file three times, and the names of all tensors once for each layer.
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        get_model.write_model(folder)
     write_checkpoint(folder, folder.parent / "checkpoint", dict)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -24,7 +24,16 @@ def erpd(*argv: object) -> list[str]:
 def test_two_processes_verify_and_hash_together(tmp_path: Path) -> None:
     make_round(tmp_path)
     data = ["--base", tmp_path / "base", "--rollouts", tmp_path / "rollouts.parquet"]
-    data += ["--base-log-probs", tmp_path / "base-log-probs", "--loss", "sapo", "--learning-rate", "1e-3", "--epochs", "0.4"]
+    data += [
+        "--base-log-probs",
+        tmp_path / "base-log-probs",
+        "--loss",
+        "sapo",
+        "--learning-rate",
+        "1e-3",
+        "--epochs",
+        "0.4",
+    ]
     train = ["train-teacher", *data, "--global-batch-size", "8", "--micro-batch-size", "2", "--data-parallel", "2"]
     command = erpd(*train, "--output", tmp_path / "teacher", "--verify-inputs")
     done = forked.run(command, env=ENVIRONMENT, timeout=600)
