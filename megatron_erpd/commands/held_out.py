@@ -40,6 +40,7 @@ def select(argv: list[str]) -> None:
         output,
         settings,
         verifier=request.verifier,
+        workers=request.workers,
         has_unlearned=request.unlearned,
         status=status(),
     )
@@ -73,6 +74,7 @@ def evaluate(argv: list[str]) -> None:
         settings,
         origin=request.origin,
         verifier=request.verifier,
+        workers=request.workers,
         rollouts=request.rollouts,
         status=status(),
     )

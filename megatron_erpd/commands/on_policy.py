@@ -41,7 +41,7 @@ def train_on_policy(argv: list[str]) -> None:
             settings=settings,
             records=records,
             token_ids=token_ids,
-            verifier=Verifier(request.verifier),
+            verifier=Verifier(request.verifier, workers=1),
             hf_folder=hf_folder,
             scratch=output / "sampler",
             dtype="bfloat16" if request.layout.precision == "bf16" else "float32",

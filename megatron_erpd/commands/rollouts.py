@@ -45,6 +45,7 @@ def sample(argv: list[str]) -> None:
         output,
         request.settings,
         verifier=request.verifier,
+        workers=request.workers,
         only=request.slice,
         elsewhere=slice_folders(output) if request.slice is None else [request.output],
         progress=progress("sampled", lines),
@@ -93,7 +94,8 @@ def score(argv: list[str]) -> None:
 
     prompts = prompts_of_rollouts(request.rollouts, request.prompts, request.verifier)
     begin(request)
-    report = score_rollouts(request.rollouts, prompts, request.output, request.verifier, progress("scored"))
+    told = progress("scored")
+    report = score_rollouts(request.rollouts, prompts, request.output, request.verifier, told, request.workers)
     print(
         f"rescored: {report['changed']} of {report['num_rollouts']} rewards changed; the verifier was asked about "
         f"{report['asked']} responses"

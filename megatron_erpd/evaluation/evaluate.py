@@ -44,6 +44,7 @@ def evaluate_policies(
     *,
     origin: str | Path | None = None,
     verifier: str | None = None,
+    workers: int | None = None,
     rollouts: Rollouts | str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -62,6 +63,7 @@ def evaluate_policies(
         settings: what to measure.
         origin: Hugging Face folder of the first round's base, for `kl_from_origin_*`; None where that is `base`.
         verifier: as in `Verifier`; None leaves the accuracies out.
+        workers: of the verifier, as there.
         rollouts: the fixed data for `forward_kl_data` and `reverse_kl_data`; `settings.num_rollouts` rows at equal
             distances are used.
         device, dtype: as in `load_policy`.
@@ -91,7 +93,7 @@ def evaluate_policies(
     if len(results) == len(policies):
         return results
     base_policy = load_policy(base, device, dtype)
-    judge = None if verifier is None else Verifier(verifier)
+    judge = None if verifier is None else Verifier(verifier, workers)
     if fixed is not None:
         place = fixed.location(0).partition(": row")[0]
         if note := check_rollouts(fixed, place, base_policy.path, base_policy.tokenizer):

@@ -47,10 +47,8 @@ def score(verifier: Verifier | None, records: Sequence[PromptRecord], texts: lis
     if verifier is None:
         return rewards
     before = verifier.num_errors
-    for row, record, group in zip(rewards, records, texts, strict=True):
-        for column, text in enumerate(group):
-            reward = verifier(record, text)
-            row[column] = np.nan if reward is None else reward
+    questions = [(record, text) for record, group in zip(records, texts, strict=True) for text in group]
+    rewards.flat = [np.nan if reward is None else reward for reward, _ in verifier.scores(questions)]
     if verifier.num_errors - before == rewards.size:
         raise StageError(f"verifier {verifier.spec} failed on every response, first with: {verifier.first_error}")
     return rewards

@@ -6,8 +6,8 @@ a little too high, and only other prompts tell what it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def select_checkpoint(
     verifier: str,
     has_unlearned: bool,
     status: Status | None = None,
+    workers: int | None = None,
 ) -> SelectionResult:
     """Samples base and candidates on the prompts and chooses.
 
@@ -47,7 +48,7 @@ def select_checkpoint(
         candidates: iteration to Hugging Face folder; with `by: last` only the last one is sampled.
         prompts: validation prompts; the first `settings.num_prompts` are used.
         folder: where the rewards are kept.
-        verifier: as in `Verifier`.
+        verifier, workers: as in `Verifier`.
         has_unlearned: whether an unlearned policy will be there (see `recommend_signal`).
 
     Returns:
@@ -60,7 +61,10 @@ def select_checkpoint(
     if len(records) < 2:
         raise RecipeError(f"prompts: {len(records)} validation prompt tells nothing about chance; give more")
     iterations = sorted(candidates)[-1:] if settings.by == "last" else sorted(candidates)
-    measure = partial(_rewards, records=records, folder=folder, settings=settings, verifier=verifier, status=status)
+    judge = cache(partial(Verifier, verifier, workers))  # started when a response is there
+    measure = partial(
+        _rewards, records=records, folder=folder, settings=settings, verifier=verifier, judge=judge, status=status
+    )
     reference = measure("base", base)
     found = [_figures(measure(f"teacher@{i}", candidates[i]), reference) | {"iteration": i} for i in iterations]
     chosen = max(found, key=lambda figures: (figures["reward"], -figures["iteration"]))
@@ -101,6 +105,7 @@ def _rewards(
     folder: Path,
     settings: SelectSettings,
     verifier: str,
+    judge: Callable[[], Verifier],
     status: Status | None,
 ) -> dict[str, np.ndarray]:
     """Per prompt the mean reward of the verified samples, and that of the greedy response: float64 `[N]`, or NaN."""
@@ -116,9 +121,8 @@ def _rewards(
         policy = load_policy(path)
         ids = encode_prompts(policy.tokenizer, records, settings)
         groups, greedy = respond(policy, ids, settings, partial(status, name) if status else lambda *_: None)
-        judge = Verifier(verifier)
-        sampled = score(judge, records, [decode(policy, group) for group in groups])
-        likeliest = score(judge, records, [[text] for text in decode(policy, greedy)])
+        sampled = score(judge(), records, [decode(policy, group) for group in groups])
+        likeliest = score(judge(), records, [[text] for text in decode(policy, greedy)])
         saved = {"identity": identity, "sampled": prompt_means(sampled), "greedy": prompt_means(likeliest)}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, saved)

@@ -161,7 +161,7 @@ def _verifier_problem(spec: str, records: Sequence[PromptRecord], runs: bool) ->
         why = ""
         for record in tried:
             for response in _responses(record, verifier.trial):
-                reward, error = verifier.judge(record, response)
+                reward, error = verifier.judge([(record, response)])[0]
                 if reward is not None:
                     return None
                 why = why or _no_reward(record, response, error)

@@ -171,6 +171,7 @@ class _Planner:
         sample = Sample(
             model=hf,
             **self._task(section),
+            workers=section.workers,
             # Another seed keeps the samples of rounds that see the same prompts independent.
             settings=_as(SampleSettings, section).model_copy(update={"seed": section.seed + number - 1}),
             num_prompts=section.num_prompts,
@@ -184,7 +185,7 @@ class _Planner:
         section = self.recipe.rollouts
         if isinstance(section, Imported):
             return None
-        return self._add(name, Score(rollouts=rollouts, **self._task(section), output=output))
+        return self._add(name, Score(rollouts=rollouts, **self._task(section), workers=section.workers, output=output))
 
     def _replay(self, name: str, section: ReplaySettings, data: _Data, output: Path) -> Path:
         settings = _as(ReplaySettings, section)
@@ -202,6 +203,7 @@ class _Planner:
             teacher=teacher,
             candidates=candidates,
             **self._task(section, "selection"),
+            workers=self._workers(section),
             rollouts=rollouts,
             unlearned=self.recipe.unlearned is not None,
             settings=_as(SelectSettings, section),
@@ -220,6 +222,11 @@ class _Planner:
             "prompts": prompts if prompts.startswith(REASONING_GYM) else str(self._path(prompts)),
             "verifier": self._program(verifier),
         }
+
+    def _workers(self, section: Sampled | Selection | Evaluation) -> int | None:
+        """Of a section's verifier, or of that of the rollouts."""
+        sampled = self.recipe.rollouts
+        return section.workers or (sampled.workers if isinstance(sampled, Sampled) else None)
 
     def _program(self, name: str) -> str:
         """A verifier's or a loss's name with its file, if it has one, where the run has it."""
@@ -314,6 +321,7 @@ class _Planner:
             models={"base": hf},
             exported=export,
             **self._task(section, "evaluation"),
+            workers=self._workers(section),
             rollouts=rollouts,
             settings=_as(EvaluateSettings, section),
             origin=origin,

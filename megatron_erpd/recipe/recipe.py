@@ -58,6 +58,11 @@ class Sampled(SampleSettings):
 
     prompts: str = Field(description="rows with prompt and answer (see Sources), or reasoning-gym:TASK?size=100")
     verifier: str = Field(description="math-verify, reasoning-gym:TASK or python:FILE_OR_MODULE:FUNCTION")
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="processes of the verifier, each with it loaded; default: as many as there are cores",
+    )
     num_prompts: int | None = Field(
         default=None, ge=1, description="prompts of a round, which takes the next ones of the file; default: all"
     )
@@ -100,6 +105,7 @@ class Selection(SelectSettings):
 
     prompts: str = Field(description="validation prompts, as in rollouts; not those of the evaluation")
     verifier: str | None = Field(default=None, description="as in rollouts; default: that of the rollouts")
+    workers: int | None = Field(default=None, ge=1, description="as in rollouts; default: those of the rollouts")
 
 
 class Evaluation(EvaluateSettings):
@@ -107,6 +113,7 @@ class Evaluation(EvaluateSettings):
 
     prompts: str = Field(description="held-out prompts, as in rollouts")
     verifier: str | None = Field(default=None, description="as in rollouts; default: that of the rollouts")
+    workers: int | None = Field(default=None, ge=1, description="as in rollouts; default: those of the rollouts")
     checkpoints: bool = Field(default=False, description="evaluate the teacher's kept checkpoints too")
 
 

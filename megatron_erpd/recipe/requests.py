@@ -49,6 +49,7 @@ NO_VERIFIER_HELP = f"{VERIFIER_HELP}; without one nothing is scored"
 BASE_HELP = "artifact with the base policy's checkpoint"
 ROLLOUTS_HELP = "artifact, folder or Parquet file"
 REWARDS_HELP = "rewards of these rollouts that `megatron-erpd score` wrote (default: those that the rollouts brought)"
+WORKERS_HELP = "processes of the verifier, each with it loaded (default: as many as there are cores)"
 COUNT_HELP = "use so many of the prompts (default: all)"
 
 
@@ -383,6 +384,7 @@ class Sample(SlicedRequest):
     model: Path = Field(description="the policy: a Hugging Face folder")
     prompts: str = Field(description=PROMPTS_HELP)
     verifier: str | None = Field(default=None, description=NO_VERIFIER_HELP)
+    workers: int | None = Field(default=None, ge=1, description=WORKERS_HELP)
     settings: SampleSettings = Field(default=SampleSettings(), title="sampling")
     num_prompts: int | None = Field(default=None, ge=1, description=COUNT_HELP)
     first_prompt: int = Field(
@@ -421,6 +423,7 @@ class Score(Request):
     rollouts: Path = Field(description="artifact that `megatron-erpd sample` wrote")
     prompts: str = Field(description=f"those that they were sampled from: {PROMPTS_HELP}")
     verifier: str = Field(description=VERIFIER_HELP)
+    workers: int | None = Field(default=None, ge=1, description=WORKERS_HELP)
 
     @property
     def inputs(self) -> dict[str, Path]:
@@ -562,6 +565,7 @@ class Select(Request):
     candidates: Path = Field(description="their export (`export --checkpoint ...@all`)")
     prompts: str = Field(description=f"validation prompts: {PROMPTS_HELP}")
     verifier: str = Field(description=VERIFIER_HELP)
+    workers: int | None = Field(default=None, ge=1, description=WORKERS_HELP)
     rollouts: Path | None = Field(
         default=None, description="what the teacher was trained on: warns of prompts that are there"
     )
@@ -596,6 +600,7 @@ class Evaluate(Request):
     prompts: str = Field(description=f"held-out prompts: {PROMPTS_HELP}")
     rollouts: Path = Field(description="the fixed data, for the exact divergences")
     verifier: str | None = Field(default=None, description=NO_VERIFIER_HELP)
+    workers: int | None = Field(default=None, ge=1, description=WORKERS_HELP)
     settings: EvaluateSettings = Field(default=EvaluateSettings(), title="evaluation")
     origin: Path | None = Field(
         default=None,

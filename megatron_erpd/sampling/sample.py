@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_erpd.sampling.parts import num_parts, part_name, prompts_of, take_
 from megatron_erpd.sampling.policy import policy_fingerprint
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts, prompt_text
 from megatron_erpd.sampling.score import REPORT, VERIFIER_ERROR, Scorer, errors_of, reward_figures
+from megatron_erpd.sampling.verifiers import Verdict
 from megatron_erpd.settings import SampleSettings
 from megatron_erpd.slices import Slice
 from megatron_erpd.sources.tokenizer import load_tokenizer, tokenizer_digest
@@ -34,6 +36,7 @@ def sample_rollouts(
     settings: SampleSettings,
     *,
     verifier: str | None = None,
+    workers: int | None = None,
     only: Slice | None = None,
     elsewhere: Sequence[Path] = (),
     engine: SamplingEngine | None = None,
@@ -53,7 +56,8 @@ def sample_rollouts(
         prompts: N records, from `load_prompts`.
         output_dir: made if need be.
         settings: how to sample.
-        verifier: as in `Verifier`; None scores nothing: new rollouts are unverified.
+        verifier, workers: as in `Verifier`, which scores a part while the next one is sampled; None scores nothing: new
+            rollouts are unverified.
         only: makes the part files of this slice and no others; as in the whole, their names and content included.
         elsewhere: folders that may hold parts of the same rollouts, which are taken from there (`take_parts`).
         engine: drawn from instead of the one that `settings.engine` names.
@@ -71,7 +75,7 @@ def sample_rollouts(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(hf_path)
-    scorer = Scorer(verifier) if verifier is not None else None
+    scorer = Scorer(verifier, workers) if verifier is not None else None
     if scorer is not None:
         _ = scorer.verifier  # one that can't be loaded is an error before anything is sampled
     plan = _Plan(
@@ -95,9 +99,16 @@ def sample_rollouts(
             plan.score_again(part)
     if missing:
         engine = engine or make_engine(hf_path, settings, device, dtype)
-        for part in missing:
-            samples = _sample_part(engine, plan, part, settings, progress)
-            plan.write(part, list(_rows(plan, part, samples, tokenizer)))
+        # On a thread: what scores is elsewhere, and so may be what samples.
+        with ThreadPoolExecutor(1, thread_name_prefix="scoring") as scoring:
+            written = None
+            for part in missing:
+                samples = _sample_part(engine, plan, part, settings, progress)
+                if written is not None:
+                    written.result()
+                written = scoring.submit(_write_part, plan, part, samples, tokenizer)
+            if written is not None:
+                written.result()
     rollouts = read_rollouts(folder)
     errors = [error for error in errors_of(rollouts) if error] if scorer is not None else []
     if scorer is not None and scorer.has_always_failed:
@@ -201,9 +212,10 @@ class _Plan:
         found = read_rollouts(self.path(part))
         if self.scorer is None or self.scorer.has_scored(found, self.records_of(part)):
             return
+        before = [found.record(i) for i in range(len(found))]
+        verdicts = self.scorer([(self.records[row.group_id], row.response or "") for row in before])
         rows = []
-        for row in map(found.record, range(len(found))):
-            reward, error = self.scorer(self.records[row.group_id], row.response or "")
+        for row, (reward, error) in zip(before, verdicts, strict=True):
             metadata = row_metadata(self.records[row.group_id], error)
             rows.append(replace(row, reward=reward, reward_status=None, metadata=metadata))
         self.write(part, rows)
@@ -246,17 +258,20 @@ def _sample_part(
     )
 
 
-def _rows(plan: _Plan, part: int, samples: list[list[SampledResponse]], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    for index, group in zip(plan.prompts_of(part), samples, strict=True):
-        record, ids = plan.records[index], plan.token_ids[index]
-        texts = tokenizer.batch_decode([s.response_token_ids for s in group], skip_special_tokens=True)
-        repetitions: Counter[bytes] = Counter()
-        for sample, text in zip(group, texts, strict=True):
-            tokens = sample.response_token_ids
-            k = plan.copies[index] * len(group) + repetitions[tokens.tobytes()]
-            repetitions[tokens.tobytes()] += 1
-            reward, error = plan.scorer(record, text) if plan.scorer is not None else (None, None)
-            yield {
+def _write_part(plan: _Plan, part: int, samples: list[list[SampledResponse]], tokenizer: Any) -> None:
+    """Scores and writes a part's responses."""
+    drawn = [(index, sample) for index, group in zip(plan.prompts_of(part), samples, strict=True) for sample in group]
+    texts = tokenizer.batch_decode([sample.response_token_ids for _, sample in drawn], skip_special_tokens=True)
+    verdicts: list[Verdict] = [(None, None)] * len(drawn)
+    if plan.scorer is not None:
+        verdicts = plan.scorer([(plan.records[index], text) for (index, _), text in zip(drawn, texts, strict=True)])
+    rows, repetitions = [], Counter[tuple[int, bytes]]()
+    for (index, sample), text, (reward, error) in zip(drawn, texts, verdicts, strict=True):
+        record, ids, tokens = plan.records[index], plan.token_ids[index], sample.response_token_ids
+        k = plan.copies[index] * len(samples[0]) + repetitions[index, tokens.tobytes()]
+        repetitions[index, tokens.tobytes()] += 1
+        rows.append(
+            {
                 "sample_id": sample_id(ids, tokens, k),
                 "group_id": index,
                 "prompt_token_ids": ids,
@@ -268,3 +283,5 @@ def _rows(plan: _Plan, part: int, samples: list[list[SampledResponse]], tokenize
                 "response": text,
                 "metadata": row_metadata(record, error),
             }
+        )
+    plan.write(part, rows)

@@ -19,7 +19,7 @@ from megatron_erpd.objectives.advantages import zero_variance_groups
 from megatron_erpd.progress import OnProgress
 from megatron_erpd.sampling.inputs import questions_digest, verifier_file, verifier_identity
 from megatron_erpd.sampling.prompts import PromptRecord, load_prompts, prompt_text, prompts_digest
-from megatron_erpd.sampling.verifiers import Verifier
+from megatron_erpd.sampling.verifiers import Question, Verdict, Verifier
 
 REPORT = "report.json"
 VERIFIER_ERROR = "verifier_error"
@@ -31,15 +31,16 @@ class Scorer:
     """A verifier that is started when it is first asked, and what it says of the part files that it scores.
 
     Args:
-        spec: as in `Verifier`.
+        spec, workers: as in `Verifier`.
 
     Attributes:
         num_asked: responses that it was asked about.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, workers: int | None = None) -> None:
         self.spec = spec
         self.num_asked = 0
+        self._workers = workers
         self._identity = verifier_identity(spec)
 
     @property
@@ -51,17 +52,16 @@ class Scorer:
     @cached_property
     def verifier(self) -> Verifier:
         """Its process. Raises `RecipeError` where the spec names nothing that can be loaded."""
-        return Verifier(self.spec)
+        return Verifier(self.spec, self._workers)
 
     @property
     def has_always_failed(self) -> bool:
         return 0 < self.num_asked == self.verifier.num_errors
 
-    def __call__(self, record: PromptRecord, response: str) -> tuple[float | None, str | None]:
-        """The reward, None where there is none, and the error, where the verifier failed."""
-        self.num_asked += 1
-        reward = self.verifier(record, response)
-        return reward, self.verifier.last_error
+    def __call__(self, questions: Sequence[Question]) -> list[Verdict]:
+        """As `Verifier.scores`."""
+        self.num_asked += len(questions)
+        return self.verifier.scores(questions)
 
     def file_metadata(self, records: Sequence[PromptRecord]) -> dict[str, str]:
         """What a part file of the rollouts of `records` says of its rewards."""
@@ -104,6 +104,7 @@ def score_rollouts(
     output: Path,
     verifier: str,
     progress: OnProgress | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Scores rollouts and writes `rewards-00000-of-000NN.parquet` for each of their part files, and `report.json`.
 
@@ -115,7 +116,7 @@ def score_rollouts(
         rollouts: an artifact of `sample`.
         prompts: those that they were sampled from, from `prompts_of_rollouts`; a rollout's group is its place in them.
         output: made if need be.
-        verifier: as in `Verifier`.
+        verifier, workers: as in `Verifier`.
         progress: told the number of rollouts that have a reward, of all.
 
     Returns:
@@ -126,7 +127,7 @@ def score_rollouts(
         RolloutError: a rollout is of another prompt.
         StageError: the verifier failed on every response that it was asked about.
     """
-    scorer, files, done = Scorer(verifier), rollout_files(rollouts), 0
+    scorer, files, done = Scorer(verifier, workers), rollout_files(rollouts), 0
     every, made = read_rollouts(rollouts), []
     for file in files:
         target, part = output / file.name.replace("rollouts", "rewards", 1), read_rollouts(file)
@@ -162,8 +163,9 @@ def _scores(
         return [None if np.isnan(reward) else float(reward) for reward in part.rewards], errors_of(part)
     if part.file_metadata.get("part_prompts") != questions_digest(records):
         _check_prompts(part, prompts)
-    scores = [scorer(prompts[int(group)], part.response_text(i) or "") for i, group in enumerate(part.group_ids)]
-    return [reward for reward, _ in scores], [error for _, error in scores]
+    questions = [(prompts[int(group)], part.response_text(i) or "") for i, group in enumerate(part.group_ids)]
+    verdicts = scorer(questions)
+    return [reward for reward, _ in verdicts], [error for _, error in verdicts]
 
 
 def _check_prompts(part: Rollouts, prompts: Sequence[PromptRecord]) -> None:

@@ -14,8 +14,12 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -33,11 +37,19 @@ sys.path[:] = pickle.load(questions)
 from megatron_erpd.sampling.verifier_worker import main
 main(questions)
 """
+QUESTIONS_PER_WORKER = 32
+"""Fewer aren't worth another worker, which takes a second or two to start."""
 _log = logging.getLogger(__name__)
 
 
+Question = tuple[PromptRecord, str]
+"""A prompt's record and a response to it."""
+Verdict = tuple[float | None, str | None]
+"""The reward, or None (unverified), and the error where the verifier failed or was late."""
+
+
 class Verifier:
-    """Scores responses; callable as `verifier(record, response)`. It works in a process of its own, which ends with it.
+    """Scores responses, in processes of its own, which end with it.
 
     Args:
         spec: one of
@@ -46,6 +58,8 @@ class Verifier:
             whole response where there is none;
             `python:path/to/file.py:function` or `python:package.module:function`: `function(record, response)` gives a
             number, or None for no verdict, within 60 seconds, or within the `VERIFIER_SECONDS` that its module sets.
+        workers: processes at the most, each with the verifier loaded; None: as many as this process has cores. There is
+            one for every `QUESTIONS_PER_WORKER` responses that are scored at once.
 
     Raises:
         RecipeError: the spec names nothing that can be loaded.
@@ -53,44 +67,78 @@ class Verifier:
     Attributes:
         num_errors: how many responses it failed on.
         first_error: the first of those errors, as text.
-        last_error: the error on the last response, as text; None where it was scored, or no verdict was given.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, workers: int | None = None) -> None:
         self.spec = spec
         self.num_errors = 0
         self.first_error: str | None = None
-        self.last_error: str | None = None
-        self._worker = _Worker(spec)
+        self._most = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._workers = {0: _Worker(spec)}
 
     def __call__(self, record: PromptRecord, response: str) -> float | None:
-        """The reward, or None (unverified) where the verifier failed, was late or gave no verdict.
+        """The reward, or None (unverified) where the verifier failed, was late or gave no verdict."""
+        return self.scores([(record, response)])[0][0]
+
+    def scores(self, questions: Sequence[Question]) -> list[Verdict]:
+        """The verdicts on many responses, in their order; shared among the workers. Errors are counted and told.
 
         Raises:
             RecipeError: the verifier returned something that is no reward.
         """
-        reward, error = self.judge(record, response)
-        self.last_error = error
-        if error is None:
-            return reward
-        self.num_errors += 1
-        if self.first_error is None:
-            self.first_error = error
-            _log.warning("%s failed on a response, which stays unverified: %s", self.spec, error)
-        return None
+        verdicts = self.judge(questions)
+        for _, error in verdicts:
+            if error is not None:
+                self.num_errors += 1
+                if self.first_error is None:
+                    self.first_error = error
+                    _log.warning("%s failed on a response, which stays unverified: %s", self.spec, error)
+        return verdicts
 
-    def judge(self, record: PromptRecord, response: str) -> tuple[float | None, str | None]:
-        """The reward, None without a verdict, and what the verifier failed with; counted and told by `__call__`."""
-        try:
-            reply = self._worker.ask(record, response)
-        except OSError as problem:  # a TimeoutError is one
-            return None, f"{type(problem).__name__}: {problem}"
-        return reply.get("score"), reply.get("error")
+    def judge(self, questions: Sequence[Question]) -> list[Verdict]:
+        """As `scores`, without counting."""
+        count = max(1, min(self._most, len(questions) // QUESTIONS_PER_WORKER))
+        if count == 1:
+            return [_verdict(self._workers[0], question) for question in questions]
+        verdicts: list[Verdict | None] = [None] * len(questions)
+        left = iter(enumerate(questions))  # one thread after another takes the next
+        taking = threading.Lock()
+
+        def work(place: int) -> None:
+            if place not in self._workers:
+                self._workers[place] = _Worker(self.spec)
+            worker = self._workers[place]
+            while True:
+                with taking:
+                    taken = next(left, None)
+                if taken is None:
+                    return
+                number, question = taken
+                try:
+                    verdicts[number] = _verdict(worker, question)
+                except BaseException:
+                    with taking:
+                        deque(left, maxlen=0)  # nothing is left for the others
+                    raise
+
+        with ThreadPoolExecutor(count, thread_name_prefix="verifier") as pool:
+            for done in [pool.submit(work, place) for place in range(count)]:
+                done.result()
+        return [verdict for verdict in verdicts if verdict is not None]
 
     @property
     def trial(self) -> str | None:
         """A response that it scores, by its own account, with `{answer}` in the answer's place."""
-        return self._worker.trial
+        return self._workers[0].trial
+
+
+def _verdict(worker: _Worker, question: Question) -> Verdict:
+    try:
+        reply = worker.ask(*question)
+    except OSError as problem:  # a TimeoutError is one
+        return None, f"{type(problem).__name__}: {problem}"
+    error = reply.get("error")
+    return (reply.get("score") if error is None else None), error
 
 
 class _Worker:

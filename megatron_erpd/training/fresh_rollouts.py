@@ -180,10 +180,10 @@ class Sampler:
         assert self._engine is not None
         tokens = [sample.response_token_ids for sample in group]
         texts = self._engine.policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        rewards = [self.verifier(self.records[prompt], text) for text in texts]
+        verdicts = self.verifier.scores([(self.records[prompt], text) for text in texts])
         return [
             Response(sample.response_token_ids, np.nan if reward is None else reward, sample.finish_reason == "length")
-            for sample, reward in zip(group, rewards, strict=True)
+            for sample, (reward, _) in zip(group, verdicts, strict=True)
         ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.sampling.prompts import PromptRecord, load_prompts
-from megatron_erpd.sampling.verifiers import Verifier
+from megatron_erpd.sampling.verifiers import QUESTIONS_PER_WORKER, Verifier
 
 
 def record(answer: object, prompt: str = "?", **metadata: object) -> PromptRecord:
@@ -58,21 +58,21 @@ def test_math_without_a_readable_answer_gives_no_verdict():
 def test_math_that_takes_too_long_gives_no_verdict_and_the_next_one_does():
     verifier = Verifier("math-verify")
     assert verifier(record("3"), "3") == 1.0
-    verifier._worker.seconds = 0.2
-    assert verifier(record("1"), r"\boxed{9^{9^{9^9}}}") is None
-    assert verifier.last_error == "TimeoutError: no answer within 0.2 s"
+    verifier._workers[0].seconds = 0.2
+    ((reward, error),) = verifier.scores([(record("1"), r"\boxed{9^{9^{9^9}}}")])
+    assert reward is None and error == "TimeoutError: no answer within 0.2 s"
     assert verifier(record("4"), "4") == 1.0  # a new process, with the usual time
 
 
 def test_a_process_that_died_gives_no_verdict_and_is_replaced():
     verifier = Verifier("math-verify")
     assert verifier(record("3"), "3") == 1.0
-    process = verifier._worker._process
+    process = verifier._workers[0]._process
     assert process is not None
     process.kill()
     process.wait()
-    assert verifier(record("3"), "3") is None
-    assert "BrokenPipeError" in (verifier.last_error or "")
+    ((reward, error),) = verifier.scores([(record("3"), "3")])
+    assert reward is None and "BrokenPipeError" in (error or "")
     assert verifier(record("3"), "3") == 1.0
 
 
@@ -90,9 +90,9 @@ def test_a_reasoning_gym_scorer_that_takes_too_long_gives_no_verdict():
     verifier = Verifier("reasoning-gym:countdown")
     (prompt,) = load_prompts("reasoning-gym:countdown?size=1")
     assert verifier(prompt, str(prompt["answer"])) == 1.0
-    verifier._worker.seconds = 0.5
-    assert verifier(prompt, "9**9**9**9") is None
-    assert "TimeoutError" in (verifier.last_error or "")
+    verifier._workers[0].seconds = 0.5
+    ((reward, error),) = verifier.scores([(prompt, "9**9**9**9")])
+    assert reward is None and "TimeoutError" in (error or "")
 
 
 def test_a_reasoning_gym_scorer_gets_its_own_metadata():
@@ -197,9 +197,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
     ],
 )
 def test_a_function_that_never_returns_gives_no_verdict_and_the_next_one_does(faulty, response, error):
-    assert faulty(record(None), response) is None
-    assert faulty.last_error == error
-    assert faulty(record(None), "0.5") == 0.5 and faulty.last_error is None
+    assert faulty.scores([(record(None), response), (record(None), "0.5")]) == [(None, error), (0.5, None)]
 
 
 def test_the_programs_of_a_function_have_nothing_to_read(faulty):
@@ -259,3 +257,50 @@ def test_times_that_are_none_are_refused(tmp_path, value):
     file.write_text(f"VERIFIER_SECONDS = {value}\ndef score(record, response):\n    return 1.0\n")
     with pytest.raises(RecipeError, match="VERIFIER_SECONDS is .*; give the seconds for one answer"):
         Verifier(f"python:{file}:score")
+
+
+SHARED = """
+import os, time
+def score(record, response):
+    if response == "text":
+        return "a word"
+    if response == "crash":
+        os._exit(1)
+    time.sleep(float(response) / 1000)
+    return os.getpid() if record["answer"] == "who" else float(response)
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
+    """Of up to three processes."""
+    file = tmp_path_factory.mktemp("shared") / "shared.py"
+    file.write_text(SHARED)
+    return Verifier(f"python:{file}:score", workers=3)
+
+
+def test_workers_share_many_responses_and_verdicts_keep_their_order(shared: Verifier) -> None:
+    lengths = [(7 * number) % 13 for number in range(3 * QUESTIONS_PER_WORKER)]
+    assert shared.scores([(record(None), str(length)) for length in lengths]) == [(length, None) for length in lengths]
+    who = [reward for reward, _ in shared.scores([(record("who"), "5")] * len(lengths))]
+    assert 1 < len(set(who)) <= 3 and os.getpid() not in who
+    # Fewer are not worth another process.
+    alone = shared.scores([(record("who"), "0")] * (2 * QUESTIONS_PER_WORKER - 1))
+    assert len({reward for reward, _ in alone}) == 1
+
+
+def test_of_a_worker_that_dies_one_response_gets_no_verdict(shared: Verifier) -> None:
+    responses = ["1"] * (2 * QUESTIONS_PER_WORKER)
+    responses[5] = responses[40] = "crash"
+    before = shared.num_errors
+    verdicts = shared.scores([(record(None), response) for response in responses])
+    assert [number for number, (reward, _) in enumerate(verdicts) if reward is None] == [5, 40]
+    assert shared.num_errors == before + 2 and "BrokenPipeError" in (shared.first_error or "")
+
+
+def test_what_is_no_reward_ends_all_workers(shared: Verifier) -> None:
+    responses = ["text"] + ["50"] * (2 * QUESTIONS_PER_WORKER)
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match="returned 'a word'; it must return a number or None"):
+        shared.scores([(record(None), response) for response in responses])
+    assert time.monotonic() - started < 0.05 * len(responses) / 2  # the others were not asked
