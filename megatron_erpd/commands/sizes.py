@@ -8,11 +8,13 @@ from megatron_erpd.checkpoint.mapping.config import read_model_shape
 from megatron_erpd.data.batch import TokenSource
 from megatron_erpd.model.arguments import rank
 from megatron_erpd.plan.budgets import StageRollouts, sized
-from megatron_erpd.recipe.requests import Precompute, TrainingRequest
+from megatron_erpd.recipe.requests import Distill, Precompute, TrainOnPolicy, TrainTeacher
 from megatron_erpd.recipe.stages import Stage
 
 
-def with_size[R: Precompute | TrainingRequest](request: R, rollouts: TokenSource | StageRollouts) -> R:
+def with_size[R: (Precompute, TrainTeacher, TrainOnPolicy, Distill)](
+    request: R, rollouts: TokenSource | StageRollouts
+) -> R:
     """The request, on GPUs with the token budget that a layout without a size of micro-batches gets; rank 0 says what
     there is to say.
 

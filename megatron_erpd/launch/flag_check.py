@@ -97,7 +97,7 @@ def _problems(asked: Flags) -> list[str]:
         return []  # of the model or the layout, which are checked for themselves
     except RecipeError as error:
         return [_NUMBER.sub("", str(error))]
-    return [why] if asked.runs_here and (why := _refusal(megatron_argv(fixed, flags), layout)) else []
+    return [why] if asked.runs_here and (why := _refusal(megatron_argv(fixed, flags, layout), layout)) else []
 
 
 def _refusal(argv: Sequence[str], layout: Layout) -> str | None:

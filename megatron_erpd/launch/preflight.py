@@ -230,7 +230,9 @@ def _prompt_problems(
         rollouts = _imported(recipe, stages, to_be_prepared)
     except ErpdError:
         return  # told of the file
-    for stage in _readers(stages) if rollouts else ():
+    if rollouts is None:
+        return
+    for stage in _readers(stages):
         try:
             check_prompts(stage.layout, rollouts)
         except ErpdError as error:

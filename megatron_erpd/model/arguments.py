@@ -18,6 +18,7 @@ from megatron_erpd.errors import LayoutError, RecipeError
 from megatron_erpd.launcher import check_meeting, launch, work_alone
 from megatron_erpd.meeting import meeting_store
 from megatron_erpd.settings import Layout
+from megatron_erpd.settings.megatron_flags import refused_values
 
 MEGATRON_DEFAULTS = {"tokenizer_type": "NullTokenizer"}
 
@@ -85,7 +86,7 @@ def parse_megatron_arguments(
 
     platform.skip_compiling_helpers()
     platform.fuse_gradient_accumulation_without_apex()
-    saved, sys.argv = sys.argv, [sys.argv[0], *megatron_argv(fixed, pass_through)]
+    saved, sys.argv = sys.argv, [sys.argv[0], *megatron_argv(fixed, pass_through, layout)]
     try:
         args = parse_and_validate_args(args_defaults=MEGATRON_DEFAULTS)
     except AssertionError as error:  # how Megatron says that settings don't go together
@@ -103,7 +104,8 @@ def own_flags(
     """The flags that follow from a checkpoint, a layout and a stage; arguments as in `parse_megatron_arguments`.
 
     Raises:
-        RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings.
+        RecipeError: a flag of the user's contradicts the checkpoint or the stage's settings, or doesn't go with the
+            layout.
         CheckpointError: from `model_flags`.
         LayoutError: from `model_flags`, or the layout doesn't fit the model or the batch.
     """
@@ -136,6 +138,8 @@ def own_flags(
     names = ("max_position_embeddings", "seq_length")
     fixed[names[0]] = max(int(fixed[name]) for name in names)  # type: ignore[call-overload]
     _refuse_contradictions(fixed, pass_through)
+    if problems := refused_values(pass_through, layout, shape.num_heads, shape.num_query_groups):
+        raise RecipeError("\n  ".join(problems))
     return fixed
 
 
@@ -144,10 +148,10 @@ def check_arguments(
 ) -> None:
     """Raises what `parse_megatron_arguments` would, as far as it can be told before a stage has written anything or
     waited for other ranks."""
-    megatron_argv(own_flags(hf_folder, layout, run_flags, pass_through, max_length), pass_through)
+    megatron_argv(own_flags(hf_folder, layout, run_flags, pass_through, max_length), pass_through, layout)
 
 
-def megatron_argv(fixed: Mapping[str, object], pass_through: list[str]) -> list[str]:
+def megatron_argv(fixed: Mapping[str, object], pass_through: list[str], layout: Layout) -> list[str]:
     """Megatron's command line: what this machine can run, what follows from the stage, and the user's own flags.
 
     Raises:
@@ -157,19 +161,23 @@ def megatron_argv(fixed: Mapping[str, object], pass_through: list[str]) -> list[
 
     if problems := flag_problems(pass_through):
         raise RecipeError("\n  ".join(problems))
-    here = _platform_flags()
+    here = _platform_flags(layout)
     if "num_experts" in fixed and here["transformer_impl"] == "transformer_engine":
         # All experts of a rank in one kernel; elsewhere one after another.
         here["moe_grouped_gemm"] = True
     return [*flags_to_argv(here), *flags_to_argv(fixed), *pass_through]
 
 
-def _platform_flags() -> dict[str, object]:
-    """What this machine can run: Transformer Engine's layers and fused kernels where they are installed."""
+def _platform_flags(layout: Layout) -> dict[str, object]:
+    """What this machine can run: Transformer Engine's layers and fused kernels where they are installed, but for fp32
+    with packs or context parallelism, for which it has no attention."""
     if platform.is_cpu():
         return dict(platform.CPU_MEGATRON_FLAGS)
     flags: dict[str, object] = {"distributed_backend": "nccl"}
-    if _installed("transformer_engine"):  # whose layers add their weights' gradients to the buffer themselves
+    has_attention = layout.precision == "bf16" or (layout.pack_tokens is None and layout.context_parallel == 1)
+    if (
+        _installed("transformer_engine") and has_attention
+    ):  # whose layers add their weights' gradients to the buffer themselves
         return {**flags, "transformer_impl": "transformer_engine"}
     needless = {"use_cpu_initialization"}
     if _installed("fused_weight_gradient_mlp_cuda"):  # built with Apex; the local layers' own way to the same

@@ -8,7 +8,10 @@ it, and docs/megatron-flags.md shows it (a test compares them). A name that ends
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
+
+from megatron_erpd.settings.base import Layout
 
 
 class Refusal(NamedTuple):
@@ -447,6 +450,57 @@ REFUSED = (
     ),
 )
 
+
+class RefusedValue(NamedTuple):
+    """A value of a flag that doesn't go with some layouts: what Transformer Engine's attention doesn't compute."""
+
+    flag: str
+    value: str
+    layouts: str
+    """In words; `refused_values` has them as conditions."""
+    reason: str
+    """Follows flag and value in a message; says what to do."""
+
+
+_PACKS_IN_CP, _PACKS_OR_CP = "packs with context parallelism", "packs, or context parallelism"
+_FP32, _HEADS = "fp32 with packs or context parallelism", "context parallelism that doesn't divide a rank's heads"
+REFUSED_VALUES = (
+    RefusedValue(
+        "--cp-comm-type",
+        "a2a+p2p",
+        _PACKS_IN_CP,
+        "Transformer Engine's hierarchical context parallelism takes no packs (an assertion ends the first step); take "
+        "p2p or a2a, or give micro_batch_size",
+    ),
+    RefusedValue(
+        "--cp-comm-type",
+        "all_gather",
+        _PACKS_IN_CP,
+        "Transformer Engine takes no packs with it before a version of 2026 (an assertion ends the first step); take "
+        "p2p or a2a, or give micro_batch_size",
+    ),
+    RefusedValue(
+        "--cp-comm-type",
+        "a2a",
+        _HEADS,
+        "each context-parallel rank gets a share of the query heads and of the key/value heads that a tensor-parallel "
+        "rank has, which context_parallel must divide; take p2p",
+    ),
+    RefusedValue(
+        "--attention-backend",
+        "unfused",
+        _PACKS_OR_CP,
+        "Transformer Engine's unfused attention takes neither, and keeps the scores; remove it",
+    ),
+    RefusedValue(
+        "--transformer-impl",
+        "transformer_engine",
+        _FP32,
+        "Transformer Engine has only its unfused attention in fp32, which takes neither; without the flag Megatron's "
+        "own layers are taken, with the attention here; remove it, or set layout.precision: bf16",
+    ),
+)
+
 WORKS = {
     "tests/integration/test_stage_ends.py": ("--exit-interval",),
     "tests/integration/test_megatron_flags.py": (
@@ -669,6 +723,39 @@ def refused_flags(words: Iterable[str]) -> dict[str, str]:
     """The flags of a command line that are refused, with the reason of each."""
     names = (word.partition("=")[0] for word in words)
     return {name: reason for name in names if (reason := _reason(name))}
+
+
+def refused_values(words: Sequence[str], layout: Layout, heads: int, groups: int) -> list[str]:
+    """What of a command line's flags doesn't go with a layout, each as `flag value: reason`.
+
+    Args:
+        heads, groups: of the model's queries, and of its keys and values.
+    """
+    packs, split = layout.pack_tokens is not None, layout.context_parallel > 1
+    shared = layout.tensor_parallel * layout.context_parallel
+    holds = {
+        _PACKS_IN_CP: packs and split,
+        _PACKS_OR_CP: packs or split,
+        _FP32: layout.precision == "fp32" and (packs or split),
+        _HEADS: split and bool(heads % shared or groups % shared),
+    }
+    return [
+        f"{item.flag} {item.value}: {item.reason}"
+        for item in REFUSED_VALUES
+        if holds[item.layouts]
+        and item.value.replace("_", "") in (v.replace("_", "") for v in _values(words, item.flag))
+    ]
+
+
+def _values(words: Sequence[str], flag: str) -> list[str]:
+    """All that a flag was given, as words after it or as one with `=`."""
+    found: list[str] = []
+    for at, word in enumerate(words):
+        if word.startswith(flag + "="):
+            found.append(word.partition("=")[2])
+        elif word == flag:
+            found += takewhile(lambda following: not following.startswith("--"), words[at + 1 :])
+    return found
 
 
 def without_refused(words: Sequence[str]) -> list[str]:

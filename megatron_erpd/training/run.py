@@ -413,7 +413,7 @@ class ReplayRun(TrainingRun):
         return self.settings.advantages_for is not None and self.settings.advantage != "raw"
 
     def note(self) -> str | None:
-        lines = [self._note_of_rollouts(), self._packs and self._packs.describe()]
+        lines = [self._note_of_rollouts(), self._packs.describe() if self._packs else None]
         return "\n".join(filter(None, lines)) or None
 
     def _note_of_rollouts(self) -> str | None:

@@ -14,6 +14,7 @@ import torch
 
 from megatron_erpd import platform
 from megatron_erpd.model import arguments
+from megatron_erpd.settings import Layout
 from tests.distributed.harness import run_ranks
 from tests.integration.stages import run_stages
 from tests.integration.tiny import write_model, write_random_rollouts
@@ -78,7 +79,7 @@ def test_it_is_on_where_the_layers_can(
 ) -> None:
     monkeypatch.setattr(platform, "is_cpu", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
-    flags = arguments._platform_flags()
+    flags = arguments._platform_flags(Layout())
     assert ("no_gradient_accumulation_fusion" not in flags) == fuses
     assert flags["distributed_backend"] == "nccl"
     assert flags["transformer_impl"] == ("transformer_engine" if "transformer_engine" in installed else "local")

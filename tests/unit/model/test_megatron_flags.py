@@ -9,16 +9,26 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_erpd import platform
 from megatron_erpd.checkpoint.mapping.config import flags_to_argv
 from megatron_erpd.commands import cli
 from megatron_erpd.errors import RecipeError
 from megatron_erpd.launch import flag_check
+from megatron_erpd.model import arguments
 from megatron_erpd.model.arguments import megatron_argv, own_flags
 from megatron_erpd.recipe.command_line import read_request
 from megatron_erpd.recipe.requests import REQUESTS, TrainTeacher
 from megatron_erpd.recipe.stages import RUNS_MODEL
 from megatron_erpd.settings import Layout, ReplaySettings
-from megatron_erpd.settings.megatron_flags import PASSED, REFUSED, WORKS, refused_flags, without_refused
+from megatron_erpd.settings.megatron_flags import (
+    PASSED,
+    REFUSED,
+    REFUSED_VALUES,
+    WORKS,
+    refused_flags,
+    refused_values,
+    without_refused,
+)
 from tests import forked
 from tests.distributed.harness import run_ranks
 from tests.unit.launch.test_preflight import SAMPLED, TASK, write_model
@@ -81,7 +91,8 @@ def test_the_page_is_the_table() -> None:
     expected = [f"| {_flags(flags)} | `{test}` |" for test, flags in WORKS.items()]
     expected += [f"| {refusal.what} | {_flags(refusal.flags)} | {refusal.reason} |" for refusal in REFUSED]
     expected += [f"| {what} | {_flags(flags)} |" for what, flags in PASSED.items()]
-    assert [row for row in rows if "`--" in row] == expected
+    expected += [f"| `{v.flag} {v.value}` | {v.layouts} | {v.reason} |" for v in REFUSED_VALUES]
+    assert sorted(row for row in rows if "`--" in row) == sorted(expected)
 
 
 def _flags(names: tuple[str, ...]) -> str:
@@ -116,7 +127,48 @@ def test_commands_refuse(command: str) -> None:
 def test_megatrons_command_line_is_not_made_with_a_refused_flag() -> None:
     for flag, reason in SOME.items():
         with pytest.raises(RecipeError, match=f"^{re.escape(flag)}: {re.escape(reason)}$"):
-            megatron_argv({}, [flag, "1"])
+            megatron_argv({}, [flag, "1"], Layout())
+
+
+def test_values_that_some_layouts_refuse() -> None:
+    """Of 8 query heads and 4 of keys and values."""
+
+    def refused(words: list[str], **sizes: Any) -> list[str]:
+        return [
+            line.partition(":")[0] for line in refused_values(words, Layout(**{"precision": "bf16", **sizes}), 8, 4)
+        ]
+
+    packs, split = {"micro_batch_tokens": 64}, {"context_parallel": 2}
+    for value in ("a2a+p2p", "all_gather", "allgather"):
+        words = ["--cp-comm-type", "p2p", value, "--seed", "a2a"]
+        named = ["--cp-comm-type " + value.replace("allg", "all_g")]
+        assert [refused(words, **sizes) for sizes in ({}, packs, split, packs | split)] == [[], [], [], named]
+    words = ["--cp-comm-type=a2a"]
+    assert refused(words, **split, tensor_parallel=2) == refused(words, tensor_parallel=8) == []
+    assert refused(words, **split, tensor_parallel=4) == refused(words, context_parallel=3) == ["--cp-comm-type a2a"]
+    words = ["--attention-backend", "unfused"]
+    assert [refused(words, **sizes) for sizes in ({}, packs, split)] == [[], *2 * [["--attention-backend unfused"]]]
+    words = ["--transformer-impl", "transformer_engine"]
+    assert refused(words, **packs) == [] == refused(words, precision="fp32")
+    assert refused(words, **split, precision="fp32") == ["--transformer-impl transformer_engine"]
+
+
+def test_a_layout_refuses_a_value_before_megatron_does(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    layout = Layout(context_parallel=2, micro_batch_tokens=64)
+    with pytest.raises(RecipeError, match=r"^--cp-comm-type a2a\+p2p: Transformer Engine's hierarchical"):
+        own_flags(tmp_path, layout, {}, ["--cp-comm-type", "a2a+p2p"], 2)
+
+
+def test_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's where it is installed and has an attention for what is asked."""
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(arguments, "_installed", lambda module: module == "transformer_engine")
+    packs, split = {"micro_batch_tokens": 64}, {"context_parallel": 2}
+    for sizes, fp32 in (({}, "transformer_engine"), (packs, "local"), (split, "local")):
+        for precision, expected in (("fp32", fp32), ("bf16", "transformer_engine")):
+            flags = arguments._platform_flags(Layout(**sizes, precision=precision))  # type: ignore[arg-type]
+            assert (flags["transformer_impl"], flags["distributed_backend"]) == (expected, "nccl")
 
 
 @pytest.fixture
