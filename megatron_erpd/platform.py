@@ -72,8 +72,10 @@ def device() -> torch.device:
 
 
 def device_memory() -> int | None:
-    """Bytes of this process's CUDA device; None on a CPU."""
-    return None if is_cpu() else torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
+    """Bytes of a CUDA device of this machine, of several the one with the least; None on a CPU."""
+    if is_cpu():
+        return None
+    return min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
 
 
 def distributed_backend() -> str:

@@ -12,7 +12,6 @@ from megatron_erpd.data.batch import Padding
 from megatron_erpd.data.packs import Packer
 from megatron_erpd.data.replay_dataset import BatchOrder
 from megatron_erpd.settings import Layout
-from megatron_erpd.units import counted
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,10 @@ class PackFigures:
 
     def describe(self) -> str:
         """As a training's log has it."""
-        over = f"; {counted(self.over_budget, 'rollout')} over the budget, each in a pack of its own"
         return (
             f"packs of {self.budget:,} tokens: {self.packs} on each rank and step, {self.filled:.1%} full, "
             f"{self.padding:.1%} padding, work of the ranks (longest / mean) {self.spread:.3f}"
-        ) + over * bool(self.over_budget)
+        )
 
     def summary(self) -> dict[str, float]:
         """As a manifest keeps it."""

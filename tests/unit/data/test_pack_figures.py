@@ -46,4 +46,3 @@ def test_of_a_pass_of_precompute() -> None:
     assert found.filled == (32 + 16 + 8) / (4 * 16)
     assert found.padding == pytest.approx(1 - (29 + 5 + 5 + 1) / (32 + 16 + 8))
     assert found.spread == pytest.approx(36 / 26)
-    assert "; 1 rollout over the budget" in found.describe()
