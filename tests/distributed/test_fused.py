@@ -289,7 +289,7 @@ def check_as_unfused(rank: int, world_size: int) -> None:
                 VOCAB_PARALLEL_FLOAT64.assert_close(left, right)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long), 4])
 def test_fused(world_size: int) -> None:
     cases: list[Case] = [
         (f"{vocab_size} in {padded}, SP {sequence_parallel}", check_fused, (vocab_size, padded, sequence_parallel))

@@ -379,7 +379,7 @@ def check_layout_errors(rank: int, world_size: int) -> None:
         VocabShard(rank * 8, rank * 8 + 8, 17, dist.group.WORLD)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_as_dense(world_size: int) -> None:
     checks = (check_all, check_as_in_megatron, check_topk, check_projection)
     cases: list[Case] = [

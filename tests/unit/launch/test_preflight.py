@@ -24,7 +24,7 @@ from megatron_erpd.launch.processes import Slots
 from megatron_erpd.manifest import write_manifest
 from megatron_erpd.recipe.planner import plan
 from megatron_erpd.recipe.recipe import Recipe
-from megatron_erpd.sampling import prompts
+from megatron_erpd.sampling import prompts, verifiers
 from tests import forked
 
 CONFIG = {
@@ -96,10 +96,27 @@ def recipe_of(**sections: Any) -> Recipe:
     return Recipe(**{**recipe, **sections})
 
 
+@pytest.fixture(scope="module")
+def known_verifiers():
+    """What loads a verifier in place of `Verifier`: a function of `TASK` once, which takes a process to start."""
+    load, known = verifiers.Verifier, {}
+
+    def loaded(spec: str) -> verifiers.Verifier:
+        file, _, name = spec.removeprefix("python:").partition(":")
+        if not Path(file).is_file() or Path(file).read_text() != TASK:
+            return load(spec)
+        if name not in known:
+            known[name] = load(spec)
+        return known[name]
+
+    return loaded
+
+
 @pytest.fixture
-def problems(tmp_path, monkeypatch):
+def problems(tmp_path, monkeypatch, known_verifiers):
     """Checks a recipe whose inputs are all good but for what a test changes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verifiers, "Verifier", known_verifiers)
     write_model(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     (tmp_path / "task.py").write_text(TASK)
