@@ -154,7 +154,7 @@ def evaluate_policy(
     metrics = PolicyMetrics(
         num_prompts=len(records),
         num_samples=settings.num_samples,
-        **accuracies(rewards, greedy_rewards),
+        **accuracies(rewards, greedy_rewards, texts, own.num_tokens.reshape(len(records), -1)),
         kl_per_sequence=float(own.reverse_kl.mean()),
         kl_per_sequence_se=standard_error(own.reverse_kl.reshape(len(records), -1).mean(axis=1)),
         kl_per_token=own.per_token("reverse_kl"),

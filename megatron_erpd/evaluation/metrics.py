@@ -21,6 +21,13 @@ class PolicyMetrics:
         accuracy_sampled_se: its standard error over prompts (a prompt's G samples are one observation).
         accuracy_greedy, accuracy_greedy_se: the same of the most likely response.
         pass_at_g: fraction of prompts with a sample whose reward is at least `PASS_REWARD`.
+        pass_at, pass_at_se: k (1, 2, 4, ... and G) to the probability that one of k samples passes, by the estimator
+            that takes all of a prompt's n verified samples, c of which pass: 1 - C(n - c, k) / C(n, k), without bias
+            (Chen et al., 2021, arXiv 2107.03374, equation 1). Mean over prompts with n >= k, and its standard error.
+        majority, majority_se: mean reward of a prompt's most frequent answer, of equally frequent ones the first drawn
+            (Wang et al., 2022, arXiv 2203.11171). Answers are the same where their text is: in the last `\\boxed{}`,
+            else between the last <answer> and </answer>, else the whole response.
+        mean_length_passed, mean_length_failed: of the verified samples that pass, and of the others.
         unverified: fraction of the samples without a verdict; they enter no accuracy.
         kl_per_sequence: KL(policy || base), exact at every token of the policy's own samples, summed over a response,
             mean over responses.
@@ -45,6 +52,12 @@ class PolicyMetrics:
     accuracy_greedy: float | None
     accuracy_greedy_se: float | None
     pass_at_g: float | None
+    pass_at: dict[str, float]
+    pass_at_se: dict[str, float]
+    majority: float | None
+    majority_se: float | None
+    mean_length_passed: float | None
+    mean_length_failed: float | None
     unverified: float
     kl_per_sequence: float
     kl_per_sequence_se: float | None

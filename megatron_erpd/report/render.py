@@ -44,6 +44,7 @@ PANELS = {
 COLUMNS: list[tuple[str, str, str]] = [
     ("accuracy_sampled", "sampled", ".3f"),
     ("accuracy_greedy", "greedy", ".3f"),
+    ("majority", "majority", ".3f"),
     ("pass_at_g", "pass@G", ".3f"),
     ("kl_per_sequence", "KL / sequence", ".3f"),
     ("kl_efficiency", "gain / nat", ".3f"),

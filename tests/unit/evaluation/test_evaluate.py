@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from megatron_erpd.errors import CheckpointError, RolloutError, StageError
 from megatron_erpd.evaluation.divergence import compare_policies
 from megatron_erpd.evaluation.evaluate import evaluate_policies, evaluate_policy
 from megatron_erpd.evaluation.metrics import PolicyMetrics
+from megatron_erpd.evaluation.responses import majority_rewards
 from megatron_erpd.sampling.engine import TransformersEngine
 from megatron_erpd.sampling.prompts import PromptRecord, encode_prompts
 from megatron_erpd.sampling.sample import sample_rollouts
@@ -59,6 +61,18 @@ def test_accuracies_against_a_naive_loop(evaluation, policies, verifier):
     assert metrics.accuracy_sampled_se == pytest.approx(np.std(means, ddof=1) / np.sqrt(len(means)))
     assert metrics.pass_at_g == pytest.approx(np.mean([max(v) for v in verified if v]))
     assert metrics.unverified == pytest.approx(1 - sum(map(len, verified)) / 24)
+    # All ways to draw k of the verified samples.
+    for k in (1, 2, 4):
+        chances = [np.mean([max(draw) for draw in combinations(v, k)]) for v in verified if len(v) >= k]
+        assert metrics.pass_at[str(k)] == pytest.approx(np.mean(chances))
+    assert metrics.pass_at["1"] == pytest.approx(metrics.accuracy_sampled)
+    lengths_of = {True: [], False: []}
+    for record, group in zip(PROMPTS, groups, strict=False):
+        for sample in group:
+            for reward in rewards(record, [sample]):
+                lengths_of[reward == 1].append(len(sample.response_token_ids))
+    assert metrics.mean_length_passed == pytest.approx(np.mean(lengths_of[True]))
+    assert metrics.mean_length_failed == pytest.approx(np.mean(lengths_of[False]))
     greedy = engine.greedy(ids, max_new_tokens=8)
     first = [r for record, g in zip(PROMPTS, greedy, strict=False) for r in rewards(record, [g])]
     assert metrics.accuracy_greedy == pytest.approx(np.mean(first))
@@ -180,3 +194,17 @@ def test_a_verifier_that_always_fails_is_an_error(policies, verifier):
     broken: Verifier = Verifier(verifier.replace(":score", ":broken"))
     with pytest.raises(StageError, match="failed on every response.*RuntimeError: no"):
         evaluate_policy(*policies, PROMPTS, broken, None, SETTINGS)
+
+
+def test_the_majority_is_the_most_frequent_answer():
+    texts = [
+        [r"so \boxed{3}", "<answer>4</answer>", r"thus $\boxed{3}$.", "<answer> 4 </answer> <answer>3</answer>"],
+        ["7", "8", "8", "7"],  # as frequent: the first
+        ["1", "1", "2", "2"],
+        ["1", "1", "1", "1"],
+    ]
+    unverified = np.nan
+    rewards = np.array(
+        [[1, 0, 1, 1], [0, 1, 1, 0], [unverified, unverified, 0.5, 1], [unverified] * 4], dtype=np.float64
+    )
+    assert majority_rewards(rewards, texts).tolist() == [1, 0, 0.75]
