@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_erpd import meeting
-from megatron_erpd.errors import ErpdError
+from megatron_erpd.errors import ErpdError, LayoutError
 from megatron_erpd.model import runtime
 from megatron_erpd.model.arguments import own_flags
 from megatron_erpd.settings import Layout
@@ -26,6 +26,15 @@ def test_rollouts_as_long_as_the_context_fit_with_their_padding(layout: dict[str
     length, positions = flags["seq_length"], flags["max_position_embeddings"]
     assert isinstance(length, int) and isinstance(positions, int)
     assert positions == length >= context and length % (2 * Layout(**layout).num_processes) == 0  # type: ignore[arg-type]
+
+
+def test_packs_of_virtual_stages_are_no_fewer_than_pipeline_stages(tmp_path: Path) -> None:
+    write_model(tmp_path, num_hidden_layers=4)
+    layout, run = Layout(pipeline_parallel=2, micro_batch_tokens=64), {"global_batch_size": 3}
+    flags = ["--num-virtual-stages-per-pipeline-rank", "2"]
+    assert own_flags(tmp_path, layout, run, flags, 2)
+    with pytest.raises(LayoutError, match=r"^--microbatch-group-size-per-virtual-pipeline-stage 1: is less than"):
+        own_flags(tmp_path, layout, run, [*flags, "--microbatch-group-size-per-virtual-pipeline-stage", "1"], 2)
 
 
 def one_layout(rank: int, world_size: int) -> str:

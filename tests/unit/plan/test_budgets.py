@@ -88,6 +88,19 @@ def test_packs_of_a_step() -> None:
     assert micro_batches(stage(micro_batch_size=2, data_parallel=4), Schedule(2, 6), 1000.0) == 32
 
 
+def test_packs_are_as_many_as_virtual_stages_want() -> None:
+    """Where padded micro-batches are refused; the first stage keeps those of one group more."""
+    flags = {"num-virtual-stages-per-pipeline-rank": 2, "microbatch-group-size-per-virtual-pipeline-stage": 6}
+    sizes = {"batch": 4, "pipeline_parallel": 4}
+    with pytest.raises(LayoutError, match="virtual pipeline stages: 4 micro-batches"):
+        stage_memory(stage(flags, **sizes), EIGHT_B, 4096)
+    many, few = (
+        stage_memory(stage(flags, batch=n, pipeline_parallel=4, micro_batch_tokens=4096), EIGHT_B, 4096)
+        for n in (64, 4)
+    )
+    assert few.activations and many.activations and few.activations == many.activations * 12 // 13
+
+
 def test_rollouts_over_the_budget() -> None:
     """Have a pack of their own where the memory allows it, or isn't known."""
     given = stage(micro_batch_tokens=2048, context_parallel=2, data_parallel=8)
