@@ -175,9 +175,8 @@ def _platform_flags(layout: Layout) -> dict[str, object]:
         return dict(platform.CPU_MEGATRON_FLAGS)
     flags: dict[str, object] = {"distributed_backend": "nccl"}
     has_attention = layout.precision == "bf16" or (layout.pack_tokens is None and layout.context_parallel == 1)
-    if (
-        _installed("transformer_engine") and has_attention
-    ):  # whose layers add their weights' gradients to the buffer themselves
+    if _installed("transformer_engine") and has_attention:
+        # Its layers add their weights' gradients to the buffer themselves.
         return {**flags, "transformer_impl": "transformer_engine"}
     needless = {"use_cpu_initialization"}
     if _installed("fused_weight_gradient_mlp_cuda"):  # built with Apex; the local layers' own way to the same

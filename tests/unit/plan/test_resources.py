@@ -377,9 +377,13 @@ def test_packs_of_rollouts_that_are_there(plan_of: Callable[..., Resources]) -> 
     ]
     assert json.loads(json.dumps(found.to_json()))["packs"]["cache"]["filled"] == pytest.approx(7000 / (4 * 18 * 100))
     # By the same packs the pipeline waits.
-    stages = {"stages": {"teacher": {"layout": {"pipeline_parallel": 4, "data_parallel": 1}}}}
+    stages: Any = {"stages": {"teacher": {"layout": {"pipeline_parallel": 4, "data_parallel": 1}}}}
     waits = {row.stage: row.seconds for row in plan_of(**sections, **stages).times}
     assert waits["teacher"] == pytest.approx((1 + 3 / 19) * {row.stage: row.seconds for row in found.times}["teacher"])
+    # Virtual stages want groups of four; the warm-up reads other rollouts.
+    stages["stages"]["teacher"]["megatron"] = {"num-virtual-stages-per-pipeline-rank": 2}
+    virtual = plan_of(**sections, **stages, warm_up={"rollouts": "demonstrations.parquet"})
+    assert virtual.packs["teacher"].packs == 20 and virtual.packs.keys() == found.packs.keys()
     # Nothing is said of what is padded, or not sampled yet.
     assert plan_of(rollouts=sections["rollouts"]).packs == {} == plan_of(layout=layout).packs
     over = plan_of(**{**sections, "layout": {**layout, "micro_batch_tokens": 6}})
