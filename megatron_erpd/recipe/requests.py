@@ -220,10 +220,13 @@ class TrainingRequest(ModelRequest):
         Raises:
             CheckpointError: the size can't be told.
         """
-        from megatron_erpd.checkpoint.mapping.parameter_count import parameters_of
 
-        settings = self.settings.with_rates(lambda: parameters_of(self.base / "hf"))
-        return self.model_copy(update={"settings": settings})
+        def size() -> int:
+            from megatron_erpd.checkpoint.mapping.parameter_count import parameters_of  # which imports PyTorch
+
+            return parameters_of(self.base / "hf")
+
+        return self.model_copy(update={"settings": self.settings.with_rates(size)})
 
 
 class SlicedRequest(Request):
