@@ -273,8 +273,11 @@ def _finished(folders: list[Path]) -> Iterator[Path]:
 def _read_policy(path: Path, teachers: set[str]) -> PolicyFigures:
     try:
         record = json.loads(path.read_text())
+        measured: dict[str, Any] = {}
+        for name, value in record["metrics"].items():  # of `pass_at`, a figure for each k: `pass_at_8`
+            measured |= {f"{name}_{k}": of_k for k, of_k in value.items()} if isinstance(value, dict) else {name: value}
         # What wasn't measured (accuracy without a verifier, say) is null.
-        numbers = {name: float(value) for name, value in record["metrics"].items() if value is not None}
+        numbers = {name: float(value) for name, value in measured.items() if value is not None}
         examples, rewards = list(record["examples"]), list(record.get("prompt_rewards", []))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StageError(f"{path}: not an evaluation ({error}); delete the folder and run 'evaluate' again") from None

@@ -60,6 +60,8 @@ def evaluations(folder: Path, before: float = 0.0) -> None:
             "mean_length": 8.0,
             "truncated": 0.0,
             "pass_at_g": min(1.0, sampled + 0.1),
+            "pass_at": {"1": sampled, "4": min(1.0, sampled + 0.1)},
+            "majority": None,
             "unverified": 0.0,
             "num_prompts": 256,
             "num_rollouts": None,

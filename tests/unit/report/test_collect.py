@@ -81,6 +81,8 @@ def test_further_teachers_are_teachers(tmp_path: Path) -> None:
     # The derived figures and the stage's own record are there too.
     direct = collected.policy("direct")
     assert direct and "reward_gained" in direct.metrics
+    assert direct.metrics["pass_at_1"] == direct.metrics["accuracy_sampled"] < direct.metrics["pass_at_4"]
+    assert "majority" not in direct.metrics  # it wasn't measured
     assert "round-01/teachers/direct" in {s.name for s in collected.stages}
     assert "direct" in {c.name for c in collected.curves}
 
