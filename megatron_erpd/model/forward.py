@@ -86,13 +86,13 @@ def _forward(model: Any, batch: Batch, processor: Any, context: Any) -> Any:
         input_ids=batch.tokens,
         position_ids=batch.position_ids,
         attention_mask=None,
-        packed_seq_params=_packed_params(batch, unwrap(model).config),
+        packed_seq_params=_packed_params(batch, unwrap(model)),
         output_processor=processor,
         output_processor_context=context,
     )
 
 
-def _packed_params(batch: Batch, config: Any) -> Any:
+def _packed_params(batch: Batch, core: Any) -> Any:
     """What Megatron's attention is told of a pack; None for a padded micro-batch.
 
     Transformer Engine's kernels read the segments' ends on the device; without them Megatron's rotary embedding reads
@@ -103,12 +103,41 @@ def _packed_params(batch: Batch, config: Any) -> Any:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     ends = batch.segment_ends
-    if config.transformer_impl != "transformer_engine":
+    if core.config.transformer_impl != "transformer_engine":
         ends = torch.tensor([0, *accumulate(batch.segments)], dtype=torch.int32)
+        if not isinstance(core.rotary_pos_emb, SegmentPositions):
+            core.rotary_pos_emb = SegmentPositions(core.rotary_pos_emb)
+        core.rotary_pos_emb.segments = batch.segments
     longest = max(batch.segments)
     # Padding at the end of a segment counts as its own tokens, which no other token sees.
     sizes = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
     return PackedSeqParams("thd", ends, ends, **sizes, pad_between_seqs=False)
+
+
+class SegmentPositions(torch.nn.Module):
+    """Megatron's rotary embedding, whose angles for a pack are those of all its tokens, each segment's from position 0.
+
+    Given angles for as many tokens as the pack has, Megatron (without Transformer Engine) takes each token's and turns
+    all at once. Given those of the longest segment it turns segment by segment, with a backward pass that copies the
+    whole pack for each of them.
+
+    Attributes:
+        segments: tokens of each segment, on all context-parallel ranks; set before each forward pass of a pack.
+    """
+
+    segments: Sequence[int]
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        return int(self.rotary.get_rotary_seq_len(*args, **kwargs))
+
+    def forward(self, longest: int, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """`[longest, 1, 1, d]` (of this context-parallel rank), of a pack `[sum(segments), 1, 1, d]`."""
+        angles: Tensor = self.rotary(longest, packed_seq=packed_seq, cp_group=cp_group)
+        return torch.cat([angles[:length] for length in self.segments]) if packed_seq else angles
 
 
 @dataclass(frozen=True)
