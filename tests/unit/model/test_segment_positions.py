@@ -1,4 +1,4 @@
-"""Rotary positions of a pack: those of its segments, whether Megatron turns all tokens at once or segment by segment."""
+"""Rotary positions of a pack: those of its segments, whether all tokens are turned at once or segment by segment."""
 
 from __future__ import annotations
 
