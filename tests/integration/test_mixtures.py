@@ -33,12 +33,16 @@ def stages(inputs: Path, output: Path, layout: list[str]) -> Stages:
     data = ["--base", f"{inputs}/base", "--rollouts", f"{inputs}/rollouts.parquet"]
     scored = [*data, *TRAINING, "--base-log-probs", f"{inputs}/base-log-probs"]
     target = ["--policy", f"teacher={inputs}/teacher", "--k", "8", "--delta", "0.05", "--topk-dtype", "float32"]
+    live = ["--teacher", "live", "--policy", f"teacher={inputs}/teacher", "--delta", "0.05"]
+    once = ["--epochs", "0.4"]
     found: Stages = [
         ("import", ["--hf", f"{inputs}/hf", "--output", f"{output}/base"]),
         ("precompute", [*data, "--kind", "token", "--output", f"{output}/base-log-probs"]),
         ("train", [*scored, "--loss", "ce", "--checkpoints", "2", "--output", f"{output}/teacher"]),
         ("precompute", [*data, *target, "--output", f"{output}/cache"]),
         ("distill", [*scored, "--cache", f"{inputs}/cache", "--checkpoints", "2", "--output", f"{output}/student"]),
+        ("train", [*scored, "--loss", "ppo", *once, "--output", f"{output}/ppo"]),
+        ("distill", [*scored, *live, *once, "--output", f"{output}/live"]),
         ("export", ["--checkpoint", f"initial={output}/base", "--output", f"{output}/export"]),
     ]
     runs_the_model = ("precompute", "train", "distill")
@@ -66,7 +70,7 @@ def test_experts_over_ranks_give_the_result_of_one_process(parallel: str, tmp_pa
     run_ranks(run_stages, 1, stages(one, one, ["--micro-batch-size", "16"]))
     run_ranks(run_and_resume, 2, stages(one, many, layout), one / "teacher", many / "teacher", timeout=240)
 
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "ppo", "live"):
         assert_same_training(metrics(many / name), metrics(one / name), name)
         assert_same_gradients(many / name, one / name, name)
     for name in ("base-log-probs", "cache"):
