@@ -9,6 +9,7 @@ own calls in two processes, which keep no time and no order. Workers are started
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -85,8 +86,6 @@ def seconds(verifier: Verifier, questions: list[Question], repeats: int) -> floa
 
 def bare_math(questions: list[Question]) -> float:
     """The slower of two processes with half of the questions each."""
-    import json
-
     pairs = [(f"${record['answer']}$", response) for record, response in questions]
     processes = [
         subprocess.Popen([sys.executable, "-c", _BARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

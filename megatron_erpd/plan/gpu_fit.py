@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_erpd.checkpoint.mapping.parallel_layout import check_expert_groups, check_layout
@@ -153,9 +154,14 @@ def propose(
     """
     found: list[tuple[tuple[float, ...], Proposal]] = []
     mean_tokens = mean_tokens or longest
+    fitting = partial(_fitting, stages, shape, longest, gpus, mean_tokens)
+    trains_most = max(stages, key=lambda stage: global_batch_size(stage) or 0)
     for layout in _layouts(stages, shape, longest, gpus.count):
         for recompute in (Recompute(), _FULL):
-            proposal = _best_budget(stages, shape, longest, gpus, mean_tokens, layout, recompute)
+            tried = budgets(trains_most.changed(layout=layout), longest, mean_tokens)
+            fit = (fitting(layout.changed({"micro_batch_tokens": budget}), recompute) for budget in tried)
+            # Of the budgets that fit, the one with the least work; of equals the largest, which comes last.
+            proposal = min(reversed([found for found in fit if found]), key=lambda option: option.work, default=None)
             if proposal:
                 chosen = proposal.layout
                 names = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
@@ -202,26 +208,6 @@ def _can_be(shape: ModelShape, layout: Layout) -> bool:
     except LayoutError:
         return False
     return True
-
-
-def _best_budget(
-    stages: Sequence[Stage],
-    shape: ModelShape,
-    longest: int,
-    gpus: Gpus,
-    mean_tokens: float,
-    layout: Layout,
-    recompute: Recompute,
-) -> Proposal | None:
-    """The layout with the least work among those that fit, one for each token budget; the largest of equals."""
-    best: Proposal | None = None
-    largest = max(stages, key=lambda stage: global_batch_size(stage) or 0)
-    for budget in budgets(largest.changed(layout=layout), longest, mean_tokens):
-        tried = layout.changed({"micro_batch_tokens": budget})
-        proposal = _fitting(stages, shape, longest, gpus, mean_tokens, tried, recompute)
-        if proposal and (best is None or proposal.work <= best.work):
-            best = proposal
-    return best
 
 
 def _fitting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,14 +17,8 @@ from megatron_erpd.data.rollouts import PROMPT, RESPONSE
 from megatron_erpd.recipe.recipe import Imported
 from megatron_erpd.recipe.requests import Precompute, ReplayRequest
 from megatron_erpd.recipe.stages import Stage
-from megatron_erpd.settings import OptimizerSettings
 from megatron_erpd.sources.files import source_files
 from megatron_erpd.sources.names import local_path
-
-
-def num_steps(settings: OptimizerSettings, num_rollouts: int) -> int:
-    """Optimizer steps of a training on fixed rollouts."""
-    return max(1, math.ceil(settings.epochs * num_rollouts / settings.global_batch_size))
 
 
 def imported_files(section: Imported, source: str) -> tuple[list[Path], dict[str, str]]:
@@ -72,7 +65,7 @@ def _packs(stage: Stage, shape: ModelShape, lengths: np.ndarray) -> PackFigures:
         return precompute_packs(packing.fill(np.arange(len(lengths))), packing, layout, lengths)
     settings = stage.request.settings
     order = BatchOrder(lengths, settings.global_batch_size, settings.seed)
-    steps = num_steps(settings, len(lengths))
+    steps = settings.num_batches(len(lengths))
     schedule = read_schedule(stage.megatron, shape.num_layers, layout.pipeline_parallel)
     count = schedule.whole_groups(order.most_packs(packing, steps, layout.data_parallel))
     return training_packs(order, packing, layout, count, steps)

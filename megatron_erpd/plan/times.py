@@ -16,7 +16,6 @@ from megatron_erpd.manifest import read_manifest
 from megatron_erpd.plan.activations import recompute_of
 from megatron_erpd.plan.cache import forward_flop, training_flop
 from megatron_erpd.plan.memory import frozen_policies, global_batch_size, micro_batches
-from megatron_erpd.plan.packs import num_steps
 from megatron_erpd.recipe.requests import ReplayRequest
 from megatron_erpd.recipe.stages import Stage
 
@@ -135,7 +134,7 @@ def measured_speed(done: Sequence[Stage], shape: ModelShape, rollouts: RolloutSi
         if not rows or flop is None or any(WORLD_SIZE not in row for row in rows):
             continue
         seconds = statistics.median(row[ITERATION_TIME] * row[WORLD_SIZE] for row in rows)
-        step = flop * bubble(stage, shape, rollouts) / num_steps(stage.request.settings, rollouts.count)
+        step = flop * bubble(stage, shape, rollouts) / stage.request.settings.num_batches(rollouts.count)
         return MeasuredSpeed(stage.name, step / seconds / 1e12)
     return None
 
@@ -146,7 +145,7 @@ def _tokens(stage: Stage, rollouts: RolloutSize) -> float | None:
         return rollouts.count * rollouts.mean_tokens
     if isinstance(stage.request, ReplayRequest) and stage.name != "warm-up":  # which reads other rollouts
         settings = stage.request.settings
-        return num_steps(settings, rollouts.count) * settings.global_batch_size * rollouts.mean_tokens
+        return settings.num_batches(rollouts.count) * settings.global_batch_size * rollouts.mean_tokens
     return None  # on policy the sampling takes most of the time
 
 

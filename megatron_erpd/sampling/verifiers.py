@@ -100,7 +100,7 @@ class Verifier:
         count = max(1, min(self._most, len(questions) // QUESTIONS_PER_WORKER))
         if count == 1:
             return [_verdict(self._workers[0], question) for question in questions]
-        verdicts: list[Verdict | None] = [None] * len(questions)
+        verdicts: dict[int, Verdict] = {}
         left = iter(enumerate(questions))  # one thread after another takes the next
         taking = threading.Lock()
 
@@ -124,7 +124,7 @@ class Verifier:
         with ThreadPoolExecutor(count, thread_name_prefix="verifier") as pool:
             for done in [pool.submit(work, place) for place in range(count)]:
                 done.result()
-        return [verdict for verdict in verdicts if verdict is not None]
+        return [verdicts[number] for number in range(len(questions))]
 
     @property
     def trial(self) -> str | None:

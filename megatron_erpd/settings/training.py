@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,10 @@ class OptimizerSettings(TrainingSettings):
 
     epochs: float = Field(default=8, gt=0, description="passes over the rollouts")
     global_batch_size: int = Field(default=256, ge=1, description="rollouts in one optimizer step")
+
+    def num_batches(self, num_rollouts: int) -> int:
+        """Whole batches that hold at least `epochs` passes over so many rollouts."""
+        return max(1, math.ceil(self.epochs * num_rollouts / self.global_batch_size))
 
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"]

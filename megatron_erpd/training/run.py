@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -391,7 +390,7 @@ class ReplayRun(TrainingRun):
 
     @property
     def _num_batches(self) -> int:
-        return max(1, math.ceil(self.settings.epochs * len(self.rollouts) / self.settings.global_batch_size))
+        return self.settings.num_batches(len(self.rollouts))
 
     def _order(self) -> BatchOrder:
         return BatchOrder(self.rollouts.lengths, self.settings.global_batch_size, self.settings.seed, self.imitated)
